@@ -1,0 +1,275 @@
+"""trace on small networks: closed forms, the slow references, and the laws that contributions obey."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.provenance import reference
+from tracefl.errors import TraceFLError
+from tracefl.provenance import trace
+
+torch.set_num_threads(2)
+
+
+class Block(nn.Module):
+    """Modules in another order than they run, one used twice, one never, in-place activations, a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.unused = nn.Linear(3, 3)
+        self.norm2 = nn.BatchNorm2d(6)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.stem = nn.Conv2d(2, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.relu(self.norm1(self.stem(x)))
+        h = self.relu(self.norm2(self.conv(h)) + h)
+        h = self.relu(self.conv(h))
+        return self.head(h.mean((2, 3)))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    model = Block().double()
+    for norm in (model.norm1, model.norm2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return model
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 2, 9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def close(a, b, tolerance=1e-9):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30)
+
+
+def test_two_clients_by_hand():
+    """y = w·x + b with x = (1, 2), class 0: T_k = w_k0 · x + b_k0."""
+    model = nn.Linear(2, 2)
+    states = {
+        "a": {"weight": torch.tensor([[1.0, 2.0], [9.0, 9.0]]), "bias": torch.tensor([0.5, 9.0])},
+        "b": {"weight": torch.tensor([[3.0, -1.0], [9.0, 9.0]]), "bias": torch.tensor([0.0, 9.0])},
+    }
+    found = trace(model, states, torch.tensor([[1.0, 2.0]]), targets=torch.tensor([0]))
+    assert found.contributions.tolist() == [[5.5, 1.0]]
+    assert found.responsible == ["a"]
+    close(found.scores, torch.tensor([[5.5, 1.0]]).double().softmax(1))
+    weighted = trace(
+        model, states, torch.tensor([[1.0, 2.0]]), targets=torch.tensor([0]), weights={"a": 1, "b": 3}
+    )
+    assert weighted.contributions.tolist() == [[5.5 / 4, 0.75]]
+
+
+def test_neuron_is_the_papers_sum(block, x):
+    states, _ = reference.perturbed(block)
+    found = trace(block, states, x, layer_decay=0.9)
+    assert found.layers == ["stem", "norm1", "conv", "norm2", "conv#2", "head"]
+    decay = 0.9 ** torch.arange(5, -1, -1).double()
+    slow = torch.stack([reference.neuron(block, states, x[n : n + 1], found.targets[n]) for n in range(5)], 1)
+    close(found.by_layer, slow * decay[:, None, None])
+    close(found.contributions, (slow * decay[:, None, None]).sum(0))
+
+
+def test_influence_is_autograds(block, x):
+    states, weights = reference.perturbed(block)
+    found = trace(block, states, x, method="influence", weights=weights)
+    slow = [
+        reference.influence(block, states, weights, x[n : n + 1], found.targets[n]) for n in range(len(x))
+    ]
+    close(found.contributions, torch.stack(slow))
+    logit = trace(block, states, x, method="influence", weights=weights, output="logit")
+    slow = [
+        reference.influence(block, states, weights, x[n : n + 1], found.targets[n], "logit") for n in range(5)
+    ]
+    close(logit.contributions, torch.stack(slow))
+
+
+def test_influence_adds_up_to_what_the_server_did(block, x):
+    states, weights = reference.perturbed(block)
+    block.load_state_dict(reference.fused(states, weights))
+    found = trace(block, states, x, method="influence", weights=weights)
+    assert found.contributions.sum(1).abs().max() < 1e-6 * found.contributions.abs().max()
+    with torch.no_grad():
+        block.head.bias[0] += 1
+    noised = trace(block, states, x, targets=torch.zeros(5).long(), method="influence", weights=weights)
+    head = noised.layers.index("head")
+    assert (noised.residual_by_layer[head] - 1).abs().max() < 1e-6  # dy/db is 1 for the log-odds of class 0
+
+
+def test_conservation(block, x):
+    states, weights = reference.perturbed(block)
+    found = trace(block, states, x, weights=weights)
+    whole = trace(block, {"global": block.state_dict()}, x)
+    close(found.by_layer.sum(2) + found.residual_by_layer, whole.by_layer[:, :, 0])
+    block.load_state_dict(reference.fused(states, weights))
+    fedavg = trace(block, states, x, weights=weights)
+    assert fedavg.residual.abs().max() < 1e-9 * fedavg.contributions.abs().max()
+
+
+def test_clients_permuted_and_doubled(block, x):
+    states, _ = reference.perturbed(block)
+    found = trace(block, states, x).contributions
+    close(trace(block, {k: states[k] for k in ("c2", "c0", "c1")}, x).contributions, found[:, [2, 0, 1]])
+    doubled = trace(block, {**states, "again": states["c1"]}, x).contributions
+    close(doubled, found[:, [0, 1, 2, 1]])
+
+
+def test_a_client_equal_to_the_reference_gets_zero(block, x):
+    states, weights = reference.perturbed(block)
+    incoming = states["c1"]
+    neuron = trace(block.float(), states, x.float(), reference=incoming)
+    assert neuron.contributions[:, 1].eq(0).all()
+    assert neuron.contributions[:, [0, 2]].ne(0).all()
+    states["c0"] = block.state_dict()
+    found = trace(block, states, x.float(), method="influence", weights=weights).contributions
+    assert found[:, 0].eq(0).all()
+    assert found[:, 1:].ne(0).all()
+
+
+def test_updates_differ_from_weights_by_what_clients_share(block, x):
+    states, _ = reference.perturbed(block)
+    weights_of = trace(block, states, x).scores
+    updates_of = trace(block, states, x, reference=states["c0"]).scores
+    close(updates_of, weights_of)
+
+
+@pytest.mark.parametrize("scratch", [1, 1 << 16, 1 << 20])
+def test_chunks_do_not_matter(block, x, scratch):
+    states, weights = reference.perturbed(block)
+    for method in ("neuron", "influence"):
+        kept = trace(block, states, x, method=method, weights=weights)
+        close(
+            trace(block, states, x, method=method, weights=weights, scratch_bytes=scratch).by_layer,
+            kept.by_layer,
+        )
+    alone = torch.cat([trace(block, states, x[n : n + 1]).contributions for n in range(len(x))])
+    close(alone, trace(block, states, x).contributions)
+
+
+def test_the_model_is_left_as_it_was(block, x):
+    states, _ = reference.perturbed(block)
+    expected = trace(block, states, x).contributions
+    block.train()
+    block.norm2.eval()
+    block.conv.weight.requires_grad_(False)
+    before = copy.deepcopy(block.state_dict())
+    with torch.no_grad():
+        found = trace(block, states, x).contributions
+    close(found, expected)
+    assert block.training
+    assert block.norm1.training
+    assert not block.norm2.training
+    assert not block.conv.weight.requires_grad
+    assert block.stem.weight.requires_grad
+    assert not block.norm1.running_mean.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+    assert all(p.grad is None for p in block.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+
+
+def test_frozen_model(block, x):
+    states, _ = reference.perturbed(block)
+    expected = trace(block, states, x).contributions
+    close(trace(block.requires_grad_(False), states, x).contributions, expected)
+
+
+def test_layers(block, x):
+    states, _ = reference.perturbed(block)
+    everything = trace(block, states, x, layer_decay=1)
+    paper = trace(block, states, x, layers="paper", layer_decay=1)
+    assert paper.layers == ["stem", "conv", "conv#2", "head"]
+    rows = [everything.layers.index(name) for name in paper.layers]
+    close(paper.by_layer, everything.by_layer[rows])
+    close(trace(block, states, x, layers=["head"]).by_layer, everything.by_layer[-1:])
+
+
+def test_one_client_scores_one(block, x):
+    states, _ = reference.perturbed(block, K=1)
+    assert trace(block, states, x).scores.eq(1).all()
+
+
+def test_result(block, x):
+    states, _ = reference.perturbed(block)
+    found = trace(block, states, x)
+    ranking = found.ranking(2)
+    assert [share for _, share, _ in ranking] == sorted(found.contributions[2].tolist(), reverse=True)
+    assert ranking[0][0] == found.responsible[2]
+    frame = found.to_frame()
+    assert len(frame) == 15
+    best = frame[(frame.input == 2) & (frame["rank"] == 1)].iloc[0]
+    assert (best.client, best.contribution) == (ranking[0][0], ranking[0][1])
+    assert "5 inputs, 3 clients, 6 layers" in repr(found)
+
+
+def bad(states, **changes):
+    return {**states, "c1": {**states["c1"], **changes}}
+
+
+def without(states, name):
+    return {**states, "c1": {k: v for k, v in states["c1"].items() if k != name}}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda s: {}, {}, "clients is empty"),
+        (lambda s: without(s, "head.bias"), {}, "'c1': tensor 'head.bias' is missing"),
+        (lambda s: bad(s, more=torch.zeros(1)), {}, "'c1': tensor 'more' is not in"),
+        (lambda s: bad(s, **{"head.bias": torch.zeros(5)}), {}, r"'c1': tensor 'head.bias' has shape \(5,\)"),
+        (
+            lambda s: bad(s, **{"conv.weight": s["c1"]["conv.weight"] * torch.nan}),
+            {},
+            "'c1': tensor 'conv.weight' has values that are not finite",
+        ),
+        (None, {"targets": torch.tensor([0, 1, 2, 3, 4])}, "target 4 is out of range"),
+        (None, {"targets": torch.tensor([0, 1, -1, 3, 3])}, "target -1 is out of range"),
+        (None, {"targets": torch.tensor([0])}, "pass 5 integers"),
+        (None, {"targets": torch.zeros(5)}, "pass 5 integers"),
+        (None, {"weights": {"c0": 1, "c1": -1, "c2": 1}}, "client 'c1' has -1.0"),
+        (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "all zero"),
+        (None, {"weights": {"c0": 1, "c1": 1}}, "miss client 'c2'"),
+        (None, {"method": "influence"}, "needs weights"),
+        (None, {"method": "integrated", "weights": {"c0": 1, "c1": 1, "c2": 1}}, "needs reference"),
+        (None, {"method": "shap"}, "method='shap' is unknown"),
+        (None, {"output": "loss"}, "output='loss' is unknown"),
+        (None, {"layer_decay": 0}, "layer_decay=0"),
+        (None, {"layers": ["heads"]}, "'heads'"),
+        (None, {"reference": {}}, "reference: tensor 'head.weight' is missing"),
+    ],
+)
+def test_errors(block, x, change, options, message):
+    states, _ = reference.perturbed(block)
+    with pytest.raises(TraceFLError, match=message):
+        trace(block, change(states) if change else states, x, **options)
+
+
+def test_states_may_hold_floating_point_entries_alone(block, x):
+    states, weights = reference.perturbed(block)
+    floats = {who: {k: v for k, v in s.items() if v.is_floating_point()} for who, s in states.items()}
+    found = trace(block, floats, x, method="influence", weights=weights)
+    close(found.contributions, trace(block, states, x, method="influence", weights=weights).contributions)
+
+
+def test_inputs_and_outputs_that_are_none(block, x):
+    states, _ = reference.perturbed(block)
+    with pytest.raises(TraceFLError, match="at least 1"):
+        trace(block, states, x[:0])
+    stem = {who: {"weight": s["stem.weight"], "bias": s["stem.bias"]} for who, s in states.items()}
+    with pytest.raises(TraceFLError, match="not logits"):
+        trace(block.stem, stem, x)
+    with pytest.raises(TraceFLError, match="output for input 3 is not finite"):
+        trace(block, states, torch.cat([x[:3], x[3:4] * torch.nan]))

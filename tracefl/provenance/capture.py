@@ -1,0 +1,181 @@
+"""One forward and one backward pass: every traced call's input x and output gradient dy/dz.
+
+Each input's y is independent of the others in eval mode: the gradient of sum_n y_n holds every input's own.
+Calls are paired with their gradients through the autograd graph, never by the order in which hooks fire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from tracefl.errors import TraceFLError
+from tracefl.provenance.state import TracedState
+
+Batch = Mapping[str, Any] | Tensor
+# (logits [N, classes], targets [N]) -> (y [N], targets [N])
+Explain = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Call:
+    """The `index`-th time that `module` ran; `order` counts events of the forward pass."""
+
+    module: nn.Module
+    index: int
+    order: int
+    x: Tensor
+    edge: GradientEdge
+    shape: torch.Size
+    version: int
+    g: Tensor | None = None  # None: y does not depend on this call
+
+
+@dataclass
+class Pass:
+    """What one pass over a batch leaves behind."""
+
+    calls: list[Call] = field(default_factory=list)
+    started: dict[nn.Module, int] = field(default_factory=dict)  # module -> order of its first start
+    y: Tensor | None = None
+    targets: Tensor | None = None
+    loose: dict[str, Tensor | None] = field(default_factory=dict)  # tensors used outside of rules -> dy/dθ
+
+    @property
+    def nbytes(self) -> int:
+        """Inputs and output gradients of the calls, shared storage counted once."""
+        inputs = {call.x.data_ptr(): call.x.nbytes for call in self.calls}
+        return sum(inputs.values()) + sum(call.shape.numel() * call.x.element_size() for call in self.calls)
+
+    @property
+    def disturbed(self) -> bool:
+        """The model has overwritten some layer's input in place after the layer ran."""
+        return any(call.x._version != call.version for call in self.calls)
+
+
+def run(
+    model: nn.Module, state: TracedState, batch: Batch, targets: Tensor | None, explain: Explain,
+    *, backward: bool = True, keep_inputs: bool = False,
+) -> Pass:  # fmt: skip
+    """Forward `batch` and, with `backward`, differentiate y; `keep_inputs` copies x (see `disturbed`)."""
+    done = Pass()
+    with _hooks(model, state, done, keep_inputs):
+        output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    y, done.targets = explain(_logits(output), targets)
+    done.y = y.detach()
+    used = _leaves(y)
+    leaves = {name: tensor for name, tensor in state.tensors.items() if id(tensor) in used}
+    done.loose = dict.fromkeys(leaves)
+    if not backward or not y.requires_grad:
+        return done
+    inputs: list[Any] = [*(call.edge for call in done.calls), *leaves.values()]
+    grads = torch.autograd.grad(y.sum(), inputs, allow_unused=True) if inputs else ()
+    for call, g in zip(done.calls, grads, strict=False):
+        call.g = g
+    done.loose = dict(zip(leaves, grads[len(done.calls) :], strict=True))
+    return done
+
+
+@contextmanager
+def tracing(model: nn.Module, state: TracedState) -> Iterator[None]:
+    """Eval mode, gradients for traced tensors alone, no fused paths that skip hooks; restored on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = {id(t): t for t in [*model.parameters(), *state.tensors.values()] if t.is_floating_point()}
+    flags = [(t, t.requires_grad) for t in tensors.values()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    traced = {id(t) for t in state.tensors.values()}
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        for tensor, _ in flags:
+            tensor.requires_grad_(id(tensor) in traced)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for tensor, flag in flags:
+            tensor.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _hooks(model: nn.Module, state: TracedState, done: Pass, keep_inputs: bool) -> Iterator[None]:
+    """Record calls. Inside a layer with a rule its own tensors are constants: whatever traced tensor turns up
+    in the graph of y all the same is used outside of rules.
+    """
+    counts: dict[nn.Module, int] = {}
+    orders = iter(range(1 << 62))
+
+    def start(module: nn.Module, args: Any) -> None:
+        order = next(orders)
+        done.started.setdefault(module, order)
+        for tensor in state.constants.get(module, ()):
+            tensor.requires_grad_(False)
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        for tensor in state.constants[module]:
+            tensor.requires_grad_(True)
+        if module not in state.rules:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        replaced = None
+        if not out.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
+            out = replaced = out.detach().requires_grad_().clone()
+        index = counts[module] = counts.get(module, -1) + 1
+        x = x.detach().clone() if keep_inputs else x.detach()
+        done.calls.append(Call(module, index, next(orders), x, get_gradient_edge(out), out.shape, x._version))
+        return replaced
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(_removing(module.register_forward_pre_hook(start)))
+        for module in state.constants:
+            stack.enter_context(_removing(module.register_forward_hook(end, with_kwargs=True)))
+        try:
+            yield
+        except BaseException:
+            for tensor in state.tensors.values():
+                tensor.requires_grad_(True)
+            raise
+
+
+@contextmanager
+def _removing(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise TraceFLError(
+            f"the model's output is {found}, not logits [N, classes]: pass a classifier that returns them "
+            "or an object with .logits"
+        )
+    return logits
+
+
+def _leaves(y: Tensor) -> set[int]:
+    """ids of the leaf tensors in the graph of y."""
+    found: set[int] = set()
+    seen, stack = set(), [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        stack.extend(following for following, _ in node.next_functions)
+    return found

@@ -1,0 +1,28 @@
+"""BatchNorm in eval mode: z = (x - mean) / sqrt(var + eps) * weight + bias, all four tensors traced."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from tracefl.provenance.gradients import Dense, Gradient
+from tracefl.provenance.layers.registry import register
+
+
+@register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def batchnorm(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Gradient]:
+    """With x̂ = (x - mean) / sqrt(var + eps): Σ g x̂ by weight, Σ g by bias, multiples of them by the rest."""
+    norm = cast(nn.BatchNorm2d, layer)
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    x, g = x.reshape(*x.shape[:2], -1), g.reshape(*g.shape[:2], -1)  # [N, C, S]
+    scale = (var + norm.eps).rsqrt()
+    by_bias = g.sum(2)
+    by_weight = ((x - mean[:, None]) * scale[:, None] * g).sum(2)
+    weight = norm.weight if norm.affine else 1.0
+    return {
+        "weight": Dense(by_weight),
+        "bias": Dense(by_bias),
+        "running_mean": Dense(-scale * weight * by_bias),
+        "running_var": Dense(-0.5 * scale**2 * weight * by_weight),
+    }

@@ -1,0 +1,89 @@
+"""The answer: who is responsible, by how much, through which layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class Provenance:
+    """N explained inputs, K clients, L layer calls; by_layer.sum(0) == contributions."""
+
+    method: str
+    client_ids: list[str]  # [K]
+    targets: Tensor  # [N] explained class
+    by_layer: Tensor  # [L, N, K] float64, layer decay and client weights included
+    layers: list[str]  # [L] in execution order; "name#2" is a module's second call
+    residual_by_layer: Tensor | None = None  # [L, N] what the server added to the fusion; needs weights
+    change: Tensor | None = None  # [N] y of the model minus y of the reference (method "integrated")
+
+    @property
+    def contributions(self) -> Tensor:
+        """[N, K] float64 (equation 6)."""
+        return self.by_layer.sum(0)
+
+    @property
+    def scores(self) -> Tensor:
+        """[N, K] softmax over the clients (equation 7)."""
+        return self.contributions.softmax(1)
+
+    @property
+    def responsible(self) -> list[str]:
+        """[N] id of the client with the largest contribution."""
+        return [self.client_ids[k] for k in self.contributions.argmax(1).tolist()]
+
+    @property
+    def residual(self) -> Tensor | None:
+        """[N] what the server itself added (clipping, noise, momentum); None without weights."""
+        return None if self.residual_by_layer is None else self.residual_by_layer.sum(0)
+
+    @property
+    def completeness_error(self) -> Tensor | None:
+        """[N] |shares + residual - change of y|, as a fraction of the mean |change| over the inputs."""
+        if self.change is None or self.residual is None:
+            return None
+        missed = self.contributions.sum(1) + self.residual - self.change
+        return missed.abs() / self.change.abs().mean().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def ranking(self, i: int) -> list[tuple[str, float, float]]:
+        """(client id, contribution, score) of input i, most responsible first; ties keep the order."""
+        contributions, scores = self.contributions[i], self.scores[i]
+        order = contributions.argsort(descending=True, stable=True).tolist()
+        return [(self.client_ids[k], contributions[k].item(), scores[k].item()) for k in order]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per input and client: input, target, client, contribution, score, rank (from 1)."""
+        import pandas as pd  # a second of import that tracing itself does not need
+
+        N, K = self.contributions.shape
+        ranks = (-self.contributions).argsort(dim=1, stable=True).argsort(dim=1) + 1
+        return pd.DataFrame(
+            {
+                "input": [n for n in range(N) for _ in range(K)],
+                "target": self.targets.repeat_interleave(K).tolist(),
+                "client": self.client_ids * N,
+                "contribution": self.contributions.flatten().tolist(),
+                "score": self.scores.flatten().tolist(),
+                "rank": ranks.flatten().tolist(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        shown = min(len(self.targets), 5)
+        lines = [
+            f"Provenance(method={self.method!r}, {len(self.targets)} inputs, {len(self.client_ids)} clients, "
+            f"{len(self.layers)} layers)"
+        ]
+        for i in range(shown):
+            best = "  ".join(f"{who} {share:+.4g} ({score:.2f})" for who, share, score in self.ranking(i)[:3])
+            lines.append(f"  input {i}, class {self.targets[i].item()}: {best}")
+        if shown < len(self.targets):
+            lines.append(f"  ... {len(self.targets) - shown} more")
+        return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""tracefl.trace: which clients are responsible for a global model's predictions.
+
+A traced layer is linear in its own parameters θ given its input, so client k's total (equations 4 to 6) is
+
+    T_k = Σ_l β_l Σ_j c_j z_kj = Σ_l β_l <θ_k, dy/dθ_l>,    c_j = dy/dz_j,  z_kj = w_kj · z_in + b_kj,
+
+one backward pass of the global model for all clients, then one contraction per tensor. "influence" contracts
+p_k (W_k - W_g) with dy/dW over the whole state, BatchNorm's statistics included, y being the log-odds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tracefl.errors import TraceFLError
+from tracefl.provenance.capture import Batch, Explain, tracing
+from tracefl.provenance.clients import Clients, State, check_names, read
+from tracefl.provenance.collect import Group, batch_size, collect
+from tracefl.provenance.result import Provenance
+from tracefl.provenance.state import TracedState, traced_state
+
+METHODS = ("neuron", "influence", "integrated")
+OUTPUTS = ("logit", "log_odds")
+
+
+def trace(
+    model: nn.Module,
+    clients: Mapping[str, State],
+    inputs: Batch,
+    *,
+    targets: Tensor | None = None,
+    weights: Mapping[str, float] | None = None,
+    reference: State | None = None,
+    layer_decay: float = 0.9,
+    layers: str | Sequence[str] = "all",
+    method: str = "neuron",
+    output: str | None = None,
+    scratch_bytes: int = 1 << 30,
+) -> Provenance:
+    """Explain the predictions of `model`, which holds the global weights, by the clients' states.
+
+    inputs: Tensor [N, ...] or keyword arguments with such. targets: [N] classes; default: as predicted.
+    weights: p_k, scaled to add up to 1. reference: the incoming global model, to trace updates, not weights.
+    layers: "all", "paper" (Linear, Conv2d, LayerNorm, Conv1D) or module names, submodules included.
+    output: "logit", or "log_odds" (default for "influence"). scratch_bytes bounds memory beside the model.
+    """
+    output = output or ("log_odds" if method == "influence" else "logit")
+    _check_settings(method, output, weights, reference, layer_decay)
+    model, inputs = _full_precision(model, inputs)
+    state = traced_state(model, layers, statistics=method != "neuron")
+    if not state.tensors:
+        raise TraceFLError(f"layers={layers!r}: no floating-point tensor is there; choose other layers")
+    entries = model.state_dict(keep_vars=True)
+    who = Clients(clients, entries, state.aliases)
+    p = None if weights is None else _shares(weights, who.ids, next(iter(state.tensors.values())).device)
+    if reference is not None:
+        check_names("reference", reference, entries, state.aliases)
+    N = batch_size(inputs)
+    found: dict[str, Tensor] = {}  # layer -> <θ_k - base, G> [N, K (+ 1 for the global model)]
+    extra = int(method != "influence" and weights is not None)
+    with tracing(model, state):
+        done = []
+        groups = collect(model, state, inputs, _checked(targets, N), _explain(output), scratch_bytes // 2)
+        for group in groups:
+            done.append(group.targets)
+            for name in group.layers:
+                found.setdefault(name, torch.zeros(N, len(who.ids) + extra, dtype=torch.float64))
+            base = None if method == "influence" else reference
+            _contract(group, state, who, base, method == "influence", bool(extra), found, scratch_bytes // 4)
+    by_layer = torch.stack(list(found.values()))
+    if method == "neuron":
+        age = torch.arange(len(by_layer) - 1, -1, -1, dtype=torch.float64)  # L - 1 - l
+        by_layer *= (layer_decay**age)[:, None, None]
+    if not torch.isfinite(by_layer).all():
+        who.blame()
+        raise TraceFLError("contributions are not finite though every client is: the gradient overflows")
+    shares, residual = by_layer[:, :, : len(who.ids)], None
+    if p is not None:
+        shares = shares * p
+        residual = (by_layer[:, :, -1] if extra else 0) - shares.sum(2)
+    return Provenance(method, who.ids, torch.cat(done).cpu(), shares, list(found), residual)
+
+
+def _contract(
+    group: Group, state: TracedState, clients: Clients, reference: State | None, from_global: bool,
+    with_global: bool, found: dict[str, Tensor], scratch: int,
+) -> None:  # fmt: skip
+    """Add <θ_k - base, G> of one group of inputs to `found`, tensor by tensor, reading blocks of clients."""
+    K = len(clients.ids)
+    for name, theta in state.tensors.items():
+        uses = [(layer, tensors[name]) for layer, tensors in group.layers.items() if name in tensors]
+        if not uses:
+            continue
+        theta = theta.detach()
+        base = theta if from_global else None
+        if reference is not None:
+            base = read("reference", reference, state.aliases[name], theta)
+        block = max(1, scratch // max(1, theta.nbytes))
+        for first in range(0, K, block):
+            last = min(K, first + block)
+            thetas = clients.tensors(name, first, last)
+            if with_global and last == K:
+                thetas.append(theta)
+            for layer, gradient in uses:
+                S = gradient.contract(thetas, base).cpu()
+                found[layer][group.first : group.last, first : first + len(thetas)] += S
+
+
+def _explain(output: str) -> Explain:
+    def explain(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        targets = logits.argmax(1) if targets is None else targets.to(logits.device)
+        classes = logits.shape[1]
+        if targets.min() < 0 or targets.max() >= classes:
+            bad = targets[(targets < 0) | (targets >= classes)][0].item()
+            raise TraceFLError(f"target {bad} is out of range: the model has classes 0 to {classes - 1}")
+        y = logits.gather(1, targets[:, None])[:, 0]
+        if output == "log_odds":
+            y = y - logits.scatter(1, targets[:, None], -math.inf).logsumexp(1)
+        return y, targets
+
+    return explain
+
+
+def _check_settings(
+    method: str, output: str, weights: Mapping[str, float] | None, reference: State | None, layer_decay: float
+) -> None:
+    if method not in METHODS:
+        raise TraceFLError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
+    if output not in OUTPUTS:
+        raise TraceFLError(f"output={output!r} is unknown: choose one of {', '.join(OUTPUTS)}")
+    if method != "neuron" and weights is None:
+        raise TraceFLError(f"method={method!r} needs weights: pass every client's number of examples")
+    if method == "integrated" and reference is None:
+        raise TraceFLError("method='integrated' needs reference: pass the state of the incoming global model")
+    if not 0 < layer_decay <= 1:
+        raise TraceFLError(f"layer_decay={layer_decay!r} must lie in (0, 1]; 1 switches the decay off")
+
+
+def _shares(weights: Mapping[str, float], ids: Sequence[str], device: torch.device) -> Tensor:
+    """p_k = w_k / Σ w, float64 [K]."""
+    missing = [who for who in ids if who not in weights]
+    if missing:
+        raise TraceFLError(f"weights miss client {missing[0]!r}: give every client a weight")
+    p = torch.tensor([float(weights[who]) for who in ids], dtype=torch.float64)
+    bad = (p < 0) | ~torch.isfinite(p)
+    if bad.any():
+        k = int(bad.nonzero()[0])
+        raise TraceFLError(f"weights: client {ids[k]!r} has {p[k].item()}; pass finite values of 0 or more")
+    if not p.any():
+        raise TraceFLError("weights are all zero: at least one client must have a positive weight")
+    return p / p.sum()
+
+
+def _checked(targets: Tensor | None, N: int) -> Tensor | None:
+    if targets is not None and (targets.shape != (N,) or targets.is_floating_point()):
+        raise TraceFLError(
+            f"targets are {tuple(targets.shape)} of {targets.dtype}: pass {N} integers, one per input"
+        )
+    return targets
+
+
+def _full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
+    """A float32 copy of a half-precision model; inputs on the model's device, half-precision as float32."""
+    tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor)]
+    if not tensors:
+        raise TraceFLError("the model has no parameters to trace")
+    half = (torch.float16, torch.bfloat16)
+    if any(t.dtype in half for t in tensors):
+        model = copy.deepcopy(model).float()
+
+    def full(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(tensors[0].device, torch.float32 if value.dtype in half else value.dtype)
+
+    if isinstance(inputs, Mapping):
+        return model, {name: full(value) for name, value in inputs.items()}
+    return model, full(inputs)  # type: ignore[return-value]
