@@ -20,7 +20,7 @@ def explained(model, x, target, output="logit"):
 
 
 def neuron(model, states, x, target):
-    """Σ_j c_j z_kj of every call of every module with parameters, [L, K]: the client's layer on the global input."""
+    """Σ_j c_j z_kj of every call of every module with parameters, [L, K], a client's layer at the global input."""
     model, calls = copy.deepcopy(model).eval(), []
 
     def record(module, args, out):
@@ -34,10 +34,11 @@ def neuron(model, states, x, target):
     explained(model, x, target).backward()
     for handle in handles:
         handle.remove()
-    return torch.tensor([
+    shares = [
         [(of_client(module, names[module], state)(z_in) * z.grad).sum().item() for state in states.values()]
         for module, z_in, z in calls
-    ])  # fmt: skip
+    ]
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def of_client(module, name, state):
@@ -100,12 +101,10 @@ def perturbed(model, K=3, scale=0.05):
 
 def fused(states, weights):
     """FedAvg: Σ p_k W_k."""
-    total = sum(weights.values())
+    p = {who: weights[who] / sum(weights.values()) for who in states}
     first = next(iter(states.values()))
-    return {
-        name: sum(states[who][name] * (weights[who] / total) for who in states) if w.is_floating_point() else w
-        for name, w in first.items()
-    }  # fmt: skip
+    floats = [name for name, w in first.items() if w.is_floating_point()]
+    return {**first, **{name: sum(p[who] * states[who][name] for who in states) for name in floats}}
 
 
 def row(x, n):
