@@ -20,7 +20,7 @@ def explained(model, x, target, output="logit"):
 
 
 def neuron(model, states, x, target):
-    """Σ_j c_j z_kj of every call of every module with parameters, [L, K], a client's layer at the global input."""
+    """Σ_j c_j z_kj of every call of modules with parameters, [L, K]: clients' layers at the global input."""
     model, calls = copy.deepcopy(model).eval(), []
 
     def record(module, args, out):

@@ -177,8 +177,7 @@ def compact(gradient: Gradient) -> Gradient:
         _, S, R = gradient.left.shape
         C = gradient.right.shape[2]
         if R * C <= S * (R + C):
-            select = gradient.select
-            return Dense(gradient.dense(), lambda theta: select(theta).flatten(1))
+            return Dense(gradient.dense(), gradient.select)
     return gradient
 
 

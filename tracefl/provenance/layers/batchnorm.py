@@ -6,12 +6,12 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from tracefl.provenance.gradients import Dense, Gradient
-from tracefl.provenance.layers.registry import register
+from tracefl.provenance.gradients import Dense
+from tracefl.provenance.layers.registry import Gradients, register
 
 
 @register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-def batchnorm(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Gradient]:
+def batchnorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     """With x̂ = (x - mean) / sqrt(var + eps): Σ g x̂ by weight, Σ g by bias, multiples of them by the rest."""
     norm = cast(nn.BatchNorm2d, layer)
     mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)

@@ -1,4 +1,7 @@
-"""Convolutions are linear maps of patches of the input: dy/dW = Σ_s g_s patch_sᵀ over output pixels s."""
+"""Convolutions are linear maps of patches of the input: dy/dW = Σ_s g_s patch_sᵀ over output positions s.
+
+A transposed convolution swaps input and output: dy/dW = Σ_s x_s patch_s(g)ᵀ over input positions s.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +12,72 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tracefl.provenance.gradients import Dense, Gradient, Outer
-from tracefl.provenance.layers.registry import register
+from tracefl.provenance.layers.registry import Gradients, register
 
 
-def live_taps(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> slice:
-    """The range of kernel taps along one axis that ever see the input; others see only padding and give 0."""
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def convolution(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
+    conv = cast(nn.Conv2d, layer)
+    x, g = batched(conv, x), batched(conv, g)
+    zeros = conv.padding_mode == "zeros"
+    padded = functional.pad(
+        x, conv._reversed_padding_repeated_twice, mode="constant" if zeros else conv.padding_mode
+    )
+    before = conv._reversed_padding_repeated_twice[-2::-2]  # of each axis, its first padding
+    seen = (
+        (*zip(before, x.shape[2:], strict=True),) if zeros else (*((0, size) for size in padded.shape[2:]),)
+    )
+    return {"weight": by_weight(conv, g, padded, seen), "bias": Dense(g.flatten(2).sum(2))}
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def transposed_convolution(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
+    conv = cast(nn.Conv2d, layer)
+    x, g = batched(conv, x), batched(conv, g)
+    paddings = cast(tuple[int, ...], conv.padding)
+    padded = functional.pad(g, [p for axis in reversed(paddings) for p in (axis, axis)])
+    seen = (*zip(paddings, g.shape[2:], strict=True),)
+    return {"weight": by_weight(conv, x, padded, seen), "bias": Dense(g.flatten(2).sum(2))}
+
+
+def batched(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return x if x.ndim == 2 + len(conv.kernel_size) else x[None]
+
+
+def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[int, int], ...]) -> Gradient:
+    """Σ_s left_s patch_sᵀ for left [N, R, *positions]; `seen`: (start, size) of each axis but its padding."""
+    positions = left.shape[2:]
+    axes = list(zip(seen, positions, conv.kernel_size, conv.stride, conv.dilation, strict=True))
+    taps = tuple(live_taps(*axis) for axis in axes)
+
+    def select(theta: Tensor) -> Tensor:
+        return theta[(slice(None), slice(None), *taps)]
+
+    padded = padded.contiguous()
+    strides = padded.stride()[2:]
+    patches = padded.as_strided(  # [N, channels, *taps, *positions]
+        (*padded.shape[:2], *(tap.stop - tap.start for tap in taps), *positions),
+        (
+            *padded.stride()[:2],
+            *(step * dilation for step, dilation in zip(strides, conv.dilation, strict=True)),
+            *(step * stride for step, stride in zip(strides, conv.stride, strict=True)),
+        ),
+        sum(t.start * d * step for t, d, step in zip(taps, conv.dilation, strides, strict=True)),
+    )
+    N, groups = len(left), conv.groups
+    left = left.reshape(N * groups, left.shape[1] // groups, -1).mT
+    right = patches.reshape(N * groups, -1, left.shape[1]).mT
+    if groups == 1:
+        return Outer(left, right, select)
+    return Dense(torch.bmm(left.mT, right).view(N, groups * left.shape[2], -1), select)
+
+
+def live_taps(seen: tuple[int, int], positions: int, kernel: int, stride: int, dilation: int) -> slice:
+    """The range of kernel taps along one axis that ever see the input: others see only padding and give 0."""
+    first, size = seen
     live = [
-        t for t in range(kernel) if any(0 <= o * stride - padding + t * dilation < size for o in range(out))
+        t
+        for t in range(kernel)
+        if any(first <= s * stride + t * dilation < first + size for s in range(positions))
     ]
     return slice(live[0], live[-1] + 1) if live else slice(0, 1)
-
-
-@register(nn.Conv2d)
-def conv2d(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Gradient]:
-    conv = cast(nn.Conv2d, layer)
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    (H, W), (out_h, out_w) = x.shape[2:], g.shape[2:]
-    ph, pw = cast(tuple[int, int], conv.padding)
-    rows, columns = live_taps(H, out_h, kh, sh, ph, dh), live_taps(W, out_w, kw, sw, pw, dw)
-    padded = functional.pad(x, (pw, pw, ph, ph))
-    # patches [N, I, taps, taps, out_h, out_w]
-    patches = torch.stack(
-        [
-            torch.stack(
-                [
-                    padded[
-                        :,
-                        :,
-                        r * dh : r * dh + (out_h - 1) * sh + 1 : sh,
-                        c * dw : c * dw + (out_w - 1) * sw + 1 : sw,
-                    ]
-                    for c in range(columns.start, columns.stop)
-                ],
-                2,
-            )
-            for r in range(rows.start, rows.stop)
-        ],
-        2,
-    )
-    right = patches.flatten(4).flatten(1, 3).mT
-    return {
-        "weight": Outer(g.flatten(2).mT, right, lambda theta: theta[:, :, rows, columns]),
-        "bias": Dense(g.sum((2, 3))),
-    }

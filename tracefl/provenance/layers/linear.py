@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tracefl.provenance.gradients import Dense, Gradient, Outer
-from tracefl.provenance.layers.registry import register
+from tracefl.provenance.gradients import Dense, Outer
+from tracefl.provenance.layers.registry import Gradients, register
 
 
 def positions(x: Tensor) -> Tensor:
@@ -14,13 +14,13 @@ def positions(x: Tensor) -> Tensor:
 
 
 @register(nn.Linear)
-def linear(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Gradient]:
+def linear(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     x, g = positions(x), positions(g)
     return {"weight": Outer(g, x), "bias": Dense(g.sum(1))}
 
 
 @register("transformers.pytorch_utils.Conv1D")
-def conv1d_of_transformers(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Gradient]:
+def conv1d_of_transformers(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     """Hugging Face's Conv1D is a Linear with its weight transposed: [in, out]."""
     x, g = positions(x), positions(g)
     return {"weight": Outer(x, g), "bias": Dense(g.sum(1))}

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tracefl.provenance.gradients import Gradient
 
-Rule = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Gradient]]
+Gradients = Mapping[str, Gradient]
+Rule = Callable[[nn.Module, Tensor, Tensor], Gradients]
 _RULES: dict[type | str, Rule] = {}
 
 
