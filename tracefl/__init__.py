@@ -1,0 +1,26 @@
+"""TraceFL: which client is responsible for a federated model's prediction?"""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from tracefl.errors import TraceFLError
+
+if TYPE_CHECKING:
+    from tracefl.provenance import Provenance, trace
+    from tracefl.runs import Run
+
+__all__ = ["Provenance", "Run", "TraceFLError", "__version__", "trace"]
+__version__ = version("tracefl")
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when it is needed: the command line answers a wrong value before that."""
+    if name == "Run":
+        from tracefl.runs import Run
+
+        return Run
+    if name in ("Provenance", "trace"):
+        from tracefl import provenance
+
+        return getattr(provenance, name)
+    raise AttributeError(f"module 'tracefl' has no attribute '{name}'")

@@ -1,0 +1,329 @@
+"""The typed schema of the configuration, and the checks that come before any work.
+
+Values and their comments stand in conf/base.yaml; this file says what type each has and what is impossible.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from tracefl.errors import TraceFLError
+
+IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
+STRATEGIES = ("fedavg",)
+METHODS = ("neuron", "influence")
+DIST_TYPES = (
+    "non_iid_dirichlet",
+    *(f"PathologicalPartitioner-{n}" for n in (1, 2, 3)),
+    *(f"sharded-non-iid-{n}" for n in (1, 2, 3)),
+)
+# Hub name of each dataset that the paper or its artifact calls by a short name.
+HUB_NAMES = {
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+}
+# Settings that leave the trained weights as they are; every other one is part of the run's hash.
+NOT_TRAINING = frozenset(
+    [
+        "exp_key",
+        "total_cpus",
+        "total_gpus",
+        "dry_run",
+        "do_training",
+        "do_provenance",
+        "check_dataset_cache",
+        "check_train_cache",
+        "check_prov_cache",
+        "plotting",
+        "convert_cache_to_csv",
+        "round_timeout",
+        "enable_beta",
+        "client_weights_normalization",
+        "parallel_processes",
+        "provenance",
+        "neuron_activation_threshold",
+        "faster_input_generation",
+        "storage",
+    ]
+)
+
+
+@dataclass
+class Client:
+    epochs: int
+    lr: float
+
+
+@dataclass
+class ClientResources:
+    cpus: float
+    gpus: float
+
+
+@dataclass
+class Model:
+    name: str
+    arch: str | None
+    pretrained: bool
+
+
+@dataclass
+class Dataset:
+    name: str
+    path: str | None
+    num_classes: int | None
+    channels: int | None
+    input_columns: list[str]
+    label_column: str | None
+    train_split: str
+    test_split: str
+
+
+@dataclass
+class Strategy:
+    name: str
+    num_rounds: int
+    clients_per_round: int
+    noise_multiplier: float
+    clipping_norm: float
+
+
+@dataclass
+class DataDist:
+    dist_type: str
+    num_clients: int
+    batch_size: int
+    dirichlet_alpha: float
+    dname: str
+    mname: str
+    storage_dir: str
+    max_per_client_data_size: int
+    max_server_data_size: int
+
+
+@dataclass
+class ProvenanceConfig:
+    methods: list[str]
+    inputs_per_label: int
+    max_mispredictions: int
+
+
+@dataclass
+class Storage:
+    dir: str
+
+
+@dataclass
+class Config:
+    exp_key: str
+    seed: int
+    num_clients: int
+    clients_per_round: int
+    num_rounds: int
+    dirichlet_alpha: float
+    batch_size: int
+    noise_multiplier: float
+    clipping_norm: float
+    total_cpus: int | None
+    total_gpus: int | None
+    client_cpus: float
+    client_gpu: float
+    client_resources: ClientResources
+    device: str
+    client: Client
+    model: Model
+    dataset: Dataset
+    strategy: Strategy
+    data_dist: DataDist
+    faulty_clients_ids: list[int]
+    label2flip: dict[int, int]
+    noise_rate: Any
+    dry_run: bool
+    do_training: bool
+    do_provenance: bool
+    check_dataset_cache: bool
+    check_train_cache: bool
+    check_prov_cache: bool
+    plotting: bool
+    convert_cache_to_csv: bool
+    accept_failures: bool
+    round_timeout: float
+    enable_beta: bool
+    client_weights_normalization: bool
+    parallel_processes: int
+    provenance: ProvenanceConfig
+    neuron_activation_threshold: float
+    faster_input_generation: bool
+    storage: Storage
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def load(composed: DictConfig) -> Config:
+    """The composed configuration as a checked `Config`.
+
+    Raises:
+        TraceFLError: a value is impossible; the message names key, value and remedy.
+    """
+    plain = OmegaConf.to_container(composed, resolve=True)  # so that +key=value is held to the schema too
+    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
+    _check(config)
+    return config
+
+
+def fingerprint(value: Any) -> str:
+    """First 8 hex digits of the SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """The settings on which the prepared data depend (paths resolved)."""
+    dist, dataset = config.data_dist, config.dataset
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "dataset": {**vars(dataset), "path": dataset.path and str(Path(dataset.path).resolve())},
+        "dist_type": dist.dist_type,
+        "num_clients": dist.num_clients,
+        "max_per_client_data_size": dist.max_per_client_data_size,
+        "max_server_data_size": dist.max_server_data_size,
+    }
+    if dist.dist_type == "non_iid_dirichlet":
+        settings["dirichlet_alpha"] = dist.dirichlet_alpha
+    return settings
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Every setting that can change a trained weight: what the run's hash covers."""
+    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
+    settings = {key: value for key, value in plain.items() if key not in NOT_TRAINING}
+    for shadowed in (
+        "dataset",
+        "data_dist",
+        "client_cpus",
+        "client_gpu",
+        *plain["strategy"].keys() - {"name"},
+    ):
+        settings.pop(shadowed, None)
+    settings["label2flip"] = sorted(config.label2flip.items())
+    settings["noise_rate"] = sorted(flip_rates(config).items())
+    return settings | {"batch_size": config.data_dist.batch_size, "data": data_settings(config)}
+
+
+def run_folder(config: Config) -> Path:
+    """`<storage.dir>/<exp_key>-<hash>`: one folder per set of training settings."""
+    return Path(config.storage.dir) / f"{config.exp_key}-{fingerprint(training_settings(config))}"
+
+
+def flip_rates(config: Config) -> dict[int, float]:
+    """Share of each flipped label's examples that is flipped, in [0, 1].
+
+    The artifact's command lines give `noise_rate` the same mapping as `label2flip` and mean "all": a value above
+    1 in a mapping counts as 1.
+    """
+    rate = config.noise_rate
+    if isinstance(rate, dict):
+        return {label: min(float(rate.get(label, 1.0)), 1.0) for label in config.label2flip}
+    return dict.fromkeys(config.label2flip, float(rate))
+
+
+def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
+    if not holds:
+        raise TraceFLError(f"{key}={value} cannot be: {remedy}.")
+
+
+def _check(c: Config) -> None:
+    dist, strategy = c.data_dist, c.strategy
+    at_least_one = {
+        "num_clients": dist.num_clients,
+        "clients_per_round": strategy.clients_per_round,
+        "num_rounds": strategy.num_rounds,
+        "batch_size": dist.batch_size,
+        "client.epochs": c.client.epochs,
+        "provenance.inputs_per_label": c.provenance.inputs_per_label,
+        "provenance.max_mispredictions": c.provenance.max_mispredictions,
+    }
+    for key, count in at_least_one.items():
+        _require(count >= 1, key, count, "give a whole number of at least 1")
+    _require(
+        strategy.clients_per_round <= dist.num_clients,
+        "clients_per_round",
+        strategy.clients_per_round,
+        f"there are num_clients={dist.num_clients} clients; lower clients_per_round or raise num_clients",
+    )
+    positive = {
+        "client.lr": c.client.lr,
+        "client_cpus": c.client_resources.cpus,
+        "round_timeout": c.round_timeout,
+    }
+    if dist.dist_type == "non_iid_dirichlet":
+        positive["dirichlet_alpha"] = dist.dirichlet_alpha
+    for key, number in positive.items():
+        _require(number > 0 and math.isfinite(number), key, number, "give a number above 0")
+    for key, size in {
+        "data_dist.max_per_client_data_size": dist.max_per_client_data_size,
+        "data_dist.max_server_data_size": dist.max_server_data_size,
+        "parallel_processes": c.parallel_processes,
+    }.items():
+        _require(size == -1 or size >= 1, key, size, "give a whole number of at least 1, or -1 for no limit")
+    for key, total in {"total_cpus": c.total_cpus, "total_gpus": c.total_gpus}.items():
+        _require(total is None or total >= 0, key, total, "give a count, or null for all that there are")
+    _one_of("data_dist.dist_type", dist.dist_type, DIST_TYPES)
+    _one_of("strategy.name", strategy.name, STRATEGIES)
+    _one_of("model.name", c.model.name, IMAGE_MODELS)
+    for method in c.provenance.methods:
+        _one_of("provenance.methods", method, METHODS)
+    _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", c.device)), "device", c.device, "give cpu, cuda or cuda:N")
+    _require(
+        bool(re.fullmatch(r"[\w.-]+", c.exp_key)),
+        "exp_key",
+        c.exp_key,
+        "use letters, digits, dot, dash and underscore",
+    )
+    _require(c.seed >= 0, "seed", c.seed, "give a whole number of at least 0")
+    _require(
+        not c.dataset.path or Path(c.dataset.path).is_dir(),
+        "dataset.path",
+        c.dataset.path,
+        "it is no folder; give one in the hub's layout, for example with train-*.parquet and test-*.parquet",
+    )
+    known = c.dataset.path or c.dataset.name in ("digits", *HUB_NAMES) or "/" in c.dataset.name
+    _require(
+        bool(known),
+        "dataset.name",
+        c.dataset.name,
+        f"known are digits, {', '.join(HUB_NAMES)}; name any other by its hub name 'owner/name' or give dataset.path",
+    )
+    _check_faults(c)
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, key, value, f"give one of {', '.join(allowed)}")
+
+
+def _check_faults(c: Config) -> None:
+    for client in c.faulty_clients_ids:
+        _require(
+            0 <= client < c.data_dist.num_clients,
+            "faulty_clients_ids",
+            c.faulty_clients_ids,
+            f"clients are numbered 0 to {c.data_dist.num_clients - 1}",
+        )
+    _require(
+        bool(c.faulty_clients_ids) == bool(c.label2flip),
+        "faulty_clients_ids",
+        c.faulty_clients_ids,
+        f"it goes together with label2flip, which is {c.label2flip}; set both or neither",
+    )
+    is_rate = isinstance(c.noise_rate, (int, float)) and 0 <= c.noise_rate <= 1
+    is_map = isinstance(c.noise_rate, dict) and all(
+        isinstance(rate, (int, float)) and rate >= 0 for rate in c.noise_rate.values()
+    )
+    _require(is_rate or is_map, "noise_rate", c.noise_rate, "give a share from 0 to 1, or such a share per label")

@@ -1,0 +1,1 @@
+"""From a named dataset to one file of examples per client."""

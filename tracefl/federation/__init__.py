@@ -1,0 +1,1 @@
+"""The federated run: Flower apps, the recorder around any strategy, and the simulation."""

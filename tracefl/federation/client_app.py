@@ -1,0 +1,70 @@
+"""The client: a pure function of (seed, round, partition), its data and the model it is sent.
+
+Settings come inside the message, so that the same app runs in the simulation and deployed.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from tracefl.data.examples import Examples, load_examples
+from tracefl.data.faults import flip_labels
+from tracefl.models import build_model, exchanged_state, load_exchanged_state
+from tracefl.training import train
+
+app = ClientApp()
+
+
+@app.query()
+def identify(message: Message, context: Context) -> Message:
+    """Which partition of the data this node holds."""
+    reply = ConfigRecord({"partition-id": context.node_config["partition-id"]})
+    return Message(RecordDict({"config": reply}), reply_to=message)
+
+
+@app.train()
+def train_round(message: Message, context: Context) -> Message:
+    """Train the received model on this client's examples and send it back."""
+    config = message.content.config_records["config"]
+    task = json.loads(str(config["task"]))
+    partition, server_round = int(context.node_config["partition-id"]), int(config["server-round"])  # type: ignore[arg-type]
+    seed = client_seed(task["seed"], server_round, partition)
+    torch.set_num_threads(task["threads"])
+    torch.backends.cudnn.deterministic = True
+
+    examples = load_examples(Path(task["data"]) / "clients" / f"{partition}.safetensors")
+    if partition in task["faulty_clients_ids"]:
+        examples = _with_faults(examples, task, seed)
+    model = build_model(task["model"]["name"], task["num_classes"])
+    load_exchanged_state(model, message.content.array_records["arrays"].to_torch_state_dict())
+    loss = train(
+        model.to(task["device"]),
+        examples,
+        epochs=task["epochs"],
+        lr=task["lr"],
+        batch_size=task["batch_size"],
+        seed=seed,
+    )
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(exchanged_state(model)),
+            "metrics": MetricRecord({"num-examples": len(examples), "train-loss": loss}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def client_seed(seed: int, server_round: int, partition: int) -> int:
+    """An independent stream per (seed, round, partition)."""
+    return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
+
+
+def _with_faults(examples: Examples, task: dict, seed: int) -> Examples:
+    label2flip = {int(label): target for label, target in task["label2flip"].items()}
+    rates = {int(label): rate for label, rate in task["flip_rates"].items()}
+    generator = torch.Generator().manual_seed(seed)
+    return Examples(examples.inputs, flip_labels(examples.labels, label2flip, rates, generator))

@@ -1,0 +1,47 @@
+"""Two views of Flower's grid: one that shows only drawn participants, one that hands on each reply as it comes."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+PULL_INTERVAL_S = 0.1
+
+
+class ParticipantsGrid:
+    """A grid with no nodes but the given ones, for a strategy whose participants are drawn already."""
+
+    def __init__(self, grid: Grid, node_ids: list[int]) -> None:
+        self._grid, self._node_ids = grid, node_ids
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._node_ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+class WatchedGrid:
+    """A grid whose `send_and_receive` calls `on_reply` with every reply as soon as it is there."""
+
+    def __init__(self, grid: Grid, on_reply: Callable[[Message], None]) -> None:
+        self._grid, self._on_reply = grid, on_reply
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        open_ids, replies = set(self._grid.push_messages(messages)), []
+        deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while open_ids:
+            for reply in self._grid.pull_messages(open_ids):
+                open_ids.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+                self._on_reply(reply)
+            if time.monotonic() > deadline:
+                break
+            if open_ids:
+                time.sleep(PULL_INTERVAL_S)
+        return replies
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)

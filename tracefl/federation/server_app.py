@@ -1,0 +1,108 @@
+"""The server: find out which node is which client, then let the recorded strategy run its rounds."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import Tensor
+
+from tracefl.config import Config, flip_rates
+from tracefl.data.examples import Examples
+from tracefl.data.prepare import PreparedData
+from tracefl.errors import TraceFLError
+from tracefl.federation.grid import PULL_INTERVAL_S
+from tracefl.federation.strategy import Recorder
+from tracefl.models import build_model, load_exchanged_state
+from tracefl.runs import Run
+from tracefl.training import Evaluation, evaluate
+
+IDENTIFY_TIMEOUT_S = 300.0
+
+
+def serve(
+    grid: Grid,
+    config: Config,
+    data: PreparedData,
+    run: Run,
+    *,
+    on_client: Callable[[int, str, Mapping[str, Any]], None],
+    on_round: Callable[[Run], None],
+) -> None:
+    """Run what is left of the run's rounds on the nodes of `grid`.
+
+    Raises:
+        TraceFLError: a client failed; the message names the round and the client.
+    """
+    recorder = Recorder(
+        build_strategy(config),
+        run,
+        identify_nodes(grid, config.data_dist.num_clients),
+        clients_per_round=config.strategy.clients_per_round,
+        seed=config.seed,
+        evaluate=partial(_evaluate_state, config, data.num_classes, data.server()),
+        accept_failures=config.accept_failures,
+        on_client=on_client,
+        on_round=on_round,
+    )
+    recorder.start(
+        grid,
+        ArrayRecord(dict(run.global_state(len(run.rounds)))),
+        config.strategy.num_rounds,
+        timeout=config.round_timeout,
+        train_config=ConfigRecord({"task": json.dumps(client_task(config, data))}),
+    )
+
+
+def build_strategy(config: Config) -> Strategy:
+    """Flower's strategy of this name; every node that it is shown takes part."""
+    count = config.strategy.clients_per_round
+    return FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
+
+
+def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
+    """All that a client must know, as plain JSON."""
+    return {
+        "seed": config.seed,
+        "data": str(data.folder.resolve()),
+        "num_classes": data.num_classes,
+        "model": {"name": config.model.name},
+        "epochs": config.client.epochs,
+        "lr": config.client.lr,
+        "batch_size": config.data_dist.batch_size,
+        "device": config.device,
+        "threads": max(1, int(config.client_resources.cpus)),
+        "faulty_clients_ids": config.faulty_clients_ids,
+        "label2flip": config.label2flip,
+        "flip_rates": flip_rates(config),
+    }
+
+
+def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
+    """Client id of every node: asked once, before any training, and held by the server from then on."""
+    deadline = time.monotonic() + IDENTIFY_TIMEOUT_S
+    while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < deadline:
+        time.sleep(PULL_INTERVAL_S)
+    queries = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
+    found: dict[int, str] = {}
+    for reply in grid.send_and_receive(queries, timeout=IDENTIFY_TIMEOUT_S):
+        if reply.has_error():
+            raise TraceFLError(f"round 0: a node could not say which client it is: {reply.error.reason}")
+        partition = reply.content.config_records["config"]["partition-id"]
+        found[reply.metadata.src_node_id] = str(partition)
+    if sorted(found.values(), key=int) != [str(index) for index in range(num_clients)]:
+        raise TraceFLError(
+            f"num_clients={num_clients} clients are wanted, but the {len(nodes)} connected nodes hold partitions "
+            f"{sorted(found.values(), key=int)}: start one node per client."
+        )
+    return found
+
+
+def _evaluate_state(config: Config, num_classes: int, examples: Examples, state: Mapping[str, Tensor]) -> Evaluation:
+    model = build_model(config.model.name, num_classes)
+    load_exchanged_state(model, state)
+    return evaluate(model.to(config.device), examples)

@@ -1,0 +1,206 @@
+"""The recorder: wraps any Flower strategy from outside and writes down what really happened.
+
+It draws the participants by client id, names clients by what the server knows of a node, checks every update before
+it counts, keeps it as received, and keeps the model that the inner strategy releases.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from tracefl.errors import TraceFLError
+from tracefl.federation.grid import ParticipantsGrid, WatchedGrid
+from tracefl.runs import Participant, Run, client_file
+from tracefl.training import Evaluation
+
+State = Mapping[str, Tensor]
+
+
+class Recorder(Strategy):
+    """Any Flower strategy, recorded into a run.
+
+    Args:
+        strategy: the strategy that aggregates.
+        run: the run that is added to; its complete rounds are not run again.
+        nodes: client id of every Flower node id, as the server knows it.
+        clients_per_round: participants drawn for a round.
+        seed: of the draw; the participants of round t depend on (seed, t) alone.
+        evaluate: the released model's evaluation on the server's data.
+        accept_failures: leave a failed client out and record why, instead of stopping the run.
+        on_client: called with (round, client id, metrics) after every accepted update.
+        on_round: called with the run after every complete round.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        run: Run,
+        nodes: Mapping[int, str],
+        *,
+        clients_per_round: int,
+        seed: int,
+        evaluate: Callable[[State], Evaluation],
+        accept_failures: bool = False,
+        on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None,
+        on_round: Callable[[Run], None] = lambda _: None,
+    ) -> None:
+        self.strategy, self.run, self.nodes = strategy, run, dict(nodes)
+        self.clients_per_round, self.seed, self.evaluate = clients_per_round, seed, evaluate
+        self.accept_failures, self.on_client, self.on_round = accept_failures, on_client, on_round
+        self._offset = len(run.rounds)  # Flower counts rounds from 1 in every process
+        self._expected: dict[str, Tensor] = {}
+        self._waiting: set[str] = set()
+        self._replies: dict[str, Message] = {}
+        self._sha256: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any) -> Result:
+        """Run rounds until the run has `num_rounds` of them; `initial_arrays` is the model that the next one starts from."""
+        watched = cast(Grid, WatchedGrid(grid, self._receive))
+        return super().start(watched, initial_arrays, max(num_rounds - self._offset, 0), *args, **kwargs)
+
+    def participants(self, number: int) -> list[str]:
+        """The clients of round `number`, in the order of the run's clients."""
+        ids = sorted(self.nodes.values(), key=_natural)
+        drawn = np.random.default_rng([self.seed, number]).choice(len(ids), self.clients_per_round, replace=False)
+        return [ids[index] for index in sorted(drawn)]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's messages, to this round's participants."""
+        number = server_round + self._offset
+        chosen = self.participants(number)
+        self._expected = dict(arrays.to_torch_state_dict())
+        self._waiting, self._replies, self._sha256, self._failures = set(chosen), {}, {}, {}
+        node_of = {client: node for node, client in self.nodes.items()}
+        only = cast(Grid, ParticipantsGrid(grid, [node_of[client] for client in chosen]))
+        messages = self.strategy.configure_train(number, arrays, config, only)
+        return sorted(messages, key=lambda message: _natural(self.nodes[message.metadata.dst_node_id]))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check and record the updates, let the inner strategy aggregate them, and record what it releases."""
+        number = server_round + self._offset
+        for reply in replies:
+            if self.nodes[reply.metadata.src_node_id] in self._waiting:
+                self._receive(reply, number)
+        for client in sorted(self._waiting, key=_natural):
+            self._fail(number, client, "it sent no reply in time (round_timeout)")
+        order = sorted(self._replies, key=_natural)
+        if not order:
+            raise TraceFLError(f"round {number}: every client failed; the first said: {_first(self._failures)}.")
+        arrays, metrics = self.strategy.aggregate_train(number, [self._replies[client] for client in order])
+        if arrays is None:
+            raise TraceFLError(f"round {number}: the strategy released no model from {len(order)} updates.")
+        released = dict(arrays.to_torch_state_dict())
+        if broken := [name for name, value in released.items() if not torch.isfinite(value).all()]:
+            raise TraceFLError(f"round {number}: the released model has non-finite values in '{broken[0]}'.")
+        evaluation = self.evaluate(released)
+        self.run.record_round(
+            number,
+            self._participants(order),
+            released,
+            evaluation.predictions,
+            evaluation.loss,
+            evaluation.accuracy,
+            self._failures,
+        )
+        self.on_round(self.run)
+        return arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No evaluation on clients: the server evaluates what it releases."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return None
+
+    def summary(self) -> None:
+        self.strategy.summary()
+
+    def _receive(self, reply: Message, number: int | None = None) -> None:
+        """Check one reply and write it down; the client is the one that the server knows behind the node."""
+        number = len(self.run.rounds) + 1 if number is None else number
+        client = self.nodes[reply.metadata.src_node_id]
+        self._waiting.discard(client)
+        if reply.has_error():
+            self._fail(number, client, f"it raised: {_last_line(reply.error.reason)}")
+            return
+        arrays, metrics = (
+            list(reply.content.array_records.values()),
+            list(reply.content.metric_records.values()),
+        )
+        if len(arrays) != 1 or len(metrics) != 1:
+            self._fail(
+                number,
+                client,
+                f"it sent {len(arrays)} models and {len(metrics)} metric records, not one each",
+            )
+            return
+        state = dict(arrays[0].to_torch_state_dict())
+        if complaint := _complaint(state, self._expected, metrics[0].get("num-examples")):
+            self._fail(number, client, complaint)
+            return
+        self._sha256[client] = self.run.record_client(number, client, state)
+        self._replies[client] = reply
+        self.on_client(number, client, metrics[0])
+
+    def _fail(self, number: int, client: str, reason: str) -> None:
+        if not self.accept_failures:
+            raise TraceFLError(
+                f"round {number}, client {client}: {reason}. Rounds 1 to {number - 1} are kept; the same command "
+                "goes on from there, accept_failures=true goes on without such a client."
+            )
+        self._waiting.discard(client)
+        self._failures[client] = reason
+
+    def _participants(self, order: list[str]) -> list[Participant]:
+        counts = {
+            client: next(iter(self._replies[client].content.metric_records.values()))["num-examples"]
+            for client in order
+        }
+        total = sum(counts.values())
+        return [
+            Participant(client, int(counts[client]), counts[client] / total, client_file(client), self._sha256[client])
+            for client in order
+        ]
+
+
+def _complaint(state: State, expected: State, num_examples: Any) -> str | None:
+    """What is wrong with an update, if anything: keys, shapes, types and finiteness as of the model that was sent."""
+    if odd := sorted(state.keys() ^ expected.keys()):
+        return f"its model has {'extra' if odd[0] in state else 'missing'} entry '{odd[0]}'"
+    for name, value in state.items():
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
+            sent, wanted = ((tuple(t.shape), str(t.dtype)) for t in (value, expected[name]))
+            return f"its '{name}' is {sent}, expected {wanted}"
+        if not torch.isfinite(value).all():
+            return f"its '{name}' has non-finite values"
+    if not isinstance(num_examples, (int, float)) or not 0 < num_examples < float("inf"):
+        return f"its num-examples is {num_examples}"
+    return None
+
+
+def _natural(client: str) -> tuple[int, str]:
+    """Order of client ids: numbers by value, before names."""
+    return (int(client), "") if client.isdecimal() else (2**63, client)
+
+
+def _first(failures: Mapping[str, str]) -> str:
+    client = min(failures, key=_natural)
+    return f"client {client}: {failures[client]}"
+
+
+def _last_line(reason: str) -> str:
+    lines = [line.strip() for line in reason.strip().strip("'>").splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,126 @@
+"""The console: log lines, a progress display for rounds and clients, and the closing table."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tracefl.runs import Run
+
+LINE = "%(levelname)s - %(message)s"
+log = logging.getLogger("tracefl")
+
+
+class _Stdout(logging.StreamHandler):
+    """Writes to what is `sys.stdout` at that moment: a progress display replaces it to keep its bars below."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
+def log_to_console() -> None:
+    """Send the package's log to standard output, once."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not log.handlers:
+        handler = _Stdout()
+        handler.setFormatter(logging.Formatter(LINE))
+        log.addHandler(handler)
+
+
+class LogFile(AbstractContextManager):
+    """While open, the package's log goes to this file too."""
+
+    def __init__(self, file: Path) -> None:
+        self.handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter(LINE))
+
+    def __enter__(self) -> "LogFile":
+        log.addHandler(self.handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        log.removeHandler(self.handler)
+        self.handler.close()
+
+
+class TrainingProgress(AbstractContextManager):
+    """Bars for rounds and clients on a terminal, a line per client and round elsewhere."""
+
+    def __init__(self, num_rounds: int, clients_per_round: int, done: int) -> None:
+        self.num_rounds, self.clients_per_round = num_rounds, clients_per_round
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Progress(*columns, console=Console(), disable=not sys.stdout.isatty())
+        self.rounds = self.bars.add_task("rounds ", total=num_rounds, completed=done)
+        self.clients = self.bars.add_task("clients", total=clients_per_round)
+        self.heard = 0
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def on_client(self, number: int, client: str, metrics: Mapping[str, Any]) -> None:
+        self.heard += 1
+        self.bars.update(self.clients, completed=self.heard)
+        if self.bars.disable:
+            log.info(
+                "[Round %d] client c%s trained on %d examples, loss %.3f (%d of %d)",
+                number, client, metrics["num-examples"], metrics["train-loss"], self.heard, self.clients_per_round,
+            )  # fmt: skip
+
+    def on_round(self, run: Run) -> None:
+        record, self.heard = run.rounds[-1], 0
+        self.bars.update(self.rounds, completed=record.number)
+        self.bars.update(self.clients, completed=0)
+        for client, reason in record.failures.items():
+            log.warning("[Round %d] client c%s is left out: %s", record.number, client, reason)
+        log.info(
+            "[Round %d] global model: loss %.2f, accuracy %.2f (round %d of %d)",
+            record.number, record.loss, record.accuracy, record.number, self.num_rounds,
+        )  # fmt: skip
+
+
+def summary_table(rounds: pd.DataFrame, methods: list[str]) -> Table:
+    """One line per round; every localization accuracy beside its chance level, in percent."""
+    table = Table(title="Accuracy of the global model and of naming the responsible client, in %")
+    table.add_column("round", justify="right")
+    table.add_column("accuracy", justify="right")
+    if "num_inputs" in rounds:
+        table.add_column("inputs", justify="right")
+        for method in methods:
+            table.add_column(f"{method}: localized", justify="right")
+        table.add_column("chance", justify="right")
+        for method in methods:
+            table.add_column(f"{method}: top holder", justify="right")
+        table.add_column("chance", justify="right")
+    for row in [*rounds.to_dict("records"), {**rounds.mean(numeric_only=True).to_dict(), "round": "mean"}]:
+        cells = [str(row["round"]), _percent(row["accuracy"])]
+        if "num_inputs" in rounds:
+            suffixes = ["" if method == methods[0] else f"_{method}" for method in methods]
+            cells += [
+                f"{row['num_inputs']:g}",
+                *(_percent(row[f"localization_accuracy{suffix}"]) for suffix in suffixes),
+                _percent(row["chance_accuracy"]),
+                *(_percent(row[f"top_holder_accuracy{suffix}"]) for suffix in suffixes),
+                _percent(row["top_holder_chance"]),
+            ]
+        table.add_row(*cells, end_section=row["round"] == len(rounds))
+    return table
+
+
+def _percent(share: float) -> str:
+    return "-" if pd.isna(share) else f"{100 * share:.1f}"

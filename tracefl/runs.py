@@ -1,0 +1,259 @@
+"""A recorded federated run: a folder of safetensors under one JSON header, written so that a crash loses nothing.
+
+    run.json                            schema, versions, seed, clients with label counts, rounds with SHA-256 of every file
+    config.yaml                         the resolved configuration
+    rounds/0000/global.safetensors      the initial model
+    rounds/0003/global.safetensors      the released model of round 3
+    rounds/0003/clients/7.safetensors   client 7's model as received
+    rounds/0003/predictions.safetensors class predicted for every example of the server
+
+Every file is written under a temporary name, flushed to disk and renamed. A round exists once run.json names it;
+whatever an interrupted round left behind is overwritten when that round runs again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tracefl.errors import TraceFLError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A client's part in one round. `weight` is p_k = n_k / sum of n over the round's participants."""
+
+    id: str
+    num_examples: int
+    weight: float
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """One complete round. `loss` and `accuracy` are the released model's on the server's data."""
+
+    number: int
+    clients: list[Participant]
+    global_sha256: str
+    predictions_sha256: str
+    loss: float
+    accuracy: float
+    failures: dict[str, str] = field(default_factory=dict)  # client id -> why it was left out
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client: its id and how many examples of each label it trains on."""
+
+    id: str
+    label_counts: dict[int, int]
+
+
+class LazyState(Mapping[str, Tensor]):
+    """A state dict in a safetensors file: a tensor is read when it is asked for and not kept.
+
+    The file's SHA-256 is compared with the run's header before the first read.
+    """
+
+    def __init__(self, file: Path, sha256: str) -> None:
+        self._file, self._sha256 = file, sha256
+        self._handle: Any = None
+
+    def _open(self) -> Any:
+        if self._handle is None:
+            if not self._file.exists():
+                raise TraceFLError(f"{self._file} is missing from the run: restore it or train the run again.")
+            with self._file.open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            if found != self._sha256:
+                raise TraceFLError(
+                    f"{self._file} is not the file that was recorded (SHA-256 {found[:12]}, run.json says "
+                    f"{self._sha256[:12]}): restore it or train the run again."
+                )
+            self._handle = safe_open(self._file, framework="pt")
+        return self._handle
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._open().get_tensor(name)
+        except KeyError:
+            raise
+        except Exception as error:  # safetensors raises its own type for an unknown name
+            raise KeyError(name) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._open().keys())
+
+    def __len__(self) -> int:
+        return len(self._open().keys())
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """A round with access to its states."""
+
+    record: Round
+    folder: Path
+
+    @property
+    def clients(self) -> list[Participant]:
+        return self.record.clients
+
+    def client_state(self, client_id: str) -> LazyState:
+        """What client `client_id` sent in this round."""
+        for client in self.clients:
+            if client.id == client_id:
+                return LazyState(self.folder / client.file, client.sha256)
+        raise TraceFLError(
+            f"client '{client_id}' took no part in round {self.record.number}: its participants were "
+            f"{', '.join(client.id for client in self.clients)}."
+        )
+
+
+class Run:
+    """A recorded run, open for reading and, while it is being trained, for adding rounds."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self._header = header
+        self.clients = [
+            ClientInfo(c["id"], {int(label): n for label, n in c["label_counts"].items()}) for c in header["clients"]
+        ]
+        self.rounds = [_round_from_json(entry) for entry in header["rounds"]]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open a recorded run; files are checked when they are read.
+
+        Raises:
+            TraceFLError: there is no run at `path`, or its header cannot be read.
+        """
+        path = Path(path)
+        try:
+            header = json.loads((path / "run.json").read_text())
+        except FileNotFoundError:
+            raise TraceFLError(f"{path} holds no recorded run (no run.json): give a run's folder.") from None
+        except json.JSONDecodeError as error:
+            raise TraceFLError(f"{path / 'run.json'} is no JSON ({error}): restore it or train again.") from error
+        if header.get("schema") != SCHEMA:
+            raise TraceFLError(
+                f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}: train the run again."
+            )
+        return cls(path, header)
+
+    @classmethod
+    def create(cls, path: Path, *, initial: Mapping[str, Tensor], clients: list[ClientInfo], **header: Any) -> "Run":
+        """Start a run at `path` with the initial global model; `header` is kept in run.json as it is."""
+        sha256 = write_state(path / "rounds" / "0000" / "global.safetensors", initial)
+        start = {
+            "schema": SCHEMA,
+            **header,
+            "initial_sha256": sha256,
+            "clients": [asdict(c) for c in clients],
+        }
+        run = cls(path, json.loads(json.dumps({**start, "rounds": []})))
+        run._save()
+        return run
+
+    def __getitem__(self, key: str) -> Any:
+        """An entry of the header, for example `run["seed"]`."""
+        return self._header[key]
+
+    def round(self, number: int) -> RoundView:
+        """Round `number`, counted from 1."""
+        if not 1 <= number <= len(self.rounds):
+            raise TraceFLError(f"round {number} is not recorded in {self.path}: it has rounds 1 to {len(self.rounds)}.")
+        return RoundView(self.rounds[number - 1], self.round_folder(number))
+
+    def global_state(self, number: int) -> LazyState:
+        """The model released by round `number`; 0 is the initial model."""
+        sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).record.global_sha256
+        return LazyState(self.round_folder(number) / "global.safetensors", sha256)
+
+    def predictions(self, number: int) -> Tensor:
+        """Class that round `number`'s global model predicts for each of the server's examples, int64 [N]."""
+        record = self.round(number).record
+        return LazyState(self.round_folder(number) / "predictions.safetensors", record.predictions_sha256)[
+            "predictions"
+        ]
+
+    def round_folder(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:04d}"
+
+    def record_client(self, number: int, client_id: str, state: Mapping[str, Tensor]) -> str:
+        """Write a client's model of a round that is still under way; its SHA-256."""
+        return write_state(self.round_folder(number) / client_file(client_id), state)
+
+    def record_round(
+        self,
+        number: int,
+        clients: list[Participant],
+        released: Mapping[str, Tensor],
+        predictions: Tensor,
+        loss: float,
+        accuracy: float,
+        failures: dict[str, str],
+    ) -> None:
+        """Complete a round: from here on it is part of the run."""
+        folder = self.round_folder(number)
+        global_sha256 = write_state(folder / "global.safetensors", released)
+        predictions_sha256 = write_state(folder / "predictions.safetensors", {"predictions": predictions})
+        self.rounds.append(Round(number, clients, global_sha256, predictions_sha256, loss, accuracy, failures))
+        self._save()
+
+    def _save(self) -> None:
+        header = {**self._header, "rounds": [asdict(record) for record in self.rounds]}
+        write_atomically(self.path / "run.json", json.dumps(header, indent=1).encode())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for writing; a second writer is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TraceFLError(
+                f"{folder} is being written by another process: wait for it, or choose another exp_key."
+            ) from None
+        yield
+
+
+def client_file(client_id: str) -> str:
+    return f"clients/{client_id}.safetensors"
+
+
+def write_state(file: Path, state: Mapping[str, Tensor]) -> str:
+    """Write a state dict as safetensors, atomically; the SHA-256 of the file."""
+    content = save({name: tensor.contiguous() for name, tensor in state.items()})
+    write_atomically(file, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """The file has its old content or the new one, also after a power cut."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.tmp")
+    with partial.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.rename(file)
+
+
+def _round_from_json(entry: dict[str, Any]) -> Round:
+    return Round(**{**entry, "clients": [Participant(**client) for client in entry["clients"]]})
