@@ -10,6 +10,7 @@ from torch import Tensor
 from tracefl.errors import TraceFLError
 
 State = Mapping[str, Tensor]
+_REMEDY = "pass a state dict of the same architecture as the model"
 
 
 class Clients:
@@ -29,51 +30,50 @@ class Clients:
         self.expected = expected
         self.aliases = aliases
         for who, state in states.items():
-            check_names(f"client {who!r}", state, expected, aliases)
+            check_names(who, state, expected, aliases)
 
     def tensors(self, name: str, first: int, last: int) -> list[Tensor]:
         """The tensor `name` of clients first to last - 1, on the model's device and in its precision."""
-        return [
-            read(f"client {self.ids[k]!r}", self.states[k], self.aliases[name], self.expected[name])
-            for k in range(first, last)
-        ]
+        names, like = self.aliases[name], self.expected[name]
+        return [read(self.ids[k], self.states[k], names, like) for k in range(first, last)]
 
     def blame(self) -> None:
         """Raise for the first tensor that is not finite, if there is one."""
         for who, state in zip(self.ids, self.states, strict=True):
             for name in self.aliases:
-                tensor = read(f"client {who!r}", state, self.aliases[name], self.expected[name])
+                tensor = read(who, state, self.aliases[name], self.expected[name])
                 if not torch.isfinite(tensor).all():
                     raise TraceFLError(
-                        f"client {who!r}: tensor {name!r} has values that are not finite; "
+                        f"{_named(who)}: tensor {name!r} has values that are not finite; "
                         "leave this client out or repair its state"
                     )
 
 
 def check_names(
-    who: str, state: State, expected: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]
+    who: str | None, state: State, expected: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]
 ) -> None:
+    """`who` is a client's id, or None for the reference."""
     keys = set(state)
     missing = [name for name, names in aliases.items() if keys.isdisjoint(names)]
     if missing:
-        raise TraceFLError(
-            f"{who}: tensor {missing[0]!r} is missing ({len(missing)} in all); "
-            "pass a state dict of the same architecture as the model"
-        )
+        raise TraceFLError(f"{_named(who)}: tensor {missing[0]!r} is missing ({len(missing)} in all); {_REMEDY}")
     extra = sorted(keys - set(expected))
     if extra:
         raise TraceFLError(
-            f"{who}: tensor {extra[0]!r} is not in the model's state dict ({len(extra)} in all); "
-            "pass a state dict of the same architecture as the model"
+            f"{_named(who)}: tensor {extra[0]!r} is not in the model's state dict ({len(extra)} in all); {_REMEDY}"
         )
 
 
-def read(who: str, state: State, names: Sequence[str], like: Tensor) -> Tensor:
-    name = next(name for name in names if name in state)
+def read(who: str | None, state: State, names: Sequence[str], like: Tensor) -> Tensor:
+    name = names[0] if names[0] in state else next(name for name in names if name in state)
     tensor = state[name]
     if tensor.shape != like.shape:
         raise TraceFLError(
-            f"{who}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(like.shape)}; "
-            "pass a state dict of the same architecture as the model"
+            f"{_named(who)}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has "
+            f"{tuple(like.shape)}; {_REMEDY}"
         )
-    return tensor.detach().to(like.device, like.dtype)
+    return tensor.to(like.device, like.dtype)
+
+
+def _named(who: str | None) -> str:
+    return "reference" if who is None else f"client {who!r}"

@@ -88,9 +88,7 @@ def collect(
         except InseparableError:
             chunk = 1
             continue
-        if waiting and (
-            sum(g.nbytes for g in waiting) + group.nbytes > scratch or not waiting[0].fits(group)
-        ):
+        if waiting and (sum(g.nbytes for g in waiting) + group.nbytes > scratch or not waiting[0].fits(group)):
             yield joined(waiting)
             waiting = []
         waiting.append(group)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 Select = Callable[[Tensor], Tensor]
 
-_TILE = 1 << 20  # bytes of one tile of stacked client weights: in cache between the copy and the product
+_TILE = 1 << 22  # bytes of one tile of stacked client weights: in cache between the copy and the product
 _BLOCK = 1 << 25  # bytes of written-out gradient at a time on the route through `Outer.dense`
 
 
@@ -76,7 +76,7 @@ class Dense:
         rows = _rows_per_tile(G[0, 0], len(thetas), _TILE)
         for start, tile in _tiles([select(t) for t in thetas], None if base is None else select(base), rows):
             g = G[:, start : start + tile.shape[1]].reshape(len(G), -1)
-            S += g @ tile.flatten(1).T
+            S += _products(g, tile.flatten(1))
         return S
 
 
@@ -116,8 +116,7 @@ class Outer:
         base = None if base is None else self.select(base)
         S = torch.zeros(N, K, dtype=torch.float64, device=self.left.device)
         rows = _rows_per_tile(self.right[0, 0], K, _TILE)
-        # Multiply-adds per parameter and input: K * S through the layer's outputs, S + K through its gradient
-        if K * positions <= K + positions:
+        if _through_outputs(N, K, positions):
             x = self.right.reshape(N * positions, C)
             for start, tile in _tiles(thetas, base, rows):
                 g = self.left[:, :, start : start + tile.shape[1]].reshape(N * positions, -1, 1)
@@ -131,7 +130,7 @@ class Outer:
                 first = start
                 G = self.dense(first, first + block).flatten(1)
             g = G[:, (start - first) * C : (start - first + tile.shape[1]) * C]
-            S += g @ tile.flatten(1).T
+            S += _products(g, tile.flatten(1))
         return S
 
 
@@ -181,6 +180,19 @@ def compact(gradient: Gradient) -> Gradient:
     return gradient
 
 
+def _through_outputs(N: int, K: int, S: int) -> bool:
+    """Is K * S multiply-adds per parameter and input, through the layer's outputs, cheaper than S + K through its
+    gradient? The latter's product has but N x K results, which is slow when they are few, and the gradient is
+    written and read once; both measured.
+    """
+    return S + K * (1 + 20 / min(N, K)) + 6 >= K * S
+
+
+def _products(g: Tensor, theta: Tensor) -> Tensor:
+    """[N, P], [K, P] -> [N, K]; the longer side goes last, which libraries are tuned for."""
+    return g @ theta.T if len(theta) >= len(g) else (theta @ g.T).T
+
+
 def _rows_per_tile(row: Tensor, K: int, limit: int) -> int:
     return max(1, limit // (K * row.nbytes))
 
@@ -188,6 +200,10 @@ def _rows_per_tile(row: Tensor, K: int, limit: int) -> int:
 def _tiles(thetas: Sequence[Tensor], base: Tensor | None, rows: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, θ_k - base of the next rows as [K, rows, ...]), in a buffer that is written over."""
     first = thetas[0]
+    if len(first) <= rows:
+        tile = torch.stack(list(thetas))
+        yield 0, tile if base is None else tile.sub_(base)
+        return
     buffer = first.new_empty(len(thetas) * min(rows, len(first)) * first[0].numel())
     pieces = zip(*(theta.split(rows) for theta in thetas), strict=True)
     bases = iter(()) if base is None else iter(base.split(rows))

@@ -59,7 +59,7 @@ def trace(
     who = Clients(clients, entries, state.aliases)
     p = None if weights is None else _shares(weights, who.ids, next(iter(state.tensors.values())).device)
     if reference is not None:
-        check_names("reference", reference, entries, state.aliases)
+        check_names(None, reference, entries, state.aliases)
     N = batch_size(inputs)
     found: dict[str, Tensor] = {}  # layer -> <θ_k - base, G> [N, K (+ 1 for the global model)]
     extra = int(method != "influence" and weights is not None)
@@ -86,6 +86,7 @@ def trace(
     return Provenance(method, who.ids, torch.cat(done).cpu(), shares, list(found), residual)
 
 
+@torch.no_grad()
 def _contract(
     group: Group, state: TracedState, clients: Clients, reference: State | None, from_global: bool,
     with_global: bool, found: dict[str, Tensor], scratch: int,
@@ -96,10 +97,9 @@ def _contract(
         uses = [(layer, tensors[name]) for layer, tensors in group.layers.items() if name in tensors]
         if not uses:
             continue
-        theta = theta.detach()
         base = theta if from_global else None
         if reference is not None:
-            base = read("reference", reference, state.aliases[name], theta)
+            base = read(None, reference, state.aliases[name], theta)
         block = max(1, scratch // max(1, theta.nbytes))
         for first in range(0, K, block):
             last = min(K, first + block)
@@ -158,9 +158,7 @@ def _shares(weights: Mapping[str, float], ids: Sequence[str], device: torch.devi
 
 def _checked(targets: Tensor | None, N: int) -> Tensor | None:
     if targets is not None and (targets.shape != (N,) or targets.is_floating_point()):
-        raise TraceFLError(
-            f"targets are {tuple(targets.shape)} of {targets.dtype}: pass {N} integers, one per input"
-        )
+        raise TraceFLError(f"targets are {tuple(targets.shape)} of {targets.dtype}: pass {N} integers, one per input")
     return targets
 
 

@@ -20,13 +20,9 @@ def convolution(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     conv = cast(nn.Conv2d, layer)
     x, g = batched(conv, x), batched(conv, g)
     zeros = conv.padding_mode == "zeros"
-    padded = functional.pad(
-        x, conv._reversed_padding_repeated_twice, mode="constant" if zeros else conv.padding_mode
-    )
+    padded = functional.pad(x, conv._reversed_padding_repeated_twice, mode="constant" if zeros else conv.padding_mode)
     before = conv._reversed_padding_repeated_twice[-2::-2]  # of each axis, its first padding
-    seen = (
-        (*zip(before, x.shape[2:], strict=True),) if zeros else (*((0, size) for size in padded.shape[2:]),)
-    )
+    seen = (*zip(before, x.shape[2:], strict=True),) if zeros else (*((0, size) for size in padded.shape[2:]),)
     return {"weight": by_weight(conv, g, padded, seen), "bias": Dense(g.flatten(2).sum(2))}
 
 
@@ -76,8 +72,6 @@ def live_taps(seen: tuple[int, int], positions: int, kernel: int, stride: int, d
     """The range of kernel taps along one axis that ever see the input: others see only padding and give 0."""
     first, size = seen
     live = [
-        t
-        for t in range(kernel)
-        if any(first <= s * stride + t * dilation < first + size for s in range(positions))
+        t for t in range(kernel) if any(first <= s * stride + t * dilation < first + size for s in range(positions))
     ]
     return slice(live[0], live[-1] + 1) if live else slice(0, 1)

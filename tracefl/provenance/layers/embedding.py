@@ -16,8 +16,6 @@ from tracefl.provenance.layers.registry import Gradients, register
 @register(nn.Embedding)
 def embedding(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     if cast(nn.Embedding, layer).max_norm is not None:
-        raise TraceFLError(
-            "an Embedding with max_norm is not linear in its weight; leave it out by layers=[...]"
-        )
+        raise TraceFLError("an Embedding with max_norm is not linear in its weight; leave it out by layers=[...]")
     N = len(x) if x.ndim else 1
     return {"weight": Rows(x.reshape(N, -1), g.reshape(N, -1, g.shape[-1]))}

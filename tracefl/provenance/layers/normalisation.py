@@ -15,17 +15,13 @@ from tracefl.provenance.layers.registry import Gradients, register
 @register(nn.LayerNorm)
 def layernorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     norm = cast(nn.LayerNorm, layer)
-    return over_last_axes(
-        functional.layer_norm(x, norm.normalized_shape, eps=norm.eps), g, norm.normalized_shape
-    )
+    return over_last_axes(functional.layer_norm(x, norm.normalized_shape, eps=norm.eps), g, norm.normalized_shape)
 
 
 @register(nn.RMSNorm)
 def rmsnorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     norm = cast(nn.RMSNorm, layer)
-    return over_last_axes(
-        functional.rms_norm(x, norm.normalized_shape, eps=norm.eps), g, norm.normalized_shape
-    )
+    return over_last_axes(functional.rms_norm(x, norm.normalized_shape, eps=norm.eps), g, norm.normalized_shape)
 
 
 @register("transformers.models.squeezebert.modeling_squeezebert.SqueezeBertLayerNorm")
