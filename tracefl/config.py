@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError
 
 from tracefl.errors import TraceFLError
 
@@ -31,27 +32,20 @@ HUB_NAMES = {
 }
 # Settings that leave the trained weights as they are; every other one is part of the run's hash.
 NOT_TRAINING = frozenset(
-    [
-        "exp_key",
-        "total_cpus",
-        "total_gpus",
-        "dry_run",
-        "do_training",
-        "do_provenance",
-        "check_dataset_cache",
-        "check_train_cache",
-        "check_prov_cache",
-        "plotting",
-        "convert_cache_to_csv",
-        "round_timeout",
-        "enable_beta",
-        "client_weights_normalization",
-        "parallel_processes",
-        "provenance",
-        "neuron_activation_threshold",
-        "faster_input_generation",
-        "storage",
-    ]
+    {
+        *("exp_key", "storage", "total_cpus", "total_gpus", "round_timeout"),
+        *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv"),
+        *("check_dataset_cache", "check_train_cache", "check_prov_cache"),
+        *("enable_beta", "client_weights_normalization", "parallel_processes", "provenance"),
+        *("neuron_activation_threshold", "faster_input_generation"),
+    }
+)
+# Top-level names of what the groups strategy, data_dist and client_resources hold; the groups are what is read.
+MIRRORED = frozenset(
+    {
+        *("num_clients", "clients_per_round", "num_rounds", "dirichlet_alpha", "batch_size"),
+        *("noise_multiplier", "clipping_norm", "client_cpus", "client_gpu"),
+    }
 )
 
 
@@ -143,7 +137,7 @@ class Config:
     strategy: Strategy
     data_dist: DataDist
     faulty_clients_ids: list[int]
-    label2flip: dict[int, int]
+    label2flip: Any  # dict[int, int] or null: Hydra cannot fill a typed dict from the command line
     noise_rate: Any
     dry_run: bool
     do_training: bool
@@ -174,7 +168,11 @@ def load(composed: DictConfig) -> Config:
         TraceFLError: a value is impossible; the message names key, value and remedy.
     """
     plain = OmegaConf.to_container(composed, resolve=True)  # so that +key=value is held to the schema too
-    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
+    try:
+        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
+    except ConfigKeyError as error:
+        raise TraceFLError(f"{error.full_key} is no setting of TraceFL: see tracefl/conf/base.yaml.") from error
+    config.label2flip = _label_map(config.label2flip)
     _check(config)
     return config
 
@@ -203,18 +201,19 @@ def data_settings(config: Config) -> dict[str, Any]:
 def training_settings(config: Config) -> dict[str, Any]:
     """Every setting that can change a trained weight: what the run's hash covers."""
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
-    settings = {key: value for key, value in plain.items() if key not in NOT_TRAINING}
-    for shadowed in (
-        "dataset",
-        "data_dist",
-        "client_cpus",
-        "client_gpu",
-        *plain["strategy"].keys() - {"name"},
-    ):
-        settings.pop(shadowed, None)
-    settings["label2flip"] = sorted(config.label2flip.items())
-    settings["noise_rate"] = sorted(flip_rates(config).items())
-    return settings | {"batch_size": config.data_dist.batch_size, "data": data_settings(config)}
+    own = plain.keys() - NOT_TRAINING - MIRRORED - {"dataset", "data_dist", "client_resources"}
+    return {key: plain[key] for key in own} | {
+        "data": data_settings(config),
+        "batch_size": config.data_dist.batch_size,
+        "threads": client_threads(config),
+        "label2flip": sorted(config.label2flip.items()),
+        "noise_rate": sorted(flip_rates(config).items()),
+    }
+
+
+def client_threads(config: Config) -> int:
+    """Torch threads of a client: one per CPU that it is given. Another number sums in another order."""
+    return max(1, int(config.client_resources.cpus))
 
 
 def run_folder(config: Config) -> Path:
@@ -278,6 +277,16 @@ def _check(c: Config) -> None:
     _one_of("data_dist.dist_type", dist.dist_type, DIST_TYPES)
     _one_of("strategy.name", strategy.name, STRATEGIES)
     _one_of("model.name", c.model.name, IMAGE_MODELS)
+    _require(
+        bool(c.provenance.methods), "provenance.methods", c.provenance.methods, f"name one of {', '.join(METHODS)}"
+    )
+    private = (strategy.noise_multiplier, strategy.clipping_norm)
+    _require(
+        private == (-1, -1),
+        "noise_multiplier and clipping_norm",
+        private,
+        "differential privacy is not built yet; leave both at -1",
+    )
     for method in c.provenance.methods:
         _one_of("provenance.methods", method, METHODS)
     _require(bool(re.fullmatch(r"cpu|cuda(:\d+)?", c.device)), "device", c.device, "give cpu, cuda or cuda:N")
@@ -306,6 +315,13 @@ def _check(c: Config) -> None:
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, key, value, f"give one of {', '.join(allowed)}")
+
+
+def _label_map(value: Any) -> dict[int, int]:
+    try:
+        return {int(label): int(target) for label, target in (value or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TraceFLError(f"label2flip={value} cannot be: give labels as numbers, for example {{8:7,0:7}}.") from None
 
 
 def _check_faults(c: Config) -> None:

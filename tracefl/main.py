@@ -13,7 +13,7 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own errors come to us instead of
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,9 +38,9 @@ def job(composed: DictConfig) -> None:
         run_experiment(config, data, resolved)
     except TraceFLError as error:
         print(f"error: {error}", file=sys.stderr)
-        if HydraConfig.get().mode == RunMode.RUN:
-            sys.exit(1)
-        raise
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        sys.exit(1)
 
 
 def main() -> None:
@@ -52,11 +52,14 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {_one_sentence(error)}")
     except KeyboardInterrupt:
+        print("interrupted: complete rounds are kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
 
 def _one_sentence(error: Exception) -> str:
     """What Hydra or OmegaConf complain about, in one sentence that says what to do."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, in quotes for the shell."
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if unknown := re.search(r"override '([^']+)'.* not in (?:struct|')", text):
         near = difflib.get_close_matches(unknown[1], _known_keys(), n=1)

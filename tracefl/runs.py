@@ -1,6 +1,6 @@
 """A recorded federated run: a folder of safetensors under one JSON header, written so that a crash loses nothing.
 
-    run.json                            schema, versions, seed, clients with label counts, rounds with SHA-256 of every file
+    run.json                            schema, versions, seed, clients with label counts, rounds, SHA-256 of every file
     config.yaml                         the resolved configuration
     rounds/0000/global.safetensors      the initial model
     rounds/0003/global.safetensors      the released model of round 3

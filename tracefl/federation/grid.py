@@ -1,5 +1,6 @@
-"""Two views of Flower's grid: one that shows only drawn participants, one that hands on each reply as it comes."""
+"""Views of Flower's grid: only the drawn participants, each reply as it comes, an end on request."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -42,6 +43,21 @@ class WatchedGrid:
             if open_ids:
                 time.sleep(PULL_INTERVAL_S)
         return replies
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+class StoppableGrid:
+    """A grid that stops waiting for replies once `stop` is set."""
+
+    def __init__(self, grid: Grid, stop: threading.Event) -> None:
+        self._grid, self._stop = grid, stop
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        if self._stop.is_set():
+            raise InterruptedError("stopped while waiting for clients")
+        return self._grid.pull_messages(message_ids)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)

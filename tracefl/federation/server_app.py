@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
-from tracefl.config import Config, flip_rates
+from tracefl.config import Config, client_threads, flip_rates
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
@@ -75,7 +75,7 @@ def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
         "lr": config.client.lr,
         "batch_size": config.data_dist.batch_size,
         "device": config.device,
-        "threads": max(1, int(config.client_resources.cpus)),
+        "threads": client_threads(config),
         "faulty_clients_ids": config.faulty_clients_ids,
         "label2flip": config.label2flip,
         "flip_rates": flip_rates(config),

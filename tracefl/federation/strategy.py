@@ -61,7 +61,7 @@ class Recorder(Strategy):
         self._failures: dict[str, str] = {}
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any) -> Result:
-        """Run rounds until the run has `num_rounds` of them; `initial_arrays` is the model that the next one starts from."""
+        """Run rounds until the run has `num_rounds`; `initial_arrays` is the model that the next one starts from."""
         watched = cast(Grid, WatchedGrid(grid, self._receive))
         return super().start(watched, initial_arrays, max(num_rounds - self._offset, 0), *args, **kwargs)
 

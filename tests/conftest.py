@@ -1,0 +1,34 @@
+"""Shared by all tests: configurations as the command line composes them, and the real data where they are."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from tracefl.config import Config, load
+
+torch.set_num_threads(2)
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Config]:
+    """`config("num_clients=3", ...)`: the checked configuration of a command line, with its files in a fresh folder."""
+
+    def build(*overrides: str) -> Config:
+        with initialize_config_module("tracefl.conf", version_base="1.3"):
+            return load(compose("base", overrides=[f"storage.dir={tmp_path}/logs", *overrides]))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real datasets; its tests are skipped where it is absent."""
+    folder = Path(os.environ.get("TRACEFL_DATA", REAL_DATA))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
