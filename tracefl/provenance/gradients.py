@@ -73,7 +73,7 @@ class Dense:
         G = self.values if self.values.ndim > 1 else self.values[:, None]  # a scalar θ has one row
         select = self.select if self.values.ndim > 1 else lambda theta: self.select(theta).reshape(1)
         S = torch.zeros(len(G), len(thetas), dtype=torch.float64, device=G.device)
-        rows = _rows_per_tile(G[0, 0], len(thetas), _TILE)
+        rows = _rows_per_tile(G[0, 0], len(thetas))
         for start, tile in _tiles([select(t) for t in thetas], None if base is None else select(base), rows):
             g = G[:, start : start + tile.shape[1]].reshape(len(G), -1)
             S += _products(g, tile.flatten(1))
@@ -115,7 +115,7 @@ class Outer:
         thetas = [self.select(t) for t in thetas]
         base = None if base is None else self.select(base)
         S = torch.zeros(N, K, dtype=torch.float64, device=self.left.device)
-        rows = _rows_per_tile(self.right[0, 0], K, _TILE)
+        rows = _rows_per_tile(self.right[0, 0], K)
         if _through_outputs(N, K, positions):
             x = self.right.reshape(N * positions, C)
             for start, tile in _tiles(thetas, base, rows):
@@ -193,8 +193,10 @@ def _products(g: Tensor, theta: Tensor) -> Tensor:
     return g @ theta.T if len(theta) >= len(g) else (theta @ g.T).T
 
 
-def _rows_per_tile(row: Tensor, K: int, limit: int) -> int:
-    return max(1, limit // (K * row.nbytes))
+def _rows_per_tile(row: Tensor, K: int) -> int:
+    """Odd: strides of many powers of two would put the rows of a tile into the same cache sets."""
+    rows = max(1, _TILE // (K * row.nbytes))
+    return rows - (rows + 1) % 2
 
 
 def _tiles(thetas: Sequence[Tensor], base: Tensor | None, rows: int) -> Iterator[tuple[int, Tensor]]:

@@ -5,6 +5,7 @@ A transposed convolution swaps input and output: dy/dW = Σ_s x_s patch_s(g)ᵀ 
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -45,6 +46,9 @@ def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[i
     positions = left.shape[2:]
     axes = list(zip(seen, positions, conv.kernel_size, conv.stride, conv.dilation, strict=True))
     taps = tuple(live_taps(*axis) for axis in axes)
+    live = math.prod(tap.stop - tap.start for tap in taps)
+    if 4 * live > math.prod(conv.kernel_size):  # scattered reads would cost more than the products they save
+        taps = tuple(slice(0, size) for size in conv.kernel_size)
 
     def select(theta: Tensor) -> Tensor:
         return theta[(slice(None), slice(None), *taps)]
