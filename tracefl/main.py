@@ -59,7 +59,7 @@ def main() -> None:
 def _one_sentence(error: Exception) -> str:
     """What Hydra or OmegaConf complain about, in one sentence that says what to do."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, in quotes for the shell."
+        return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, quoted."
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if unknown := re.search(r"override '([^']+)'.* not in (?:struct|')", text):
         near = difflib.get_close_matches(unknown[1], _known_keys(), n=1)

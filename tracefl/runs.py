@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -87,11 +87,10 @@ class LazyState(Mapping[str, Tensor]):
         return self._handle
 
     def __getitem__(self, name: str) -> Tensor:
+        handle = self._open()
         try:
-            return self._open().get_tensor(name)
-        except KeyError:
-            raise
-        except Exception as error:  # safetensors raises its own type for an unknown name
+            return handle.get_tensor(name)
+        except SafetensorError as error:
             raise KeyError(name) from error
 
     def __iter__(self) -> Iterator[str]:

@@ -85,8 +85,9 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     (partial / "clients").mkdir(parents=True)
     try:
-        files = {"server.safetensors": _encode(source, source.test, server, channels)}
-        sha256 = {"server.safetensors": _save(partial / "server.safetensors", files.pop("server.safetensors"))}
+        sha256 = {
+            "server.safetensors": _save(partial / "server.safetensors", _encode(source, source.test, server, channels))
+        }
         for client, rows in enumerate(clients):
             file = f"clients/{client}.safetensors"
             sha256[file] = _save(partial / file, _encode(source, source.train, rows, channels))
@@ -108,7 +109,7 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
 
 def _encode(source: "Source", split: Any, rows: np.ndarray, channels: int) -> dict[str, Tensor]:
     images = split.select(rows)[source.input_columns[0]]
-    pixels = np.stack([_pixels(image, channels) for image in images])
+    pixels = np.ascontiguousarray([_pixels(image, channels) for image in images])
     return {"pixels": torch.from_numpy(pixels), "labels": torch.from_numpy(source.labels(split.select(rows)))}
 
 

@@ -1,0 +1,117 @@
+"""Prepared data: what clients and server read is what the dataset holds, prepared once."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tracefl.data.examples import MEAN, STD, normalize
+from tracefl.data.prepare import prepare
+from tracefl.errors import TraceFLError
+
+
+def write_dataset(folder, label: str = "label", names=("cat", "dog"), mode: str = "RGB", count: int = 120) -> None:
+    """A local image dataset whose pixels tell the label and whose splits are told apart by brightness."""
+    for split, base in (("train", 10), ("test", 100)):
+        labels = np.arange(count) % len(names)
+        images = [Image.new(mode, (48, 48), base + int(k) if mode == "L" else (base + int(k),) * 3) for k in labels]
+        features = datasets.Features({"picture": datasets.Image(), label: datasets.ClassLabel(names=list(names))})
+        table = datasets.Dataset.from_dict({"picture": images, label: labels}, features=features)
+        folder.mkdir(exist_ok=True)
+        table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+
+
+def test_digits_reach_clients_and_server(config):
+    data = prepare(config())
+    assert data.num_classes == 10
+    assert list(data.label_counts) == [str(client) for client in range(10)]
+    for client, counts in data.label_counts.items():
+        examples = data.client(client)
+        assert examples.inputs.shape == (sum(counts.values()), 3, 32, 32)
+        assert {label: int((examples.labels == label).sum()) for label in counts} == counts
+        assert min(counts.values()) >= 10
+    assert len(data.server()) == 360
+
+
+def test_normalization_is_imagenets():
+    pixels = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    expected = (pixels.float() / 255 - MEAN) / STD
+    torch.testing.assert_close(normalize(pixels), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_local_dataset_is_found_by_its_features(config, tmp_path, mode):
+    write_dataset(tmp_path / "pets", mode=mode)
+    data = prepare(config(f"dataset.path={tmp_path}/pets", "dataset.name=pets", "num_clients=2", "clients_per_round=2"))
+    assert data.class_names == ["cat", "dog"]
+    examples = data.client("0")
+    grey = (examples.inputs * STD + MEAN)[:, 0].mean(dim=(1, 2)) * 255
+    assert torch.allclose(grey, 10.0 + examples.labels, atol=0.01)
+    assert torch.allclose((data.server().inputs * STD + MEAN).amin() * 255, torch.tensor(100.0), atol=0.01)
+
+
+def test_it_is_prepared_once_until_the_files_change(config, tmp_path):
+    write_dataset(tmp_path / "pets")
+    c = config(f"dataset.path={tmp_path}/pets", "dataset.name=pets", "num_clients=2", "clients_per_round=2")
+    first = prepare(c)
+    stamp = (first.folder / "data.json").stat().st_mtime_ns
+    assert (prepare(c).folder / "data.json").stat().st_mtime_ns == stamp
+    write_dataset(tmp_path / "pets", count=140)
+    again = prepare(c)
+    assert again.digest != first.digest
+    c.check_dataset_cache = False
+    assert prepare(c).digest == again.digest
+    assert (again.folder / "data.json").stat().st_mtime_ns > stamp
+
+
+def test_the_number_of_classes_can_be_raised_but_not_cut(config, tmp_path):
+    write_dataset(tmp_path / "pets")
+    wanted = (f"dataset.path={tmp_path}/pets", "dataset.name=pets", "num_clients=2", "clients_per_round=2")
+    assert prepare(config(*wanted, "dataset.num_classes=4")).num_classes == 4
+    with pytest.raises(TraceFLError, match=r"num_classes=1 is too small: pets has 2 classes"):
+        prepare(config(*wanted, "dataset.num_classes=1"))
+
+
+def test_columns_can_be_named_and_wrong_names_are_quoted(config, tmp_path):
+    write_dataset(tmp_path / "pets", label="kind")
+    wanted = (f"dataset.path={tmp_path}/pets", "dataset.name=pets", "num_clients=2", "clients_per_round=2")
+    named = prepare(config(*wanted, "dataset.label_column=kind", "dataset.input_columns=[picture]"))
+    assert named.class_names == ["cat", "dog"]
+    with pytest.raises(TraceFLError, match=r"dataset\.label_column=sort is no column"):
+        prepare(config(*wanted, "dataset.label_column=sort"))
+    with pytest.raises(TraceFLError, match=r"dataset\.input_columns=photo is no column"):
+        prepare(config(*wanted, "dataset.input_columns=[photo]"))
+    with pytest.raises(TraceFLError, match=r"dataset\.test_split=dev is no split"):
+        prepare(config(*wanted, "dataset.test_split=dev"))
+
+
+def test_a_dataset_without_a_label_column_is_refused_and_leaves_nothing(config, tmp_path):
+    datasets.Dataset.from_dict({"x": [1.0, 2.0]}).to_parquet(str(tmp_path / "train-0.parquet"))
+    datasets.Dataset.from_dict({"x": [1.0, 2.0]}).to_parquet(str(tmp_path / "test-0.parquet"))
+    with pytest.raises(TraceFLError, match=r"no label column among \['x'\].*dataset.label_column=NAME"):
+        prepare(config(f"dataset.path={tmp_path}", "dataset.name=plain"))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_failure_while_writing_leaves_nothing(config, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("tracefl.data.prepare._encode", broken)
+    with pytest.raises(RuntimeError, match="disk full"):
+        prepare(config())
+    assert list((tmp_path / "logs" / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "classes", "first"), [("mnist", 10, "0"), ("cifar10", 10, "airplane")])
+def test_real_images(config, real_data, name, classes, first):
+    limits = ("data_dist.max_per_client_data_size=100", "data_dist.max_server_data_size=200")
+    data = prepare(config(f"dataset.name={name}", f"dataset.path={real_data / name}", *limits))
+    assert data.num_classes == classes
+    assert data.class_names[0] == first
+    assert len(data.server()) == 200
+    assert all(len(data.client(client)) <= 100 for client in data.label_counts)
+    assert json.loads((data.folder / "data.json").read_text())["label_counts"]

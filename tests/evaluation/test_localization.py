@@ -1,0 +1,55 @@
+"""Metrics by hand, and chance levels against simulated chance."""
+
+import numpy as np
+import pytest
+
+from tracefl.evaluation.localization import localize
+
+COUNTS = np.array([[10, 0, 30], [0, 20, 20], [5, 5, 5]])
+SIZES = np.array([40, 90, 60])
+
+
+def judged(contributions):
+    return localize(np.asarray(contributions, dtype=float), COUNTS, COUNTS > 0, SIZES)
+
+
+def test_metrics_by_hand():
+    found = judged([[3, 2, 1], [9, 1, 2], [0, 1, 0]])
+    assert found.num_inputs == 3
+    assert found.accuracy == pytest.approx(2 / 3)  # client 0 holds 10; client 0 holds none; client 1 holds 5
+    assert found.chance == pytest.approx((2 + 2 + 3) / 9)
+    assert found.largest_client == pytest.approx(2 / 3)  # client 1 holds none, 20, 5
+    assert found.top_holder == pytest.approx(1 / 3)  # ties count: only the third
+    assert found.top_holder_chance == pytest.approx((1 + 2 + 3) / 9)
+    assert found.spearman == pytest.approx((-0.5 - 1.0 * np.sqrt(3) / 2) / 2)  # the third's counts are constant
+
+
+def test_a_perfect_ranking_scores_one():
+    found = judged(COUNTS + 0.0)
+    assert (found.accuracy, found.top_holder) == (1.0, 1.0)
+    assert found.spearman == pytest.approx(1.0)
+
+
+def test_chance_levels_are_what_random_rankings_get():
+    rng = np.random.default_rng(0)
+    runs = [judged(rng.random((3, 3))) for _ in range(4000)]
+    assert np.mean([r.accuracy for r in runs]) == pytest.approx(runs[0].chance, abs=0.02)
+    assert np.mean([r.top_holder for r in runs]) == pytest.approx(runs[0].top_holder_chance, abs=0.02)
+    assert np.mean([r.spearman for r in runs]) == pytest.approx(0, abs=0.03)
+
+
+def test_faulty_clients_are_the_only_culprits():
+    culprits = np.tile([False, True, False], (2, 1))
+    found = localize(np.array([[0.0, 2, 1], [5, 1, 1]]), COUNTS[:2], culprits, SIZES)
+    assert (found.accuracy, found.chance, found.largest_client) == (0.5, pytest.approx(1 / 3), 1.0)
+
+
+def test_no_input_gives_no_number():
+    found = localize(np.empty((0, 3)), np.empty((0, 3)), np.empty((0, 3), bool), SIZES)
+    assert found.num_inputs == 0
+    assert np.isnan([found.accuracy, found.chance, found.top_holder, found.spearman]).all()
+
+
+def test_one_input_is_enough():
+    found = localize(np.array([[0.0, 1.0]]), np.array([[0, 4]]), np.array([[False, True]]), np.array([4, 4]))
+    assert (found.accuracy, found.chance) == (1.0, 0.5)

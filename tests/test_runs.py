@@ -1,0 +1,106 @@
+"""The run store: what is written is what is read, damage is noticed, an interrupted round does not count."""
+
+import json
+
+import pytest
+import torch
+
+from tracefl import Run
+from tracefl.errors import TraceFLError
+from tracefl.runs import ClientInfo, Participant, client_file, locked, write_state
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3, 2), value), "b": torch.full((2,), -value)}
+
+
+def one_round(folder) -> Run:
+    clients = [ClientInfo("0", {3: 12, 5: 10}), ClientInfo("7", {5: 20})]
+    run = Run.create(folder, initial=state(0.0), clients=clients, seed=3, data_sha256="abc")
+    sent = {"0": state(1.0), "7": state(2.0)}
+    sha256 = {client: run.record_client(1, client, sent[client]) for client in sent}
+    participants = [
+        Participant("0", 22, 22 / 42, client_file("0"), sha256["0"]),
+        Participant("7", 20, 20 / 42, client_file("7"), sha256["7"]),
+    ]
+    run.record_round(1, participants, state(1.5), torch.tensor([3, 5, 5]), 0.7, 2 / 3, {"4": "it raised: ValueError"})
+    return run
+
+
+def test_a_run_reads_as_it_was_written(tmp_path):
+    written = one_round(tmp_path)
+    run = Run.open(tmp_path)
+    assert run.rounds == written.rounds
+    assert run.clients == written.clients
+    assert run["seed"] == 3
+    assert [client.weight for client in run.round(1).clients] == [22 / 42, 20 / 42]
+    assert run.rounds[0].failures == {"4": "it raised: ValueError"}
+    for number, value in ((0, 0.0), (1, 1.5)):
+        assert torch.equal(run.global_state(number)["w"], state(value)["w"])
+    client = run.round(1).client_state("7")
+    assert set(client) == {"w", "b"}
+    assert torch.equal(client["b"], state(2.0)["b"])
+    assert run.predictions(1).tolist() == [3, 5, 5]
+
+
+def test_a_state_looks_like_a_dictionary(tmp_path):
+    client = one_round(tmp_path).round(1).client_state("0")
+    assert len(client) == 2
+    assert "w" in client
+    assert "v" not in client
+    with pytest.raises(KeyError, match="v"):
+        client["v"]
+
+
+def test_a_changed_file_is_noticed_when_it_is_read(tmp_path):
+    one_round(tmp_path)
+    write_state(tmp_path / "rounds/0001/clients/7.safetensors", state(9.0))
+    run = Run.open(tmp_path)
+    assert torch.equal(run.round(1).client_state("0")["w"], state(1.0)["w"])
+    with pytest.raises(TraceFLError, match=r"7\.safetensors is not the file that was recorded"):
+        run.round(1).client_state("7")["w"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    one_round(tmp_path)
+    (tmp_path / "rounds/0001/global.safetensors").unlink()
+    with pytest.raises(TraceFLError, match=r"global\.safetensors is missing"):
+        Run.open(tmp_path).global_state(1)["w"]
+
+
+def test_an_unfinished_round_is_no_part_of_the_run(tmp_path):
+    run = one_round(tmp_path)
+    run.record_client(2, "0", state(5.0))
+    assert len(Run.open(tmp_path).rounds) == 1
+    with pytest.raises(TraceFLError, match="round 2 is not recorded"):
+        Run.open(tmp_path).round(2)
+
+
+def test_a_client_that_took_no_part_is_named(tmp_path):
+    with pytest.raises(TraceFLError, match="client '5' took no part in round 1: its participants were 0, 7"):
+        one_round(tmp_path).round(1).client_state("5")
+
+
+def test_what_is_no_run_is_said_so(tmp_path):
+    with pytest.raises(TraceFLError, match=r"no run\.json"):
+        Run.open(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(TraceFLError, match="no JSON"):
+        Run.open(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
+    with pytest.raises(TraceFLError, match="schema 99"):
+        Run.open(tmp_path)
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    with locked(tmp_path), pytest.raises(TraceFLError, match="written by another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path):
+    a = write_state(tmp_path / "a", {"x": torch.ones(2), "y": torch.zeros(3)})
+    b = write_state(tmp_path / "b", {"y": torch.zeros(3), "x": torch.ones(2)})
+    assert a == b
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
