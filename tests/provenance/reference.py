@@ -81,9 +81,7 @@ def influence(model, states, weights, x, target, output="log_odds"):
     W = {name: w for name, w in model.state_dict().items() if w.is_floating_point()}
     G = gradients(model, x, target, output, list(W))
     p = torch.tensor([float(weights[who]) for who in states], dtype=torch.float64)
-    shares = [
-        sum(((s[n].double() - W[n].double()) * G[n].double()).sum() for n in W) for s in states.values()
-    ]
+    shares = [sum(((s[n].double() - W[n].double()) * G[n].double()).sum() for n in W) for s in states.values()]
     return torch.stack(shares) * p / p.sum()
 
 

@@ -68,9 +68,7 @@ def test_two_clients_by_hand():
     assert found.contributions.tolist() == [[5.5, 1.0]]
     assert found.responsible == ["a"]
     close(found.scores, torch.tensor([[5.5, 1.0]]).double().softmax(1))
-    weighted = trace(
-        model, states, torch.tensor([[1.0, 2.0]]), targets=torch.tensor([0]), weights={"a": 1, "b": 3}
-    )
+    weighted = trace(model, states, torch.tensor([[1.0, 2.0]]), targets=torch.tensor([0]), weights={"a": 1, "b": 3})
     assert weighted.contributions.tolist() == [[5.5 / 4, 0.75]]
 
 
@@ -87,14 +85,10 @@ def test_neuron_is_the_papers_sum(block, x):
 def test_influence_is_autograds(block, x):
     states, weights = reference.perturbed(block)
     found = trace(block, states, x, method="influence", weights=weights)
-    slow = [
-        reference.influence(block, states, weights, x[n : n + 1], found.targets[n]) for n in range(len(x))
-    ]
+    slow = [reference.influence(block, states, weights, x[n : n + 1], found.targets[n]) for n in range(len(x))]
     close(found.contributions, torch.stack(slow))
     logit = trace(block, states, x, method="influence", weights=weights, output="logit")
-    slow = [
-        reference.influence(block, states, weights, x[n : n + 1], found.targets[n], "logit") for n in range(5)
-    ]
+    slow = [reference.influence(block, states, weights, x[n : n + 1], found.targets[n], "logit") for n in range(5)]
     close(logit.contributions, torch.stack(slow))
 
 
@@ -273,3 +267,31 @@ def test_inputs_and_outputs_that_are_none(block, x):
         trace(block.stem, stem, x)
     with pytest.raises(TraceFLError, match="output for input 3 is not finite"):
         trace(block, states, torch.cat([x[:3], x[3:4] * torch.nan]))
+
+
+def test_integrated_shares_add_up_to_the_change(block, x):
+    incoming = copy.deepcopy(block.state_dict())
+    states, weights = reference.perturbed(block, scale=0.2)
+    block.load_state_dict(reference.fused(states, weights))
+    found = trace(block, states, x, method="integrated", weights=weights, reference=incoming)
+    before = copy.deepcopy(block).eval()
+    before.load_state_dict(incoming)
+    with torch.no_grad():
+        y = [model(x).gather(1, found.targets[:, None])[:, 0] for model in (block.eval(), before)]
+    close(found.change, y[0] - y[1])
+    assert found.completeness_error.mean() < 0.01
+    assert found.residual.abs().max() < 1e-9 * found.contributions.abs().max()
+    coarse = trace(block, states, x, method="integrated", weights=weights, reference=incoming, steps=1)
+    assert coarse.completeness_error.mean() > found.completeness_error.mean()
+
+
+def test_integrated_is_exact_where_the_output_is_quadratic():
+    """y = w2 (w1 x): the gradient is linear along the path, so one interval of the trapezoid rule is exact."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    states, weights = reference.perturbed(model, scale=1)
+    incoming = {name: w + torch.randn_like(w) for name, w in model.state_dict().items()}
+    x = torch.randn(4, 3).double()
+    found = trace(model, states, x, method="integrated", weights=weights, reference=incoming, steps=1)
+    close(found.contributions.sum(1) + found.residual, found.change)
+    assert found.residual.abs().max() > 1e-3  # the global model is not the mean of these clients

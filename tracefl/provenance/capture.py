@@ -66,8 +66,8 @@ def run(
     """Forward `batch` and, with `backward`, differentiate y; `keep_inputs` copies x (see `disturbed`)."""
     done = Pass()
     with _hooks(model, state, done, keep_inputs):
-        output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    y, done.targets = explain(_logits(output), targets)
+        logits = logits_of(model, batch)
+    y, done.targets = explain(logits, targets)
     done.y = y.detach()
     used = _leaves(y)
     leaves = {name: tensor for name, tensor in state.tensors.items() if id(tensor) in used}
@@ -154,7 +154,8 @@ def _removing(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
         handle.remove()
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__

@@ -129,9 +129,7 @@ def test_rule(make, data):
     layer = layer.double().eval()
     for name, tensor in layer.state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(
-                random(*tensor.shape).abs() + 0.1 if name == "running_var" else random(*tensor.shape)
-            )
+            tensor.copy_(random(*tensor.shape).abs() + 0.1 if name == "running_var" else random(*tensor.shape))
     x = random(N, *shape)
     g = random(*layer(x).shape)
     agree(layer, x, g, [random, K])
@@ -158,10 +156,7 @@ def agree(layer, x, g, draw, forward=None):
         thetas, base = [random(*tensor.shape) for _ in range(K)], random(*tensor.shape)
         tensor.requires_grad_()
         by_autograd = torch.stack(
-            [
-                torch.autograd.grad((forward(x[n : n + 1]) * g[n : n + 1]).sum(), tensor)[0]
-                for n in range(len(x))
-            ]
+            [torch.autograd.grad((forward(x[n : n + 1]) * g[n : n + 1]).sum(), tensor)[0] for n in range(len(x))]
         )
         tensor.requires_grad_(False)
         for origin in (None, base):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from tracefl.provenance.gradients import Dense
@@ -14,8 +15,10 @@ from tracefl.provenance.layers.registry import Gradients, register
 def batchnorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     """With x̂ = (x - mean) / sqrt(var + eps): Σ g x̂ by weight, Σ g by bias, multiples of them by the rest."""
     norm = cast(nn.BatchNorm2d, layer)
-    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     x, g = x.reshape(*x.shape[:2], -1), g.reshape(*g.shape[:2], -1)  # [N, C, S]
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None:  # normalised by the batch, which the engine then keeps to one input
+        var, mean = torch.var_mean(x, dim=(0, 2), unbiased=False)
     scale = (var + norm.eps).rsqrt()
     by_bias = g.sum(2)
     by_weight = ((x - mean[:, None]) * scale[:, None] * g).sum(2)

@@ -1,0 +1,239 @@
+"""Whole models, with layers="all", against autograd through a functional forward pass of one input at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+from tests.provenance import reference
+from tracefl.provenance import trace
+
+torch.set_num_threads(2)
+TEXT = {"vocab_size": 50, "num_labels": 4, "pad_token_id": 0}
+SMALL = {"num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 20}
+
+
+def bert(**changes):
+    config = transformers.BertConfig(hidden_size=16, num_attention_heads=2, **SMALL, **TEXT, **changes)
+    return transformers.BertForSequenceClassification(config)
+
+
+def distilbert():
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 20}
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes, **TEXT))
+
+
+def squeezebert():
+    config = transformers.SqueezeBertConfig(hidden_size=16, embedding_size=16, num_attention_heads=4, **SMALL, **TEXT)
+    return transformers.SqueezeBertForSequenceClassification(config)
+
+
+def openai_gpt():
+    config = transformers.OpenAIGPTConfig(n_positions=20, n_embd=16, n_layer=2, n_head=2, **TEXT)
+    return transformers.OpenAIGPTForSequenceClassification(config)
+
+
+def gpt2():
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.GPT2Config(n_positions=20, n_embd=16, n_layer=2, n_head=2, **ends, **TEXT)
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+def vit():
+    return torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=4
+    )
+
+
+def resnet18():
+    return with_statistics(torchvision.models.resnet18(num_classes=4))
+
+
+def resnet50():
+    return with_statistics(torchvision.models.resnet50(num_classes=4))
+
+
+def densenet121():
+    return with_statistics(torchvision.models.densenet121(num_classes=4))
+
+
+def with_statistics(model):
+    """Running statistics as those of a trained model: unlike 0 and 1."""
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 32, 32))
+    return model
+
+
+def text():
+    tokens = torch.randint(1, 50, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, 8:], mask[2, 5:] = 0, 0
+    return {"input_ids": tokens * mask, "attention_mask": mask}
+
+
+def images(size=32):
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+MODELS = {
+    "bert": (bert, text),  # MiniLM and TinyBERT are BERTs of other sizes
+    "distilbert": (distilbert, text),
+    "squeezebert": (squeezebert, text),
+    "openai_gpt": (openai_gpt, text),
+    "gpt2": (gpt2, text),
+    "vit": (vit, lambda: images(16)),
+    "resnet18": (resnet18, images),
+    "resnet50": (resnet50, images),
+    "densenet121": (densenet121, images),
+}
+
+
+def doubled(x):
+    return {k: v.double() if v.is_floating_point() else v for k, v in x.items()} if isinstance(x, dict) else x.double()
+
+
+@pytest.mark.parametrize(("make", "inputs"), MODELS.values(), ids=MODELS)
+def test_every_entry_of_the_state(make, inputs):
+    torch.manual_seed(0)
+    model, x = make(), inputs()
+    states, weights = reference.perturbed(model)
+    single = trace(model, states, x, method="influence", weights=weights)
+    model, x = model.double(), doubled(x)
+    states = {who: doubled(state) for who, state in states.items()}
+    found = trace(model, states, x, method="influence", weights=weights, targets=single.targets)
+    rows = [reference.row(x, n) for n in range(3)]
+    slow = torch.stack([
+        reference.influence(model, states, weights, row, target)
+        for row, target in zip(rows, found.targets, strict=True)
+    ])  # fmt: skip
+    size = found.by_layer.abs().sum(0).max()  # what cancels within a share
+    assert (found.contributions - slow).abs().max() <= 1e-9 * size
+    alone = trace(model, states, rows[1], method="influence", weights=weights, targets=found.targets[1:2])
+    assert (alone.contributions[0] - found.contributions[1]).abs().max() <= 1e-9 * size
+    # in float32 a ReLU may flip on a pre-activation that is 0 within rounding: a rare input, hence the median
+    assert (single.contributions - found.contributions).abs().amax(1).median() <= 1e-4 * size
+
+
+def test_padding_is_masked():
+    """A client equal to the global model gets no share however the text is padded, and padding changes nothing."""
+    torch.manual_seed(0)
+    model, x = bert(), text()
+    states, weights = reference.perturbed(model)
+    short = {name: v[2:, :5] for name, v in x.items()}
+    padded = trace(model, states, x, method="influence", weights=weights)
+    cut = trace(model, states, short, method="influence", weights=weights)
+    assert (padded.contributions[2] - cut.contributions[0]).abs().max() < 1e-4 * cut.contributions.abs().max()
+
+
+def test_layer_by_layer_as_the_paper_has_it():
+    torch.manual_seed(0)
+    model, x = resnet18().double(), images().double()
+    states, _ = reference.perturbed(model)
+    found = trace(model, states, x, layer_decay=1)
+    slow = [reference.neuron(model, states, x[n : n + 1], found.targets[n]) for n in range(3)]
+    slow = torch.stack(slow, 1)
+    assert ((found.by_layer - slow).abs() <= 1e-9 * slow.abs().amax((1, 2), keepdim=True)).all()
+
+
+def test_paper_layers_of_a_text_model():
+    found = trace(gpt2(), {"a": gpt2().state_dict()}, text(), layers="paper")
+    assert not any("wte" in name or "wpe" in name for name in found.layers)
+    assert len(found.layers) == 2 * 6 + 2
+
+
+class Odd(nn.Module):
+    """Bare parameters, attention with the batch second, tied weights, a functional use, positions shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.position = nn.Embedding(6, 8)
+        self.scale = nn.Parameter(torch.randn(8))
+        self.register_buffer("shift", torch.randn(8))
+        self.first = nn.Parameter(torch.randn(1, 1, 8))
+        encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1)
+        self.encoder = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
+        self.activation = nn.PReLU()
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+        self.decoder = nn.Linear(8, 9, bias=False)
+        self.decoder.weight = self.embed.weight
+
+    def forward(self, tokens):
+        h = self.embed(tokens) + self.position(torch.arange(6))
+        h = torch.cat([self.first.expand(len(h), -1, -1), h * self.scale + self.shift], 1)
+        h = self.activation(self.encoder(h.transpose(0, 1)).transpose(0, 1))
+        h = self.norm(h.mT).mT
+        return self.decoder(h[:, 0]) + h[:, 1] @ self.embed.weight.T
+
+
+def test_tensors_without_a_rule():
+    torch.manual_seed(0)
+    model, x = Odd().double(), torch.randint(0, 9, (4, 6))
+    states, weights = reference.perturbed(model)
+    for state in states.values():
+        state["decoder.weight"] = state["embed.weight"]
+    found = trace(model, states, x, method="influence", weights=weights)
+    slow = []
+    for n in range(4):
+        entries = [name for name in model.state_dict() if name != "decoder.weight"]
+        G = by_tied_autograd(model, x[n : n + 1], found.targets[n], entries)
+        W = model.state_dict()
+        slow.append([sum(((s[name] - W[name]) * G[name]).sum() for name in entries) for s in states.values()])
+    slow = torch.tensor(slow, dtype=torch.float64) * torch.tensor([1, 2, 3]) / 6
+    assert (found.contributions - slow).abs().max() <= 1e-9 * slow.abs().max()
+    one_name = {who: {k: v for k, v in s.items() if k != "embed.weight"} for who, s in states.items()}
+    again = trace(model, one_name, x, method="influence", weights=weights)
+    assert torch.equal(again.contributions, found.contributions)
+
+
+def by_tied_autograd(model, x, target, names):
+    """dy/dW of a model with tied weights, W being set once under its first name."""
+    model = model.eval()
+    W = {name: model.state_dict()[name].detach().clone().requires_grad_() for name in names}
+    logits = torch.func.functional_call(model, W, (x,))[0]
+    others = torch.cat([logits[:target], logits[target + 1 :]])
+    return dict(zip(names, torch.autograd.grad(logits[target] - others.logsumexp(0), list(W.values())), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_full(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
+    x = torch.randn(2, 3, 5, 5)
+    states, _ = reference.perturbed(model)
+    half = {who: {k: v.to(dtype) for k, v in s.items()} for who, s in states.items()}
+    rounded = {who: {k: v.float() for k, v in s.items()} for who, s in half.items()}
+    model, x = model.to(dtype), x.to(dtype)
+    found = trace(model, half, x)
+    assert next(model.parameters()).dtype == dtype
+    expected = trace(model.float(), rounded, x.float())
+    assert torch.equal(found.contributions, expected.contributions)
+
+
+def test_layer_that_overwrites_another_layers_input():
+    """h += f(norm(h)): the input of norm is gone when its gradient arrives."""
+
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.overwrite = True
+
+        def forward(self, x):
+            h = self.a(x) * 1.0
+            if self.overwrite:
+                h += self.b(h).tanh()
+            else:
+                h = h + self.b(h).tanh()
+            return self.head(h)
+
+    torch.manual_seed(0)
+    model, x = Overwrites().double(), torch.randn(3, 4).double()
+    states, weights = reference.perturbed(model)
+    found = trace(model, states, x, method="influence", weights=weights)
+    model.overwrite = False
+    slow = [reference.influence(model, states, weights, x[n : n + 1], found.targets[n]) for n in range(3)]
+    assert (found.contributions - torch.stack(slow)).abs().max() < 1e-9
