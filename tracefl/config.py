@@ -159,6 +159,7 @@ class Config:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("default_lr", lambda dataset: 0.0003 if dataset == "digits" else 0.001, replace=True)
 
 
 def load(composed: DictConfig) -> Config:

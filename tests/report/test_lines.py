@@ -1,6 +1,7 @@
 """The artifact's log lines, word for word."""
 
 import re
+from itertools import pairwise
 
 import pandas as pd
 import pytest
@@ -10,10 +11,8 @@ from tracefl.report.lines import provenance_lines
 
 @pytest.fixture
 def provenance() -> pd.DataFrame:
-    rows = [
-        (3, "neuron", 17, client, 8, 8, contribution, score, rank, held)
-        for client, contribution, score, rank, held in [("19", 0.1, 0.012, 2, 0), ("1", 4.0, 0.978, 1, 5), ("9", 0.0, 0.01, 3, 0)]
-    ]  # fmt: skip
+    answers = [("19", 0.1, 0.012, 2, 0), ("1", 4.0, 0.978, 1, 5), ("9", 0.0, 0.01, 3, 0)]
+    rows = [(3, "neuron", 17, client, 8, 8, *rest) for client, *rest in answers]
     columns = "round method input client label predicted contribution score rank label_examples"
     return pd.DataFrame(rows, columns=columns.split())
 
@@ -44,7 +43,7 @@ def test_lines_word_for_word(provenance):
 
 def test_every_accuracy_is_followed_by_its_chance(provenance):
     lines = list(provenance_lines(ROUNDS, provenance, faulty=set()))
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(lines):
         if re.search(r"Localization Accuracy( =|:)", line):
             assert "Chance = 33.3" in following
             assert "Top Holder = 100.0 (chance 33.3)" in following

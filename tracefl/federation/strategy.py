@@ -5,11 +5,13 @@ it counts, keeps it as received, and keeps the model that the inner strategy rel
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
@@ -56,8 +58,7 @@ class Recorder(Strategy):
         self._offset = len(run.rounds)  # Flower counts rounds from 1 in every process
         self._expected: dict[str, Tensor] = {}
         self._waiting: set[str] = set()
-        self._replies: dict[str, Message] = {}
-        self._sha256: dict[str, str] = {}
+        self._accepted: dict[str, _Update] = {}
         self._failures: dict[str, str] = {}
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any) -> Result:
@@ -78,7 +79,7 @@ class Recorder(Strategy):
         number = server_round + self._offset
         chosen = self.participants(number)
         self._expected = dict(arrays.to_torch_state_dict())
-        self._waiting, self._replies, self._sha256, self._failures = set(chosen), {}, {}, {}
+        self._waiting, self._accepted, self._failures = set(chosen), {}, {}
         node_of = {client: node for node, client in self.nodes.items()}
         only = cast(Grid, ParticipantsGrid(grid, [node_of[client] for client in chosen]))
         messages = self.strategy.configure_train(number, arrays, config, only)
@@ -94,10 +95,10 @@ class Recorder(Strategy):
                 self._receive(reply, number)
         for client in sorted(self._waiting, key=_natural):
             self._fail(number, client, "it sent no reply in time (round_timeout)")
-        order = sorted(self._replies, key=_natural)
+        order = sorted(self._accepted, key=_natural)
         if not order:
             raise TraceFLError(f"round {number}: every client failed; the first said: {_first(self._failures)}.")
-        arrays, metrics = self.strategy.aggregate_train(number, [self._replies[client] for client in order])
+        arrays, metrics = self.strategy.aggregate_train(number, [self._accepted[client].reply for client in order])
         if arrays is None:
             raise TraceFLError(f"round {number}: the strategy released no model from {len(order)} updates.")
         released = dict(arrays.to_torch_state_dict())
@@ -106,7 +107,7 @@ class Recorder(Strategy):
         evaluation = self.evaluate(released)
         self.run.record_round(
             number,
-            self._participants(order),
+            self._shares(order),
             released,
             evaluation.predictions,
             evaluation.loss,
@@ -134,7 +135,8 @@ class Recorder(Strategy):
         client = self.nodes[reply.metadata.src_node_id]
         self._waiting.discard(client)
         if reply.has_error():
-            self._fail(number, client, f"it raised: {_last_line(reply.error.reason)}")
+            verb = "it raised" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "its process died"
+            self._fail(number, client, f"{verb}: {_last_line(reply.error.reason or 'no reason given')}")
             return
         arrays, metrics = (
             list(reply.content.array_records.values()),
@@ -148,12 +150,15 @@ class Recorder(Strategy):
             )
             return
         state = dict(arrays[0].to_torch_state_dict())
-        if complaint := _complaint(state, self._expected, metrics[0].get("num-examples")):
+        count = metrics[0].get("num-examples")
+        if not isinstance(count, (int, float)) or not 1 <= count < float("inf"):
+            self._fail(number, client, f"its num-examples is {count}")
+        elif complaint := _complaint(state, self._expected):
             self._fail(number, client, complaint)
-            return
-        self._sha256[client] = self.run.record_client(number, client, state)
-        self._replies[client] = reply
-        self.on_client(number, client, metrics[0])
+        else:
+            sha256 = self.run.record_client(number, client, state)
+            self._accepted[client] = _Update(reply, int(count), sha256)
+            self.on_client(number, client, metrics[0])
 
     def _fail(self, number: int, client: str, reason: str) -> None:
         if not self.accept_failures:
@@ -164,19 +169,22 @@ class Recorder(Strategy):
         self._waiting.discard(client)
         self._failures[client] = reason
 
-    def _participants(self, order: list[str]) -> list[Participant]:
-        counts = {
-            client: next(iter(self._replies[client].content.metric_records.values()))["num-examples"]
-            for client in order
-        }
-        total = sum(counts.values())
+    def _shares(self, order: list[str]) -> list[Participant]:
+        total = sum(self._accepted[client].num_examples for client in order)
         return [
-            Participant(client, int(counts[client]), counts[client] / total, client_file(client), self._sha256[client])
-            for client in order
+            Participant(client, update.num_examples, update.num_examples / total, client_file(client), update.sha256)
+            for client, update in ((client, self._accepted[client]) for client in order)
         ]
 
 
-def _complaint(state: State, expected: State, num_examples: Any) -> str | None:
+@dataclass(frozen=True)
+class _Update:
+    reply: Message
+    num_examples: int
+    sha256: str
+
+
+def _complaint(state: State, expected: State) -> str | None:
     """What is wrong with an update, if anything: keys, shapes, types and finiteness as of the model that was sent."""
     if odd := sorted(state.keys() ^ expected.keys()):
         return f"its model has {'extra' if odd[0] in state else 'missing'} entry '{odd[0]}'"
@@ -186,8 +194,6 @@ def _complaint(state: State, expected: State, num_examples: Any) -> str | None:
             return f"its '{name}' is {sent}, expected {wanted}"
         if not torch.isfinite(value).all():
             return f"its '{name}' has non-finite values"
-    if not isinstance(num_examples, (int, float)) or not 0 < num_examples < float("inf"):
-        return f"its num-examples is {num_examples}"
     return None
 
 
@@ -203,4 +209,4 @@ def _first(failures: Mapping[str, str]) -> str:
 
 def _last_line(reason: str) -> str:
     lines = [line.strip() for line in reason.strip().strip("'>").splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    return lines[-1]

@@ -32,13 +32,13 @@ def _input_lines(answer: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
 
 def _round_lines(row: dict) -> Iterator[str]:
     number, inputs = int(row["round"]), int(row["num_inputs"])
-    model = f"({row['loss']:.2f},{row['accuracy']:.2f})"
+    model = f"GM_(loss, acc) ({row['loss']:.2f},{row['accuracy']:.2f})"
     if inputs == 0:
-        yield f"[Round {number}] TraceFL found no input to trace || Total Inputs Used In Prov: 0 || GM_(loss, acc) {model}"
+        yield f"[Round {number}] TraceFL found no input to trace || Total Inputs Used In Prov: 0 || {model}"
         return
     yield (
         f"[Round {number}] TraceFL Localization Accuracy = {_percent(row['localization_accuracy'])} || "
-        f"Total Inputs Used In Prov: {inputs} || GM_(loss, acc) {model}"
+        f"Total Inputs Used In Prov: {inputs} || {model}"
     )
     yield f"[Round {number}] {_chance(row)}"
 
@@ -53,7 +53,8 @@ def _closing_lines(rounds: pd.DataFrame) -> Iterator[str]:
 
 def _chance(row: dict | pd.Series) -> str:
     text = (
-        f"Chance = {_percent(row['chance_accuracy'])} || Largest Client = {_percent(row['largest_client_accuracy'])} || "
+        f"Chance = {_percent(row['chance_accuracy'])} || "
+        f"Largest Client = {_percent(row['largest_client_accuracy'])} || "
         f"Top Holder = {_percent(row['top_holder_accuracy'])} (chance {_percent(row['top_holder_chance'])}) || "
         f"Spearman = {row['spearman']:.2f} (chance 0)"
     )

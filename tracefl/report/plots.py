@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 mpl.use("Agg")
 # Okabe and Ito's palette: distinguishable by the colour-blind, and in grey by line style.
@@ -26,7 +27,7 @@ def plot_rounds(rounds: pd.DataFrame, folder: Path) -> list[Path]:
         if column in rounds:
             axes.plot(rounds["round"], 100 * rounds[column], style, color=colour, marker=marker, label=label, ms=4)
     axes.set(xlabel="round", ylabel="accuracy (%)", ylim=(-2, 102))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,60 @@
+"""Flower's simulation on Ray: a client that raises or dies ends the run with one sentence, and the run can go on."""
+
+import os
+from functools import partial
+
+import pytest
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from tracefl.data.prepare import prepare
+from tracefl.errors import TraceFLError
+from tracefl.federation import client_app
+from tracefl.federation.server_app import serve
+from tracefl.federation.simulation import simulate
+from tracefl.models import build_model, exchanged_state
+from tracefl.runs import ClientInfo, Run
+
+SMALL = [
+    "num_clients=3", "clients_per_round=3", "num_rounds=2", "client.epochs=1", "data_dist.max_per_client_data_size=40",
+    "data_dist.max_server_data_size=20",
+]  # fmt: skip
+
+
+def broken_app(how: str) -> ClientApp:
+    """The real client, but client 1 breaks in round 2."""
+    app = ClientApp()
+    app.query()(client_app.identify)
+
+    @app.train()
+    def train(message: Message, context) -> Message:
+        server_round = message.content.config_records["config"]["server-round"]
+        if context.node_config["partition-id"] == 1 and server_round == 2:
+            if how == "die":
+                os._exit(1)
+            raise ValueError("the disk of this client is full")
+        return client_app.train_round(message, context)
+
+    return app
+
+
+@pytest.mark.parametrize(("how", "words"), [("raise", "the disk of this client is full"), ("die", "its process died")])
+def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_path, how, words):
+    c = config(*SMALL)
+    data = prepare(c)
+    initial = exchanged_state(build_model(c.model.name, data.num_classes))
+    clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
+    run = Run.create(tmp_path / "run", initial=initial, clients=clients, seed=0)
+    drive = partial(serve, config=c, data=data, run=run, on_client=lambda *_: None, on_round=lambda _: None)
+    with pytest.raises(TraceFLError, match=rf"round 2, client 1: .*{words}"):
+        simulate(c, drive, broken_app(how))
+    assert len(Run.open(run.path).rounds) == 1
+    if how == "die":
+        simulate(c, drive)
+        assert [len(record.clients) for record in Run.open(run.path).rounds] == [3, 3]
+
+
+def test_resources_that_fit_no_client_are_named(config):
+    c = config("num_clients=2", "clients_per_round=2", "total_cpus=1", "client_cpus=4")
+    with pytest.raises(TraceFLError, match="client_cpus=4"):
+        simulate(c, lambda grid: None)

@@ -1,0 +1,198 @@
+"""The recorder on a grid of instant clients: who takes part, what is written, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity
+
+from tracefl.errors import TraceFLError
+from tracefl.federation.strategy import Recorder
+from tracefl.runs import ClientInfo, Run
+from tracefl.training import Evaluation
+
+NODES = {900 + 7 * k: str(k) for k in range(12)}
+START = {"w": torch.zeros(3), "bn.running_var": torch.ones(2)}
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_flower_run(monkeypatch):
+    """Flower refuses to build messages outside of a run."""
+    for name in ("task_id", "run_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+
+
+def state_of(client: int, server_round: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3,), float(client)) + server_round, "bn.running_var": torch.full((2,), 1.0 + client)}
+
+
+class InstantGrid:
+    """Answers every message at once, in an order of its own; `faults` maps a client to what it does instead."""
+
+    def __init__(self, faults=None, seed: int = 0) -> None:
+        self.faults, self.rng, self.mailbox, self.sent = faults or {}, np.random.default_rng(seed), [], []
+
+    def get_node_ids(self):
+        return list(NODES)
+
+    def push_messages(self, messages):
+        for index, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = f"{len(self.sent)}-{index}"
+            self.mailbox.append(message)
+        self.sent.append([NODES[m.metadata.dst_node_id] for m in self.mailbox])
+        return [message.metadata.message_id for message in self.mailbox]
+
+    def pull_messages(self, message_ids):
+        if not self.mailbox:
+            return []
+        message = self.mailbox.pop(self.rng.integers(len(self.mailbox)))
+        return [r for r in [self.reply(message)] if r is not None]
+
+    def reply(self, message):
+        client = int(NODES[message.metadata.dst_node_id])
+        server_round = int(message.content.config_records["config"]["server-round"])
+        state, examples = state_of(client, server_round), 10 + client
+        fault = self.faults.get(client)
+        if fault == "raise":
+            return Message(Error(2, "Traceback ...\nValueError: out of data"), reply_to=message)
+        if fault == "silent":
+            return None
+        if fault == "nan":
+            state["w"][1] = float("nan")
+        if fault == "shape":
+            state["w"] = torch.zeros(4)
+        if fault == "dtype":
+            state["w"] = state["w"].double()
+        if fault == "missing":
+            del state["w"]
+        if fault == "extra":
+            state["v"] = torch.zeros(1)
+        if fault == "empty":
+            examples = 0
+        content = {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": examples, "train-loss": 1.0})}
+        return Message(RecordDict(content), reply_to=message)
+
+
+def recorder(run: Run, **changes) -> Recorder:
+    settings = {"clients_per_round": 4, "seed": 5, "evaluate": lambda _: Evaluation(0.5, 0.9, torch.tensor([1, 0]))}
+    settings |= changes
+    count = settings["clients_per_round"]
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
+    return Recorder(strategy, run, NODES, **settings)
+
+
+def new_run(folder) -> Run:
+    return Run.create(folder, initial=START, clients=[ClientInfo(str(k), {0: 10}) for k in range(12)], seed=5)
+
+
+def run_rounds(run: Run, count: int, grid=None, timeout: float = 5.0, **changes) -> Run:
+    arrays = ArrayRecord(dict(run.global_state(len(run.rounds))))
+    recorder(run, **changes).start(grid or InstantGrid(), arrays, count, timeout=timeout, train_config=ConfigRecord())
+    return run
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.safetensors")}
+
+
+def test_a_round_holds_every_update_as_received_and_their_weighted_mean(tmp_path):
+    run = run_rounds(new_run(tmp_path), 2)
+    assert [record.number for record in run.rounds] == [1, 2]
+    for number in (1, 2):
+        view, mean = run.round(number), torch.zeros(3)
+        assert len(view.clients) == 4
+        assert sum(client.weight for client in view.clients) == pytest.approx(1)
+        for client in view.clients:
+            assert client.num_examples == 10 + int(client.id)
+            received = view.client_state(client.id)
+            for name, value in state_of(int(client.id), number).items():
+                assert torch.equal(received[name], value)
+            mean += client.weight * received["w"]
+        torch.testing.assert_close(run.global_state(number)["w"], mean)
+    assert run.rounds[0].loss == 0.5
+    assert run.predictions(2).tolist() == [1, 0]
+
+
+def test_the_order_of_replies_does_not_matter(tmp_path):
+    run_rounds(new_run(tmp_path / "a"), 3, InstantGrid(seed=1))
+    run_rounds(new_run(tmp_path / "b"), 3, InstantGrid(seed=2))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path):
+    run_rounds(new_run(tmp_path / "a"), 3)
+    run_rounds(new_run(tmp_path / "b"), 1)
+    resumed = Run.open(tmp_path / "b")
+    run_rounds(resumed, 3)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert Run.open(tmp_path / "a").rounds == Run.open(tmp_path / "b").rounds
+
+
+def test_participants_are_drawn_by_seed_and_round(tmp_path):
+    one = recorder(new_run(tmp_path))
+    draws = [one.participants(number) for number in range(1, 40)]
+    assert draws[0] == recorder(one.run).participants(1)
+    assert all(len(set(draw)) == 4 and draw == sorted(draw, key=int) for draw in draws)
+    assert len({tuple(draw) for draw in draws}) > 30
+    assert set().union(*draws) == set(NODES.values())
+    assert recorder(one.run, seed=6).participants(1) != draws[0]
+
+
+def test_only_participants_are_asked(tmp_path):
+    grid = InstantGrid()
+    run = run_rounds(new_run(tmp_path), 2, grid)
+    asked = [sent for sent in grid.sent if sent]
+    assert [sorted(sent, key=int) for sent in asked] == [[c.id for c in run.round(t).clients] for t in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise", "ValueError: out of data"),
+        ("silent", "no reply in time"),
+        ("nan", "'w' has non-finite values"),
+        ("shape", r"'w' is \(\(4,\), 'torch.float32'\), expected \(\(3,\), 'torch.float32'\)"),
+        ("dtype", "torch.float64"),
+        ("missing", "missing entry 'w'"),
+        ("extra", "extra entry 'v'"),
+        ("empty", "num-examples is 0"),
+    ],
+)
+def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_path, fault, words):
+    run = run_rounds(new_run(tmp_path), 1)
+    victim = int(recorder(run).participants(2)[1])
+    with pytest.raises(TraceFLError, match=rf"round 2, client {victim}: .*{words}.*Rounds 1 to 1 are kept"):
+        run_rounds(run, 3, InstantGrid({victim: fault}), timeout=0.5)
+    assert len(Run.open(tmp_path).rounds) == 1
+    healthy = run_rounds(Run.open(tmp_path), 3)
+    assert len(healthy.rounds) == 3
+
+
+@pytest.mark.parametrize("fault", ["raise", "silent", "nan"])
+def test_with_accept_failures_the_round_goes_on_without_it(tmp_path, fault):
+    run = new_run(tmp_path)
+    victim = recorder(run).participants(1)[2]
+    run_rounds(run, 1, InstantGrid({int(victim): fault}), timeout=0.5, accept_failures=True)
+    record = Run.open(tmp_path).rounds[0]
+    assert list(record.failures) == [victim]
+    assert victim not in [client.id for client in record.clients]
+    assert sum(client.weight for client in record.clients) == pytest.approx(1)
+
+
+def test_a_round_in_which_everyone_fails_stops_the_run(tmp_path):
+    grid = InstantGrid(dict.fromkeys(range(12), "raise"))
+    with pytest.raises(TraceFLError, match="round 1: every client failed; the first said: client"):
+        run_rounds(new_run(tmp_path), 1, grid, accept_failures=True)
+
+
+def test_observers_hear_of_every_client_and_round(tmp_path):
+    heard, rounds = [], []
+    run = run_rounds(
+        new_run(tmp_path),
+        2,
+        on_client=lambda number, client, metrics: heard.append((number, client, metrics["num-examples"])),
+        on_round=lambda run: rounds.append(len(run.rounds)),
+    )
+    assert sorted(heard) == sorted((t, c.id, c.num_examples) for t in (1, 2) for c in run.round(t).clients)
+    assert rounds == [1, 2]

@@ -1,0 +1,152 @@
+"""The main job for real, small: what it leaves, that it repeats to the byte, and that it survives interruption."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.test_main import tracefl
+from tracefl import Run
+
+SMALL = [
+    "exp_key=small", "num_clients=3", "clients_per_round=2", "num_rounds=3", "client.epochs=1",
+    "data_dist.max_per_client_data_size=40", "data_dist.max_server_data_size=60", "dirichlet_alpha=1",
+]  # fmt: skip
+
+
+def the_run(storage: Path) -> Path:
+    (folder,) = storage.glob("logs/small-*")
+    return folder
+
+
+def weights(storage: Path) -> dict[str, bytes]:
+    folder = the_run(storage)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("finished")
+    done = tracefl(*SMALL, "plotting=true", "convert_cache_to_csv=true", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_it_leaves_what_the_readme_lists(finished):
+    folder = the_run(finished[0])
+    left = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {".lock"}
+    run = Run.open(folder)
+    states = {f"rounds/{t:04d}/{name}.safetensors" for t in (1, 2, 3) for name in ("global", "predictions")}
+    states |= {f"rounds/{r.number:04d}/{c.file}" for r in run.rounds for c in r.clients}
+    assert left == states | {
+        "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "provenance.parquet",
+        "provenance.csv", "TraceFL_clients_contributions.log", "plots/rounds.png", "plots/rounds.pdf",
+    }  # fmt: skip
+    assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
+    assert [len(record.clients) for record in run.rounds] == [2, 2, 2]
+
+
+def test_tables_hold_both_methods_and_every_chance_level(finished):
+    folder = the_run(finished[0])
+    rounds, rows = pd.read_csv(folder / "rounds.csv"), pd.read_parquet(folder / "provenance.parquet")
+    assert rounds["round"].tolist() == [1, 2, 3]
+    metrics = ("localization_accuracy", "top_holder_accuracy", "spearman")
+    assert {"loss", "accuracy", "num_inputs", "chance_accuracy", "largest_client_accuracy", "top_holder_chance"} <= set(
+        rounds
+    )
+    assert {name + suffix for name in metrics for suffix in ("", "_influence")} <= set(rounds)
+    assert set(rows["method"]) == {"neuron", "influence"}
+    answers = rows.groupby(["round", "method", "input"])
+    assert answers["score"].sum().to_numpy() == pytest.approx(1)
+    assert (answers["rank"].max() == 2).all()
+    assert (
+        answers.size().groupby(["round", "method"]).size().xs("neuron", level="method").tolist()
+        == rounds["num_inputs"].tolist()
+    )
+    influence = rows[rows["method"] == "influence"].groupby(["round", "input"])["contribution"]
+    scale = influence.apply(lambda shares: shares.abs().max())
+    assert (influence.sum().abs() <= 1e-3 * scale).all()  # FedAvg leaves nothing over; float32 weights
+
+
+def test_it_prints_the_lines_that_people_grep_for_and_logs_them(finished):
+    folder, out = the_run(finished[0]), finished[1]
+    log = (folder / "TraceFL_clients_contributions.log").read_text()
+    for text in (out, log):
+        assert "INFO - *********** Input Label: " in text
+        assert " || Tracing = " in text
+        assert "TraceFL Clients Contributions Rank:     {'c" in text
+        assert "[Round 3] TraceFL Localization Accuracy = " in text
+        assert "INFO - Total Rounds: 3" in text
+        assert "INFO - TraceFL Average Localization Accuracy: " in text
+        assert "[Round 2] client c" in text
+    assert f"Everything is in {folder.relative_to(finished[0])}" in out
+
+
+def test_a_finished_run_is_not_trained_or_traced_again(finished):
+    folder = the_run(finished[0])
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    traced = (folder / "provenance.parquet").stat().st_mtime_ns
+    again = tracefl(*SMALL, cwd=finished[0])
+    assert again.returncode == 0, again.stderr
+    assert "nothing is trained" in again.stdout
+    assert "INFO - Total Rounds: 3" in again.stdout
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
+    assert (folder / "provenance.parquet").stat().st_mtime_ns == traced
+
+
+def test_other_tracing_settings_trace_the_recorded_run_anew(finished):
+    folder = the_run(finished[0])
+    before = pd.read_parquet(folder / "provenance.parquet")
+    done = tracefl(*SMALL, "enable_beta=false", "provenance.methods=[neuron]", "do_training=false", cwd=finished[0])
+    assert done.returncode == 0, done.stderr
+    after = pd.read_parquet(folder / "provenance.parquet")
+    assert set(after["method"]) == {"neuron"}
+    merged = after.merge(before, on=["round", "method", "input", "client"])
+    assert len(merged) == len(after)
+    assert not (merged["contribution_x"] == merged["contribution_y"]).any()
+
+
+def interrupt_after(rounds: int, how: signal.Signals, folder: Path) -> tuple[int, str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tracefl.main", *SMALL], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        headers = list(folder.glob("logs/small-*/run.json"))
+        if headers and len(json.loads(headers[0].read_text())["rounds"]) >= rounds:
+            process.send_signal(how)
+            break
+        time.sleep(0.02)
+    return process.wait(timeout=120), process.stderr.read() if process.stderr else ""
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(finished, tmp_path):
+    status, said = interrupt_after(1, signal.SIGINT, tmp_path)
+    assert status == 130, said
+    assert "interrupted: complete rounds are kept" in said
+    assert "Traceback" not in said
+    status, _ = interrupt_after(2, signal.SIGKILL, tmp_path)
+    assert status == -signal.SIGKILL
+    assert len(Run.open(the_run(tmp_path)).rounds) == 2
+    done = tracefl(*SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training rounds 3 to 3" in done.stdout
+    assert weights(tmp_path) == weights(finished[0])
+
+
+def test_other_data_under_the_same_settings_are_refused(finished):
+    header = the_run(finished[0]) / "run.json"
+    original = header.read_text()
+    header.write_text(original.replace(json.loads(original)["data_sha256"], "0" * 64))
+    try:
+        done = tracefl(*SMALL, cwd=finished[0])
+    finally:
+        header.write_text(original)
+    assert done.returncode == 1
+    assert "was trained on other data" in done.stderr
