@@ -32,6 +32,11 @@ class Clients:
         for who, state in states.items():
             check_names(who, state, expected, aliases)
 
+    @property
+    def resident(self) -> bool:
+        """All states are in memory already, so that asking for many tensors at once takes none."""
+        return all(isinstance(state, dict) for state in self.states)
+
     def tensors(self, name: str, first: int, last: int) -> list[Tensor]:
         """The tensor `name` of clients first to last - 1, on the model's device and in its precision."""
         names, like = self.aliases[name], self.expected[name]

@@ -69,7 +69,7 @@ def collect(
     """Groups of inputs whose gradients take at most `scratch` bytes (a single input may take more)."""
     N = batch_size(inputs)
     probe = run(model, state, take(inputs, 0, 1), take_targets(targets, 0, 1), explain, backward=False)
-    chunk = 1 if alone(model, probe) else max(1, scratch // (2 * max(1, probe.nbytes)))
+    chunk = 1 if alone(model, probe) else max(1, scratch // max(1, probe.nbytes))
     waiting: list[Group] = []
     first = 0
     while first < N:

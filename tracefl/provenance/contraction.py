@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tracefl.provenance.clients import Clients, State, read
 from tracefl.provenance.collect import Group
+from tracefl.provenance.gradients import written_out
 
 
 class Ledger:
     """One account [N, K] a layer, and with `with_global` a column more for the global model itself.
 
-    A client's tensor is read once for every group of inputs; blocks of clients take at most `scratch` bytes, should
-    their states load lazily.
+    A client's tensor is read once for every group of inputs, and where states load lazily, no more of them than take
+    `scratch` bytes are held at a time.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Ledger:
                 continue
             theta = self.model[name]
             base = None if self.base is None else read(None, self.base, names, theta)
-            block = max(1, self.scratch // max(1, theta.nbytes))
+            block = K if self.clients.resident else max(1, self.scratch // max(1, theta.nbytes))
+            if block < K:  # what every block would compute again
+                uses = [(layer, written_out(gradient, self.scratch)) for layer, gradient in uses]
             for first in range(0, K, block):
                 thetas = self.clients.tensors(name, first, min(K, first + block))
                 if self.with_global and first + block >= K:
@@ -58,3 +61,4 @@ class Ledger:
                 for layer, gradient in uses:
                     account = self.layers[layer][group.first : group.last, first : first + len(thetas)]
                     account += gradient.contract(thetas, base).cpu() * factor
+                del thetas  # before the next block is read

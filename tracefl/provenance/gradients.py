@@ -180,6 +180,15 @@ def compact(gradient: Gradient) -> Gradient:
     return gradient
 
 
+def written_out(gradient: Gradient, limit: int) -> Gradient:
+    """The gradient as it is contracted with one block of clients after the other, if it takes at most `limit` bytes."""
+    if isinstance(gradient, Outer):
+        N, S, R = gradient.left.shape
+        if S > 1 and N * R * gradient.right.shape[2] * gradient.left.element_size() <= limit:
+            return Dense(gradient.dense(), gradient.select)
+    return gradient
+
+
 def _through_outputs(N: int, K: int, S: int) -> bool:
     """Is K * S multiply-adds per parameter and input, through the layer's outputs, cheaper than S + K through its
     gradient? The latter's product has but N x K results, which is slow when they are few, and the gradient is
@@ -207,8 +216,9 @@ def _tiles(thetas: Sequence[Tensor], base: Tensor | None, rows: int) -> Iterator
         yield 0, tile if base is None else tile.sub_(base)
         return
     buffer = first.new_empty(len(thetas) * min(rows, len(first)) * first[0].numel())
-    pieces = zip(*(theta.split(rows) for theta in thetas), strict=True)
-    bases = iter(()) if base is None else iter(base.split(rows))
+    # unsafe_split: split without its bookkeeping for autograd, which is off here
+    pieces = zip(*(theta.unsafe_split(rows) for theta in thetas), strict=True)
+    bases = iter(()) if base is None else iter(base.unsafe_split(rows))
     for i, piece in enumerate(pieces):
         tile = buffer[: len(thetas) * piece[0].numel()].view(len(thetas), *piece[0].shape)
         torch.stack(piece, out=tile)

@@ -79,11 +79,13 @@ def trace(
     if method == "integrated" and reference is not None:
         change, targets = change_of_output(model, reference, inputs, targets, explain)
 
+    held = scratch_bytes // 4 * (3 if who.resident else 2)  # for gradients; the rest is for clients and tiles
+
     def enter(points: Iterable[tuple[float, nn.Module]]) -> Tensor:
         for factor, at in points:
             state, explained = traced_state(at, layers, statistics=method != "neuron"), []
             with tracing(at, state):
-                for group in collect(at, state, inputs, targets, explain, scratch_bytes // 2):
+                for group in collect(at, state, inputs, targets, explain, held):
                     ledger.open(list(group.layers), N)
                     ledger.add(group, factor)
                     explained.append(group.targets)

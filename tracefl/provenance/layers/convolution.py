@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tracefl.provenance.gradients import Dense, Gradient, Outer
+from tracefl.provenance.gradients import Dense, Gradient, Outer, whole
 from tracefl.provenance.layers.registry import Gradients, register
 
 
@@ -46,12 +46,14 @@ def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[i
     positions = left.shape[2:]
     axes = list(zip(seen, positions, conv.kernel_size, conv.stride, conv.dilation, strict=True))
     taps = tuple(live_taps(*axis) for axis in axes)
-    live = math.prod(tap.stop - tap.start for tap in taps)
-    if 4 * live > math.prod(conv.kernel_size):  # scattered reads would cost more than the products they save
-        taps = tuple(slice(0, size) for size in conv.kernel_size)
 
-    def select(theta: Tensor) -> Tensor:
+    def live(theta: Tensor) -> Tensor:
         return theta[(slice(None), slice(None), *taps)]
+
+    select = live
+    if 4 * math.prod(tap.stop - tap.start for tap in taps) > math.prod(conv.kernel_size):
+        taps = tuple(slice(0, size) for size in conv.kernel_size)  # scattered reads cost more than the products
+        select = whole
 
     padded = padded.contiguous()
     strides = padded.stride()[2:]
