@@ -1,6 +1,9 @@
 """Shared by all tests: configurations as the command line composes them, and the real data where they are."""
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as tracefl.main does
+
 from collections.abc import Callable
 from pathlib import Path
 

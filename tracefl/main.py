@@ -10,6 +10,8 @@ import re
 import sys
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own errors come to us instead of being printed in several lines
+# Torch's threads sleep while they wait. Spinning, they cost ten times the CPU as soon as another process is busy too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
