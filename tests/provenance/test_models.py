@@ -117,6 +117,16 @@ def test_every_entry_of_the_state(make, inputs):
     assert (single.contributions - found.contributions).abs().amax(1).median() <= 1e-4 * size
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "squeezebert", "openai_gpt", "gpt2", "resnet18"])
+def test_the_batch_goes_through_at_once(name):
+    make, inputs = MODELS[name]
+    model, sizes = make(), []
+    hook = lambda module, args, kwargs: sizes.append(len(args[0] if args else kwargs["input_ids"]))  # noqa: E731
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    trace(model, {"a": model.state_dict()}, inputs())
+    assert sizes == [1, 3]
+
+
 def test_padding_is_masked():
     """A client equal to the global model gets no share however the text is padded, and padding changes nothing."""
     torch.manual_seed(0)

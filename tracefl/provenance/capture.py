@@ -23,6 +23,15 @@ Batch = Mapping[str, Any] | Tensor
 Explain = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Where the output of a call is added to something, and nowhere else does it go: out = ... + factor * z."""
+
+    edge: GradientEdge
+    factor: float
+    shape: torch.Size
+
+
 @dataclass
 class Call:
     """The `index`-th time that `module` ran; `order` counts events of the forward pass."""
@@ -34,7 +43,9 @@ class Call:
     edge: GradientEdge
     shape: torch.Size
     version: int
-    g: Tensor | None = None  # None: y does not depend on this call
+    sum: Sum | None = None
+    shared: bool = False  # all inputs of the batch use this one output, as with position embeddings
+    g: Tensor | None = None  # dy/dz, or dy/d(sum) of a shared call; None: y does not depend on it
 
 
 @dataclass
@@ -61,20 +72,26 @@ class Pass:
 
 def run(
     model: nn.Module, state: TracedState, batch: Batch, targets: Tensor | None, explain: Explain,
-    *, backward: bool = True, keep_inputs: bool = False,
+    *, probe: Pass | None = None,
 ) -> Pass:  # fmt: skip
-    """Forward `batch` and, with `backward`, differentiate y; `keep_inputs` copies x (see `disturbed`)."""
+    """Forward and differentiate a batch. Without `probe`, that of a single input, nothing is differentiated."""
     done = Pass()
-    with _hooks(model, state, done, keep_inputs):
+    with _hooks(model, state, done, keep_inputs=probe is not None and probe.disturbed):
         logits = logits_of(model, batch)
     y, done.targets = explain(logits, targets)
     done.y = y.detach()
-    used = _leaves(y)
+    used, consumers = _graph(y)
+    for call in done.calls:
+        call.sum = _only_sum(consumers.get((call.edge.node, call.edge.output_nr), []))
     leaves = {name: tensor for name, tensor in state.tensors.items() if id(tensor) in used}
     done.loose = dict.fromkeys(leaves)
-    if not backward or not y.requires_grad:
+    if probe is None or not y.requires_grad:
         return done
-    inputs: list[Any] = [*(call.edge for call in done.calls), *leaves.values()]
+    for call, probed in zip(done.calls, probe.calls, strict=False):
+        same = (call.shape, call.x.shape) == (probed.shape, probed.x.shape)
+        call.shared = same and len(y) > 1 and call.sum is not None and probed.sum is not None
+    ends = [call.sum.edge if call.shared and call.sum else call.edge for call in done.calls]
+    inputs: list[Any] = [*ends, *leaves.values()]
     grads = torch.autograd.grad(y.sum(), inputs, allow_unused=True) if inputs else ()
     for call, g in zip(done.calls, grads, strict=False):
         call.g = g
@@ -166,9 +183,13 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def _leaves(y: Tensor) -> set[int]:
-    """ids of the leaf tensors in the graph of y."""
-    found: set[int] = set()
+Consumers = dict[tuple[Any, int], list[tuple[Any, int]]]
+
+
+def _graph(y: Tensor) -> tuple[set[int], Consumers]:
+    """ids of the leaf tensors that y depends on, and who takes each node's output, as which argument."""
+    leaves: set[int] = set()
+    consumers: Consumers = {}
     seen, stack = set(), [y.grad_fn]
     while stack:
         node = stack.pop()
@@ -177,6 +198,15 @@ def _leaves(y: Tensor) -> set[int]:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
-            found.add(id(variable))
-        stack.extend(following for following, _ in node.next_functions)
-    return found
+            leaves.add(id(variable))
+        for position, (following, output) in enumerate(node.next_functions):
+            consumers.setdefault((following, output), []).append((node, position))
+            stack.append(following)
+    return leaves, consumers
+
+
+def _only_sum(consumers: list[tuple[Any, int]]) -> Sum | None:
+    if len(consumers) != 1 or consumers[0][0].name() != "AddBackward0":
+        return None
+    node, position = consumers[0]
+    return Sum(GradientEdge(node, 0), node._saved_alpha if position else 1, node._input_metadata[0].shape)

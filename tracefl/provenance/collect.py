@@ -68,15 +68,14 @@ def collect(
 ) -> Iterator[Group]:
     """Groups of inputs whose gradients take at most `scratch` bytes (a single input may take more)."""
     N = batch_size(inputs)
-    probe = run(model, state, take(inputs, 0, 1), take_targets(targets, 0, 1), explain, backward=False)
+    probe = run(model, state, take(inputs, 0, 1), take_targets(targets, 0, 1), explain)
     chunk = 1 if alone(model, probe) else max(1, scratch // max(1, probe.nbytes))
     waiting: list[Group] = []
     first = 0
     while first < N:
         last = min(N, first + chunk)
         done = run(
-            model, state, take(inputs, first, last), take_targets(targets, first, last), explain,
-            keep_inputs=probe.disturbed,
+            model, state, take(inputs, first, last), take_targets(targets, first, last), explain, probe=probe
         )  # fmt: skip
         assert done.y is not None
         assert done.targets is not None
@@ -109,7 +108,7 @@ def gradients(state: TracedState, done: Pass, probe: Pass) -> LayerGradients:
     assert done.targets is not None
     n = len(done.targets)
     found: list[tuple[tuple[int, int], str, dict[str, Gradient]]] = []
-    if n > 1 and [(c.module, c.index) for c in done.calls] != [(c.module, c.index) for c in probe.calls]:
+    if n > 1 and (done.loose or [_which(c) for c in done.calls] != [_which(c) for c in probe.calls]):
         raise InseparableError
     for i, call in enumerate(done.calls):
         rule, local = state.rules[call.module], state.local(call.module)
@@ -134,16 +133,33 @@ def gradients(state: TracedState, done: Pass, probe: Pass) -> LayerGradients:
     return {name: layer for _, name, layer in sorted(found, key=lambda entry: entry[0])}
 
 
+def _which(call: Call) -> tuple[nn.Module, int]:
+    return call.module, call.index
+
+
 def _by_input(call: Call, probed: Call, n: int) -> tuple[Tensor, Tensor]:
-    """x and g with the axis of the inputs in front: the one axis that grew from 1 to n since the probe."""
+    """x and g with the axis of the inputs in front, told by having grown from 1 to n since the probe."""
     assert call.g is not None
-    moved = []
-    for tensor, now, before in ((call.x, call.x.shape, probed.x.shape), (call.g, call.shape, probed.shape)):
-        grown = [d for d, (a, b) in enumerate(zip(now, before, strict=False)) if a != b]
-        if len(now) != len(before) or len(grown) != 1 or (before[grown[0]], now[grown[0]]) != (1, n):
-            raise InseparableError
-        moved.append(tensor.movedim(grown[0], 0))
-    return moved[0], moved[1]
+    if not call.shared or call.sum is None or probed.sum is None:
+        of_x, of_g = _grown(call.x.shape, probed.x.shape, n), _grown(call.shape, probed.shape, n)
+        return call.x.movedim(of_x, 0), call.g.movedim(of_g, 0)
+    if not call.x.ndim:
+        raise InseparableError
+    # every input's own dy/d(sum), summed over the axes along which z was spread
+    axis = _grown(call.sum.shape, probed.sum.shape, n)
+    place = axis - (call.g.ndim - len(call.shape))
+    g = call.g.movedim(axis, 0) * call.sum.factor
+    g = g if place < 0 else g.unsqueeze(place + 1)
+    extra = g.ndim - 1 - len(call.shape)
+    g = g.sum(tuple(range(1, 1 + extra))) if extra else g
+    return call.x.expand(n, *call.x.shape).flatten(0, 1), g.sum_to_size(n, *call.shape).flatten(0, 1)
+
+
+def _grown(now: torch.Size, before: torch.Size, n: int) -> int:
+    grown = [d for d, (a, b) in enumerate(zip(now, before, strict=False)) if a != b]
+    if len(now) != len(before) or len(grown) != 1 or (before[grown[0]], now[grown[0]]) != (1, n):
+        raise InseparableError
+    return grown[0]
 
 
 def _started(state: TracedState, done: Pass, owner: str) -> int:
