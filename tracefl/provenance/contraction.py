@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tracefl.provenance.clients import Clients, State, read
 from tracefl.provenance.collect import Group
-from tracefl.provenance.gradients import written_out
+from tracefl.provenance.gradients import Gradient, written_out
 
 
 class Ledger:
@@ -45,11 +45,12 @@ class Ledger:
     def add(self, group: Group, factor: float = 1.0) -> None:
         """Enter `factor` times the shares of one group of inputs."""
         K = len(self.clients.ids)
-        for name, names in self.clients.aliases.items():
-            uses = [(layer, own[name]) for layer, own in group.layers.items() if name in own]
-            if not uses:
-                continue
-            theta = self.model[name]
+        uses_of: dict[str, list[tuple[str, Gradient]]] = {}
+        for layer, own in group.layers.items():
+            for name, gradient in own.items():
+                uses_of.setdefault(name, []).append((layer, gradient))
+        for name, uses in uses_of.items():
+            theta, names = self.model[name], self.clients.aliases[name]
             base = None if self.base is None else read(None, self.base, names, theta)
             block = K if self.clients.resident else max(1, self.scratch // max(1, theta.nbytes))
             if block < K:  # what every block would compute again

@@ -35,6 +35,7 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
     """`statistics` adds the state's floating-point buffers (BatchNorm's running mean and variance)."""
     chosen = _chosen(model, layers)
     entries = model.state_dict(keep_vars=True)
+    modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors: dict[str, Tensor] = {}
     names: dict[int, list[str]] = {}
@@ -46,7 +47,7 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
         if name not in parameters and not statistics:
             continue
         names.setdefault(id(tensor), []).append(name)
-        owner = model.get_submodule(name.rpartition(".")[0])
+        owner = modules[name.rpartition(".")[0]]
         if owner in chosen and id(tensor) not in first:
             first[id(tensor)] = name
             tensors[name], owners[name] = tensor, owner
@@ -62,8 +63,9 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
         constants[module] = held
         if rule is not None and module in chosen:
             rules[module] = rule
-    modules = {module: name for name, module in model.named_modules()}
-    return TracedState(tensors, first, aliases, owners, modules, rules, constants)
+    return TracedState(
+        tensors, first, aliases, owners, {m: name for name, m in model.named_modules()}, rules, constants
+    )
 
 
 def _chosen(model: nn.Module, layers: str | Sequence[str]) -> set[nn.Module]:

@@ -83,9 +83,10 @@ def trace(
 
     def enter(points: Iterable[tuple[float, nn.Module]]) -> Tensor:
         for factor, at in points:
-            state, explained = traced_state(at, layers, statistics=method != "neuron"), []
-            with tracing(at, state):
-                for group in collect(at, state, inputs, targets, explain, held):
+            there = state if at is model else traced_state(at, layers, statistics=True)
+            explained = []
+            with tracing(at, there):
+                for group in collect(at, there, inputs, targets, explain, held):
                     ledger.open(list(group.layers), N)
                     ledger.add(group, factor)
                     explained.append(group.targets)
