@@ -77,9 +77,6 @@ class Lazy(Mapping):
         self.reads[name] += 1
         return self.state[name].clone()
 
-    def __contains__(self, name):
-        return name in self.state
-
     def __iter__(self):
         return iter(self.state)
 

@@ -70,14 +70,23 @@ def check_names(
 
 
 def read(who: str | None, state: State, names: Sequence[str], like: Tensor) -> Tensor:
-    name = names[0] if names[0] in state else next(name for name in names if name in state)
-    tensor = state[name]
+    name, tensor = _first(state, names)
     if tensor.shape != like.shape:
         raise TraceFLError(
             f"{_named(who)}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has "
             f"{tuple(like.shape)}; {_REMEDY}"
         )
     return tensor.to(like.device, like.dtype)
+
+
+def _first(state: State, names: Sequence[str]) -> tuple[str, Tensor]:
+    """The tensor under the first name that the state has. `in` would read a lazy state's tensor once more."""
+    for name in names[:-1]:
+        try:
+            return name, state[name]
+        except KeyError:
+            continue
+    return names[-1], state[names[-1]]
 
 
 def _named(who: str | None) -> str:
