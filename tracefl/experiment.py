@@ -11,14 +11,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rich.console import Console
 
 from tracefl.config import Config, fingerprint, run_folder, training_settings
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
 from tracefl.models import build_model, exchanged_state
-from tracefl.report.console import LogFile, TrainingProgress, log_to_console, summary_table
+from tracefl.report.console import LogFile, TrainingProgress, log_to_console, print_summary
 from tracefl.report.files import read_provenance, write_csv, write_provenance
 from tracefl.report.lines import provenance_lines
 from tracefl.report.plots import plot_rounds
@@ -52,7 +51,7 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
         write_csv(folder / "rounds.csv", rounds)
         if config.plotting:
             plot_rounds(rounds, folder / "plots")
-    Console().print(summary_table(rounds, config.provenance.methods))
+    print_summary(rounds, config.provenance.methods)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 

@@ -94,32 +94,26 @@ class TrainingProgress(AbstractContextManager):
         )  # fmt: skip
 
 
-def summary_table(rounds: pd.DataFrame, methods: list[str]) -> Table:
-    """One line per round; every localization accuracy beside its chance level, in percent."""
-    table = Table(title="Accuracy of the global model and of naming the responsible client, in %")
-    table.add_column("round", justify="right")
-    table.add_column("accuracy", justify="right")
+def print_summary(rounds: pd.DataFrame, methods: list[str]) -> None:
+    """One line per round; every localization accuracy stands beside its chance level, in percent."""
+    suffixes = {method: "" if method == methods[0] else f"_{method}" for method in methods}
+    columns = {"accuracy": "accuracy"}
     if "num_inputs" in rounds:
-        table.add_column("inputs", justify="right")
-        for method in methods:
-            table.add_column(f"{method}: localized", justify="right")
-        table.add_column("chance", justify="right")
-        for method in methods:
-            table.add_column(f"{method}: top holder", justify="right")
-        table.add_column("chance", justify="right")
-    for row in [*rounds.to_dict("records"), {**rounds.mean(numeric_only=True).to_dict(), "round": "mean"}]:
-        cells = [str(row["round"]), _percent(row["accuracy"])]
-        if "num_inputs" in rounds:
-            suffixes = ["" if method == methods[0] else f"_{method}" for method in methods]
-            cells += [
-                f"{row['num_inputs']:g}",
-                *(_percent(row[f"localization_accuracy{suffix}"]) for suffix in suffixes),
-                _percent(row["chance_accuracy"]),
-                *(_percent(row[f"top_holder_accuracy{suffix}"]) for suffix in suffixes),
-                _percent(row["top_holder_chance"]),
-            ]
-        table.add_row(*cells, end_section=row["round"] == len(rounds))
-    return table
+        columns |= {"inputs": "num_inputs"}
+        for title, metric, chance in (
+            ("localized", "localization_accuracy", "chance_accuracy"),
+            ("top holder", "top_holder_accuracy", "top_holder_chance"),
+        ):
+            columns |= {f"{title}\n{method}": metric + suffix for method, suffix in suffixes.items()}
+            columns |= {f"{title}\nby chance": chance}
+    table = Table(title="Accuracy of the global model, and of naming the responsible client, in %")
+    for header in ("round", *columns):
+        table.add_column(header, justify="right")
+    means = {"round": "mean", **rounds.drop(columns="round").mean().to_dict()}
+    for row in [*rounds.to_dict("records"), means]:
+        cells = [f"{row[name]:.3g}" if name == "num_inputs" else _percent(row[name]) for name in columns.values()]
+        table.add_row(str(row["round"]), *cells, end_section=row["round"] == len(rounds))
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def _percent(share: float) -> str:
