@@ -12,6 +12,7 @@ from tracefl.config import (
     NOT_TRAINING,
     Config,
     flip_rates,
+    refuse_unbuilt,
     run_folder,
     training_settings,
 )
@@ -88,11 +89,26 @@ def test_noise_rate_is_a_share_for_all_labels_or_per_label(config):
         (["label2flip=3"], "label2flip=3"),
         (["+answer=42"], "answer is no setting"),
         (["noise_multiplier=0.1"], "clipping_norm"),
+        (["noise_multiplier=-0.5", "clipping_norm=15"], "clipping_norm"),
     ],
 )
 def test_an_impossible_value_is_quoted_with_its_remedy(config, overrides, words):
     with pytest.raises(TraceFLError, match=words):
         config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["noise_multiplier=0.001", "clipping_norm=15"], "noise_multiplier=0.001"),
+        (["dataset.name=dbpedia_14", "model.name=distilbert/distilbert-base-uncased"], "model.name=distilbert/"),
+        (["dataset.name=pathmnist"], "dataset.name=pathmnist"),
+    ],
+)
+def test_what_is_not_built_yet_parses_and_is_refused_by_name(config, overrides, words):
+    with pytest.raises(TraceFLError, match=rf"{words}.* cannot run yet"):
+        refuse_unbuilt(config(*overrides))
+    refuse_unbuilt(config())
 
 
 def test_a_shard_distribution_needs_no_alpha(config):

@@ -20,6 +20,8 @@ COMMANDS = [  # METHOD's command lines, as the shell hands them on
         "data_dist.dist_type=PathologicalPartitioner-3", "label2flip={8:7,0:7,1:7}", "noise_rate={8:7,0:7,1:7}",
         "faulty_clients_ids=[8]",
     ],
+    ["dirichlet_alpha=0.3", "noise_multiplier=0.001", "clipping_norm=15"],
+    ["dataset.name=dbpedia_14", "model.name=distilbert/distilbert-base-uncased", "device=cuda"],
     ["data_dist.dist_type=sharded-non-iid-2", "dirichlet_alpha=-1", "data_dist.max_per_client_data_size=-1"],
 ]  # fmt: skip
 

@@ -29,7 +29,10 @@ DIST_TYPES = (
 HUB_NAMES = {
     "mnist": "ylecun/mnist",
     "cifar10": "uoft-cs/cifar10",
+    "dbpedia_14": "fancyzhx/dbpedia_14",
+    "yahoo_answers_topics": "community-datasets/yahoo_answers_topics",
 }
+MEDMNIST = ("pathmnist", "organamnist")
 # Settings that leave the trained weights as they are; every other one is part of the run's hash.
 NOT_TRAINING = frozenset(
     {
@@ -178,6 +181,25 @@ def load(composed: DictConfig) -> Config:
     return config
 
 
+def refuse_unbuilt(config: Config) -> None:
+    """What parses, because the published artifact's users type it, but cannot be run yet.
+
+    Raises:
+        TraceFLError: the configuration asks for it.
+    """
+    unbuilt = {
+        f"noise_multiplier={config.strategy.noise_multiplier}": config.strategy.noise_multiplier != -1,
+        f"model.name={config.model.name}": config.model.name not in IMAGE_MODELS,
+        f"dataset.name={config.dataset.name}": config.dataset.name in MEDMNIST,
+    }
+    for setting, asked in unbuilt.items():
+        if asked:
+            raise TraceFLError(
+                f"{setting} cannot run yet: this version trains torchvision's image classifiers without differential "
+                "privacy, on digits and on images from the hub or a folder; dry_run=true shows the configuration."
+            )
+
+
 def fingerprint(value: Any) -> str:
     """First 8 hex digits of the SHA-256 of `value` as canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
@@ -277,16 +299,19 @@ def _check(c: Config) -> None:
         _require(total is None or total >= 0, key, total, "give a count, or null for all that there are")
     _one_of("data_dist.dist_type", dist.dist_type, DIST_TYPES)
     _one_of("strategy.name", strategy.name, STRATEGIES)
-    _one_of("model.name", c.model.name, IMAGE_MODELS)
     _require(
-        bool(c.provenance.methods), "provenance.methods", c.provenance.methods, f"name one of {', '.join(METHODS)}"
+        c.model.name in IMAGE_MODELS or "/" in c.model.name,
+        "model.name",
+        c.model.name,
+        f"give one of {', '.join(IMAGE_MODELS)}, or a text classifier of the hub as 'owner/name'",
     )
+    _require(bool(c.provenance.methods), "provenance.methods", [], f"name one of {', '.join(METHODS)}")
     private = (strategy.noise_multiplier, strategy.clipping_norm)
     _require(
-        private == (-1, -1),
+        private == (-1, -1) or (private[0] >= 0 and private[1] > 0),
         "noise_multiplier and clipping_norm",
         private,
-        "differential privacy is not built yet; leave both at -1",
+        "give a noise of at least 0 and a norm above 0, or -1 for both",
     )
     for method in c.provenance.methods:
         _one_of("provenance.methods", method, METHODS)
@@ -304,12 +329,13 @@ def _check(c: Config) -> None:
         c.dataset.path,
         "it is no folder; give one in the hub's layout, for example with train-*.parquet and test-*.parquet",
     )
-    known = c.dataset.path or c.dataset.name in ("digits", *HUB_NAMES) or "/" in c.dataset.name
+    known = c.dataset.path or c.dataset.name in ("digits", *HUB_NAMES, *MEDMNIST) or "/" in c.dataset.name
     _require(
         bool(known),
         "dataset.name",
         c.dataset.name,
-        f"known are digits, {', '.join(HUB_NAMES)}; name any other by its hub name 'owner/name' or give dataset.path",
+        f"known are digits, {', '.join((*HUB_NAMES, *MEDMNIST))}; give any other as 'owner/name' of the hub or by "
+        "dataset.path",
     )
     _check_faults(c)
 

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tracefl.config import load, run_folder
+from tracefl.config import load, refuse_unbuilt, run_folder
 from tracefl.errors import TraceFLError
 
 
@@ -32,6 +32,7 @@ def job(composed: DictConfig) -> None:
         if config.dry_run:
             print(f"dry run, nothing is trained; the run would be {run_folder(config)}:\n\n{resolved}")
             return
+        refuse_unbuilt(config)
         from tracefl.data.prepare import prepare
 
         data = prepare(config)
