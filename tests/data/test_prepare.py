@@ -96,6 +96,12 @@ def test_a_dataset_without_a_label_column_is_refused_and_leaves_nothing(config, 
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_flip_to_a_label_that_does_not_exist_is_refused(config):
+    prepare(config("faulty_clients_ids=[0]", "label2flip={1:9,13:0}"))
+    with pytest.raises(TraceFLError, match="flips to label 10, but digits has labels 0 to 9"):
+        prepare(config("faulty_clients_ids=[0]", "label2flip={1:10}"))
+
+
 def test_a_failure_while_writing_leaves_nothing(config, tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("disk full")

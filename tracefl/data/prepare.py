@@ -66,6 +66,12 @@ def prepare(config: Config) -> PreparedData:
         _write(folder, config, settings)
     info = json.loads((folder / "data.json").read_text())
     counts = {client: {int(label): n for label, n in labels.items()} for client, labels in info["label_counts"].items()}
+    for target in config.label2flip.values():
+        if not 0 <= target < len(info["class_names"]):
+            raise TraceFLError(
+                f"label2flip={config.label2flip} flips to label {target}, but {config.dataset.name} has labels 0 to "
+                f"{len(info['class_names']) - 1}: choose a target among them."
+            )
     digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
     return PreparedData(folder, info["class_names"], counts, digest)
 
