@@ -54,6 +54,12 @@ def trace(
     output: "logit", or "log_odds" (default for "influence"). steps: intervals of the path of
     "integrated"; None doubles 16 until the shares of all layers miss the change of y by less than 1 %, up to 256.
     scratch_bytes bounds the memory taken beside the model, except that one input always has to fit.
+
+    Every tensor used counts as a layer of its own where no rule covers its module (attention's in_proj, class tokens),
+    at the place where that module starts, in `layers` and in the decay. What cannot change a share (unused layers, rows
+    of tokens that do not occur, kernel taps that see only padding) is not read and so not checked to be finite.
+
+    Raises: TraceFLError, naming client and tensor, or the argument, and what to do.
     """
     output = output or ("log_odds" if method == "influence" else "logit")
     _check_settings(method, output, weights, reference, layer_decay)
