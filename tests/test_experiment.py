@@ -150,3 +150,20 @@ def test_other_data_under_the_same_settings_are_refused(finished):
         header.write_text(original)
     assert done.returncode == 1
     assert "was trained on other data" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_faulty_client_is_named_on_real_images(real_data, tmp_path):
+    flips = "{" + ",".join(f"{label}:0" for label in range(1, 10)) + "}"
+    done = tracefl(
+        "dataset.name=mnist", f"dataset.path={real_data / 'mnist'}", "num_clients=5", "clients_per_round=5",
+        "num_rounds=2", "dirichlet_alpha=0.7", "data_dist.max_per_client_data_size=400", "faulty_clients_ids=[0]",
+        f"label2flip={flips}", "exp_key=small", cwd=tmp_path, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rounds = pd.read_csv(the_run(tmp_path) / "rounds.csv")
+    traced = rounds[rounds["num_inputs"] > 0]
+    assert len(traced) > 0
+    assert (traced["chance_accuracy"] == 0.2).all()
+    assert traced["localization_accuracy"].max() >= 0.8
+    assert traced["localization_accuracy_influence"].max() >= 0.8
