@@ -115,7 +115,7 @@ def compare(name: str, K: int, N: int, method: str, options: argparse.Namespace)
                     w.sum()
 
     def ours() -> None:
-        trace(model, states, batch, method=method, weights=shares)
+        trace(model, states, batch, method=method, weights=shares, scratch_bytes=int(options.scratch_gib * 2**30))
 
     one_pass(model, batch)
     trace(model, dict([next(iter(states.items()))]), batch_of(1))
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--reference-inputs", type=int, default=1, help="0 leaves the slow reference out")
     parser.add_argument("--states-gib", type=float, default=2.0, help="memory for distinct client states")
+    parser.add_argument("--scratch-gib", type=float, default=1.0, help="scratch_bytes of trace")
     options = parser.parse_args()
     columns = [
         "threads",
