@@ -18,10 +18,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -63,41 +64,42 @@ class ClientInfo:
 
 
 class LazyState(Mapping[str, Tensor]):
-    """A state dict in a safetensors file: a tensor is read when it is asked for and not kept.
+    """A state dict in a safetensors file: a tensor is read when it is asked for, and nothing is kept.
 
     The file's SHA-256 is compared with the run's header before the first read.
     """
 
     def __init__(self, file: Path, sha256: str) -> None:
         self._file, self._sha256 = file, sha256
-        self._handle: Any = None
 
-    def _open(self) -> Any:
-        if self._handle is None:
-            if not self._file.exists():
-                raise TraceFLError(f"{self._file} is missing from the run: restore it or train the run again.")
-            with self._file.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-            if found != self._sha256:
-                raise TraceFLError(
-                    f"{self._file} is not the file that was recorded (SHA-256 {found[:12]}, run.json says "
-                    f"{self._sha256[:12]}): restore it or train the run again."
-                )
-            self._handle = safe_open(self._file, framework="pt")
-        return self._handle
+    @cached_property
+    def _names(self) -> dict[str, None]:
+        if not self._file.exists():
+            raise TraceFLError(f"{self._file} is missing from the run: restore it or train the run again.")
+        with self._file.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != self._sha256:
+            raise TraceFLError(
+                f"{self._file} is not the file that was recorded (SHA-256 {found[:12]}, run.json says "
+                f"{self._sha256[:12]}): restore it or train the run again."
+            )
+        with safe_open(self._file, framework="pt") as content:
+            return dict.fromkeys(content.keys())
 
     def __getitem__(self, name: str) -> Tensor:
-        handle = self._open()
-        try:
-            return handle.get_tensor(name)
-        except SafetensorError as error:
-            raise KeyError(name) from error
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._file, framework="pt") as content:  # a handle that stays open keeps its pages in memory
+            return content.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._open().keys())
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._open().keys())
+        return len(self._names)
 
 
 @dataclass(frozen=True)
