@@ -37,13 +37,13 @@ def test_every_image_model_is_accepted(config, value):
 
 def test_top_level_keys_reach_the_groups_that_read_them(config):
     c = config(
-        "num_clients=7", "clients_per_round=4", "num_rounds=2", "dirichlet_alpha=1", "batch_size=8", "client_cpus=2",
+        "num_clients=7", "clients_per_round=4", "num_rounds=2", "dirichlet_alpha=1", "batch_size=8", "client_cpus=1",
         "client_gpu=0.5", "noise_multiplier=-1",
     )  # fmt: skip
     assert (c.data_dist.num_clients, c.strategy.clients_per_round, c.strategy.num_rounds) == (7, 4, 2)
     assert (c.data_dist.dirichlet_alpha, c.data_dist.batch_size) == (1.0, 8)
-    assert (c.client_resources.cpus, c.client_resources.gpus) == (2.0, 0.5)
-    assert config("client_resources.cpus=3", "client_resources.gpus=0.25").client_resources.gpus == 0.25
+    assert (c.client_resources.cpus, c.client_resources.gpus) == (1.0, 0.5)
+    assert config("client_resources.cpus=0.5", "client_resources.gpus=0.25").client_resources.gpus == 0.25
 
 
 def test_faulty_clients_and_flips_as_the_shell_passes_them(config):
@@ -54,6 +54,17 @@ def test_faulty_clients_and_flips_as_the_shell_passes_them(config):
     quoted = config('faulty_clients_ids=["8"]', "label2flip={8:7,0:7,1:7}", "noise_rate={8:7,0:7,1:7}")
     assert quoted.faulty_clients_ids == [8]
     assert flip_rates(quoted) == {8: 1.0, 0: 1.0, 1: 1.0}
+    to_zero = config("faulty_clients_ids=[0]", "label2flip={1:0}", "noise_rate={1:0}")
+    assert flip_rates(to_zero) == {1: 1.0}
+
+
+def test_the_paper_method_always_comes_first(config):
+    assert config("provenance.methods=[influence,neuron,influence]").provenance.methods == ["neuron", "influence"]
+
+
+def test_a_folder_gives_its_name_and_the_usual_learning_rate(config, tmp_path):
+    c = config(f"dataset.path={tmp_path}")
+    assert (c.dataset.name, c.client.lr, config().client.lr) == (tmp_path.name, 0.001, 0.0003)
 
 
 def test_noise_rate_is_a_share_for_all_labels_or_per_label(config):
@@ -84,6 +95,11 @@ def test_noise_rate_is_a_share_for_all_labels_or_per_label(config):
         (["faulty_clients_ids=[10]", "label2flip={1:0}"], "faulty_clients_ids=\\[10\\]"),
         (["faulty_clients_ids=[1]"], "label2flip"),
         (["faulty_clients_ids=[1]", "label2flip={1:0}", "noise_rate=2"], "noise_rate=2"),
+        (["faulty_clients_ids=[1]", "label2flip={1:0}", "noise_rate={7:0.5}"], "noise_rate={7: 0.5}"),
+        (["total_cpus=1", "client_cpus=4"], "client_cpus=4"),
+        (["client_gpu=-1"], "client_gpu=-1"),
+        (["dataset.channels=2"], "dataset.channels=2"),
+        (["dataset.num_classes=0"], "dataset.num_classes=0"),
         (["provenance.methods=[magic]"], "provenance.methods=magic"),
         (["provenance.methods=[]"], "provenance.methods"),
         (["label2flip=3"], "label2flip=3"),
@@ -121,13 +137,14 @@ def test_a_shard_distribution_needs_no_alpha(config):
 TRAINING = [
     "seed=1", "num_clients=11", "clients_per_round=9", "num_rounds=3", "dirichlet_alpha=0.5", "batch_size=8",
     "client.epochs=1", "client.lr=0.01", "model.name=resnet34", "model.pretrained=true", "dataset.name=mnist",
-    "dataset.path=.", "dataset.num_classes=12", "dataset.channels=3", "client_resources.cpus=2", "accept_failures=true",
+    "dataset.path=.", "dataset.num_classes=12", "dataset.channels=3", "client_resources.cpus=2",
     "data_dist.max_per_client_data_size=100", "data_dist.max_server_data_size=100", "dataset.label_column=label",
     "data_dist.dist_type=sharded-non-iid-1", "device=cuda",
 ]  # fmt: skip
 OTHER = [
     "do_provenance=false", "do_training=false", "plotting=true", "enable_beta=false", "provenance.inputs_per_label=5",
-    "check_train_cache=false", "total_cpus=1", "client_weights_normalization=true", "parallel_processes=1",
+    "check_train_cache=false", "total_cpus=1", "accept_failures=true",
+    "client_weights_normalization=true", "parallel_processes=1",
 ]  # fmt: skip
 
 

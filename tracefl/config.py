@@ -6,6 +6,7 @@ Values and their comments stand in conf/base.yaml; this file says what type each
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ NOT_TRAINING = frozenset(
         *("exp_key", "storage", "total_cpus", "total_gpus", "round_timeout"),
         *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv"),
         *("check_dataset_cache", "check_train_cache", "check_prov_cache"),
-        *("enable_beta", "client_weights_normalization", "parallel_processes", "provenance"),
+        *("enable_beta", "client_weights_normalization", "parallel_processes", "provenance", "accept_failures"),
         *("neuron_activation_threshold", "faster_input_generation"),
     }
 )
@@ -162,7 +163,9 @@ class Config:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
-OmegaConf.register_new_resolver("default_lr", lambda dataset: 0.0003 if dataset == "digits" else 0.001, replace=True)
+OmegaConf.register_new_resolver(
+    "default_lr", lambda name, path: 0.0003 if name == "digits" and not path else 0.001, replace=True
+)
 
 
 def load(composed: DictConfig) -> Config:
@@ -177,7 +180,10 @@ def load(composed: DictConfig) -> Config:
     except ConfigKeyError as error:
         raise TraceFLError(f"{error.full_key} is no setting of TraceFL: see tracefl/conf/base.yaml.") from error
     config.label2flip = _label_map(config.label2flip)
+    if config.dataset.path and config.dataset.name == "digits":  # the bundled set comes from no folder
+        config.dataset.name = Path(config.dataset.path).resolve().name
     _check(config)
+    config.provenance.methods = [method for method in METHODS if method in config.provenance.methods]
     return config
 
 
@@ -247,12 +253,13 @@ def run_folder(config: Config) -> Path:
 def flip_rates(config: Config) -> dict[int, float]:
     """Share of each flipped label's examples that is flipped, in [0, 1].
 
-    The artifact's command lines give `noise_rate` the same mapping as `label2flip` and mean "all": a value above
-    1 in a mapping counts as 1.
+    The artifact's command lines repeat `label2flip` as `noise_rate` and mean all examples.
     """
     rate = config.noise_rate
+    if rate == config.label2flip:
+        return dict.fromkeys(config.label2flip, 1.0)
     if isinstance(rate, dict):
-        return {label: min(float(rate.get(label, 1.0)), 1.0) for label in config.label2flip}
+        return {label: float(rate.get(label, 1.0)) for label in config.label2flip}
     return dict.fromkeys(config.label2flip, float(rate))
 
 
@@ -296,7 +303,18 @@ def _check(c: Config) -> None:
     }.items():
         _require(size == -1 or size >= 1, key, size, "give a whole number of at least 1, or -1 for no limit")
     for key, total in {"total_cpus": c.total_cpus, "total_gpus": c.total_gpus}.items():
-        _require(total is None or total >= 0, key, total, "give a count, or null for all that there are")
+        _require(total is None or total >= 1, key, total, "give at least 1, or null for all that there are")
+    cpus = c.total_cpus or os.cpu_count() or 1
+    _require(
+        c.client_resources.cpus <= cpus or "RAY_ADDRESS" in os.environ,
+        "client_cpus",
+        c.client_resources.cpus,
+        f"the simulation has {cpus} CPUs; lower it or raise total_cpus",
+    )
+    _require(c.client_resources.gpus >= 0, "client_gpu", c.client_resources.gpus, "give a share of a GPU, or 0")
+    _require(c.dataset.channels in (None, 1, 3), "dataset.channels", c.dataset.channels, "give 1, 3 or null")
+    classes = c.dataset.num_classes
+    _require(classes is None or classes >= 2, "dataset.num_classes", classes, "give at least 2, or null")
     _one_of("data_dist.dist_type", dist.dist_type, DIST_TYPES)
     _one_of("strategy.name", strategy.name, STRATEGIES)
     _require(
@@ -366,7 +384,16 @@ def _check_faults(c: Config) -> None:
         f"it goes together with label2flip, which is {c.label2flip}; set both or neither",
     )
     is_rate = isinstance(c.noise_rate, (int, float)) and 0 <= c.noise_rate <= 1
-    is_map = isinstance(c.noise_rate, dict) and all(
-        isinstance(rate, (int, float)) and rate >= 0 for rate in c.noise_rate.values()
+    is_map = isinstance(c.noise_rate, dict) and (
+        c.noise_rate == c.label2flip
+        or all(
+            label in c.label2flip and isinstance(rate, (int, float)) and 0 <= rate <= 1
+            for label, rate in c.noise_rate.items()
+        )
     )
-    _require(is_rate or is_map, "noise_rate", c.noise_rate, "give a share from 0 to 1, or such a share per label")
+    _require(
+        is_rate or is_map,
+        "noise_rate",
+        c.noise_rate,
+        "give a share from 0 to 1, or such a share for labels of label2flip",
+    )

@@ -21,7 +21,7 @@ from tracefl.report.console import LogFile, TrainingProgress, log_to_console, pr
 from tracefl.report.files import read_provenance, write_csv, write_provenance
 from tracefl.report.lines import provenance_lines
 from tracefl.report.plots import plot_rounds
-from tracefl.runs import ClientInfo, Run, locked, write_atomically
+from tracefl.runs import ClientInfo, Run, State, locked, write_atomically
 
 LOG_FILE = "TraceFL_clients_contributions.log"
 log = logging.getLogger("tracefl")
@@ -35,8 +35,9 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
     """
     log_to_console()
     folder = run_folder(config)
+    initial = _initial_state(config, data, folder)
     with locked(folder), LogFile(folder / LOG_FILE):
-        run = _open_run(config, data, folder)
+        run = _open_run(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
         _train(config, data, run)
         rounds = pd.DataFrame([{"round": r.number, "loss": r.loss, "accuracy": r.accuracy} for r in run.rounds])
@@ -48,19 +49,27 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
                 write_csv(folder / "provenance.csv", provenance)
             for line in provenance_lines(rounds, provenance, faulty):
                 log.info(line)
-        write_csv(folder / "rounds.csv", rounds)
+        if config.do_provenance or not (folder / "rounds.csv").exists():
+            write_csv(folder / "rounds.csv", rounds)
         if config.plotting:
             plot_rounds(rounds, folder / "plots")
     print_summary(rounds, config.provenance.methods)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
-def _open_run(config: Config, data: PreparedData, folder: Path) -> Run:
-    """The recorded run of these settings, or a new one with its initial model."""
-    if not config.check_train_cache and config.do_training:
-        (folder / "run.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "rounds", ignore_errors=True)
-    if (folder / "run.json").exists():
+def _initial_state(config: Config, data: PreparedData, folder: Path) -> State | None:
+    """The initial model of a run that starts anew; None if a recorded one is there to go on with."""
+    if (folder / "run.json").exists() and (config.check_train_cache or not config.do_training):
+        return None
+    if not config.do_training:
+        raise TraceFLError(f"do_training=false: {folder} holds no recorded run; set do_training=true once.")
+    torch.manual_seed(config.seed)
+    return exchanged_state(build_model(config.model.name, data.num_classes, pretrained=config.model.pretrained))
+
+
+def _open_run(config: Config, data: PreparedData, folder: Path, initial: State | None) -> Run:
+    """The recorded run of these settings, or a new one that starts from `initial`."""
+    if initial is None:
         run = Run.open(folder)
         if run["data_sha256"] != data.digest:
             raise TraceFLError(
@@ -68,14 +77,15 @@ def _open_run(config: Config, data: PreparedData, folder: Path) -> Run:
                 "another exp_key, or set check_train_cache=false to train it again."
             )
         return run
-    if not config.do_training:
-        raise TraceFLError(f"do_training=false: {folder} holds no recorded run; set do_training=true once.")
-    torch.manual_seed(config.seed)
-    model = build_model(config.model.name, data.num_classes, pretrained=config.model.pretrained)
+    (folder / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "rounds", ignore_errors=True)
     return Run.create(
         folder,
-        initial=exchanged_state(model),
-        clients=[ClientInfo(client, counts) for client, counts in data.label_counts.items()],
+        initial=initial,
+        clients=[
+            ClientInfo(client, counts, data.flipped_label_counts(config, client))
+            for client, counts in data.label_counts.items()
+        ],
         seed=config.seed,
         data_sha256=data.digest,
         class_names=data.class_names,
@@ -117,6 +127,7 @@ def _trace(config: Config, data: PreparedData, run: Run) -> pd.DataFrame:
         layer_decay=0.9 if config.enable_beta else 1.0,
         weighted=config.client_weights_normalization,
         label2flip=config.label2flip,
+        faulty=[str(client) for client in config.faulty_clients_ids],
     )
     key: dict[str, Any] = {
         "settings": fingerprint(_plain(settings)),

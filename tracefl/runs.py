@@ -29,6 +29,7 @@ from torch import Tensor
 from tracefl.errors import TraceFLError
 
 SCHEMA = 1
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ class Round:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows of a client: its id and how many examples of each label it trains on."""
+    """What the server knows of a client: its id and how many examples of each label it holds."""
 
     id: str
     label_counts: dict[int, int]
+    flipped_label_counts: dict[int, int] | None = None  # of a faulty client: the labels that it trains on
+
+    @property
+    def trained_label_counts(self) -> dict[int, int]:
+        return self.label_counts if self.flipped_label_counts is None else self.flipped_label_counts
 
 
 class LazyState(Mapping[str, Tensor]):
@@ -131,7 +137,10 @@ class Run:
         self.path = path
         self._header = header
         self.clients = [
-            ClientInfo(c["id"], {int(label): n for label, n in c["label_counts"].items()}) for c in header["clients"]
+            ClientInfo(
+                c["id"], _counts(c["label_counts"]), c["flipped_label_counts"] and _counts(c["flipped_label_counts"])
+            )
+            for c in header["clients"]
         ]
         self.rounds = [_round_from_json(entry) for entry in header["rounds"]]
 
@@ -254,6 +263,11 @@ def write_atomically(file: Path, content: bytes) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     partial.rename(file)
+
+
+def _counts(entry: dict[str, int]) -> dict[int, int]:
+    """JSON knows only strings as keys."""
+    return {int(label): count for label, count in entry.items()}
 
 
 def _round_from_json(entry: dict[str, Any]) -> Round:

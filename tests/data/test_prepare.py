@@ -10,6 +10,7 @@ from PIL import Image
 
 from tracefl.data.examples import MEAN, STD, normalize
 from tracefl.data.prepare import prepare
+from tracefl.data.sources import load_source
 from tracefl.errors import TraceFLError
 
 
@@ -71,8 +72,9 @@ def test_the_number_of_classes_can_be_raised_but_not_cut(config, tmp_path):
     write_dataset(tmp_path / "pets")
     wanted = (f"dataset.path={tmp_path}/pets", "dataset.name=pets", "num_clients=2", "clients_per_round=2")
     assert prepare(config(*wanted, "dataset.num_classes=4")).num_classes == 4
-    with pytest.raises(TraceFLError, match=r"num_classes=1 is too small: pets has 2 classes"):
-        prepare(config(*wanted, "dataset.num_classes=1"))
+    write_dataset(tmp_path / "pets", names=("ant", "bee", "cat"))
+    with pytest.raises(TraceFLError, match=r"num_classes=2 is too small: pets has 3 classes"):
+        prepare(config(*wanted, "dataset.num_classes=2"))
 
 
 def test_columns_can_be_named_and_wrong_names_are_quoted(config, tmp_path):
@@ -86,6 +88,42 @@ def test_columns_can_be_named_and_wrong_names_are_quoted(config, tmp_path):
         prepare(config(*wanted, "dataset.input_columns=[photo]"))
     with pytest.raises(TraceFLError, match=r"dataset\.test_split=dev is no split"):
         prepare(config(*wanted, "dataset.test_split=dev"))
+
+
+def test_string_labels_mean_the_same_in_both_splits(config, tmp_path):
+    for split, names in (("train", ["ant", "bee", "cat"]), ("test", ["cat", "bee"])):
+        images = [Image.new("L", (8, 8), 10 * k) for k in range(60)]
+        labels = [names[k % len(names)] for k in range(60)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            str(tmp_path / f"{split}-0.parquet")
+        )
+    source = load_source(config(f"dataset.path={tmp_path}").dataset)
+    assert source.class_names == ["ant", "bee", "cat"]
+    assert source.labels(source.test)[:2].tolist() == [2, 1]
+
+
+def test_labels_outside_the_classes_are_refused(config, tmp_path):
+    for split, labels in (("train", [0, 1] * 20), ("test", [0, 2] * 20)):
+        images = [Image.new("L", (8, 8), 100)] * 40
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            str(tmp_path / f"{split}-0.parquet")
+        )
+    with pytest.raises(TraceFLError, match="split test holds labels 0 to 2, expected 0 to 1"):
+        prepare(config(f"dataset.path={tmp_path}"))
+
+
+def test_a_column_without_images_is_refused(config, tmp_path):
+    write_dataset(tmp_path / "pets")
+    with pytest.raises(TraceFLError, match=r"input_columns=label holds no images"):
+        prepare(config(f"dataset.path={tmp_path}/pets", "dataset.input_columns=[label]"))
+
+
+def test_a_storage_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TraceFLError, match=r"storage\.dir=.*file cannot be written to"):
+        prepare(config(f"storage.dir={tmp_path}/file"))
 
 
 def test_a_dataset_without_a_label_column_is_refused_and_leaves_nothing(config, tmp_path):

@@ -77,7 +77,7 @@ def recorded(tmp_path):
 
 def settings(**changes):
     base = {"methods": ["neuron", "influence"], "inputs_per_label": 2, "max_mispredictions": 10, "layer_decay": 0.9}
-    return Settings(**{**base, "weighted": False, "label2flip": {}, **changes})
+    return Settings(**{**base, "weighted": False, "label2flip": {}, "faulty": [], **changes})
 
 
 def test_the_table_names_the_client_that_caused_each_prediction(recorded):
@@ -112,12 +112,19 @@ def test_rounds_are_judged_beside_their_chance(recorded):
 
 def test_a_round_without_inputs_keeps_its_row(recorded):
     run, model, examples = recorded
-    table = trace_round(run, 1, model, examples, settings(label2flip={0: 1}))
+    table = trace_round(run, 1, model, examples, settings(label2flip={0: 1}, faulty=["1"]))
     assert table.empty
     rounds = evaluate_rounds(run, pd.DataFrame(columns=COLUMNS), ["neuron"], {"1"})
     assert rounds.loc[0, "num_inputs"] == 0
     assert np.isnan(rounds.loc[0, "localization_accuracy"])
     assert rounds.loc[0, "accuracy"] == 1.0
+
+
+def test_a_round_without_a_faulty_participant_has_nothing_to_trace(recorded):
+    run, model, examples = recorded
+    wrong = Examples(examples.inputs, 1 - examples.labels)
+    assert trace_round(run, 1, model, wrong, settings(label2flip={0: 1}, faulty=["5"])).empty
+    assert len(trace_round(run, 1, model, wrong, settings(label2flip={0: 1}, faulty=["1"]))) == 2 * 6 * 2
 
 
 def test_a_damaged_client_is_named_with_its_round(recorded):

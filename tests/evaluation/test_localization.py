@@ -53,3 +53,9 @@ def test_no_input_gives_no_number():
 def test_one_input_is_enough():
     found = localize(np.array([[0.0, 1.0]]), np.array([[0, 4]]), np.array([[False, True]]), np.array([4, 4]))
     assert (found.accuracy, found.chance) == (1.0, 0.5)
+
+
+def test_of_equally_large_clients_any_may_be_named():
+    culprits = np.array([[True, False, False]])
+    found = localize(np.array([[0.0, 1.0, 2.0]]), COUNTS[:1], culprits, np.array([50, 50, 40]))
+    assert found.largest_client == 0.5

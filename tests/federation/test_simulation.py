@@ -1,6 +1,7 @@
 """Flower's simulation on Ray: a client that raises or dies ends the run with one sentence, and the run can go on."""
 
 import os
+import threading
 from functools import partial
 
 import pytest
@@ -60,7 +61,15 @@ def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_pat
         assert [len(record.clients) for record in Run.open(run.path).rounds] == [3, 3]
 
 
-def test_resources_that_fit_no_client_are_named(config):
-    c = config("num_clients=2", "clients_per_round=2", "total_cpus=1", "client_cpus=4")
-    with pytest.raises(TraceFLError, match="client_cpus=4"):
-        simulate(c, lambda grid: None)
+def test_a_simulation_that_cannot_start_ends_at_once(config, tmp_path, monkeypatch):
+    c = config(*SMALL)
+    data = prepare(c)
+    run = Run.create(tmp_path / "run", initial=exchanged_state(build_model("resnet18", 10)), clients=[], seed=0)
+    c.client_resources.cpus = 10_000.0  # more than the check of the configuration lets through
+    drive = partial(serve, config=c, data=data, run=run, on_client=lambda *_: None, on_round=lambda _: None)
+    before = set(threading.enumerate())
+    with pytest.raises(TraceFLError, match=r"client_cpus=10000\.0"):
+        simulate(c, drive)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive()

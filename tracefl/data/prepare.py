@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from tracefl.config import Config, data_settings, fingerprint
+from tracefl.config import Config, data_settings, fingerprint, flip_rates
 from tracefl.data.examples import IMAGE_SIZE, Examples, load_examples
+from tracefl.data.faults import client_seed, flip_labels
 from tracefl.errors import TraceFLError
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ class PreparedData:
 
     def client(self, client_id: str) -> Examples:
         return load_examples(self.folder / "clients" / f"{client_id}.safetensors")
+
+    def flipped_label_counts(self, config: Config, client_id: str) -> dict[int, int] | None:
+        """Labels that a faulty client trains on; None for any other client."""
+        if int(client_id) not in config.faulty_clients_ids:
+            return None
+        seed = client_seed(config.seed, 0, int(client_id))
+        flipped = flip_labels(self.client(client_id).labels, config.label2flip, flip_rates(config), seed)
+        return dict(sorted(Counter(flipped.tolist()).items()))
 
     def server(self) -> Examples:
         return load_examples(self.folder / "server.safetensors")
@@ -89,7 +98,10 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
 
     channels = config.dataset.channels or _channels(source)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    (partial / "clients").mkdir(parents=True)
+    try:
+        (partial / "clients").mkdir(parents=True)
+    except OSError as error:
+        raise TraceFLError(f"storage.dir={config.storage.dir} cannot be written to ({error}): name another.") from error
     try:
         sha256 = {
             "server.safetensors": _save(partial / "server.safetensors", _encode(source, source.test, server, channels))
@@ -108,7 +120,8 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
         }
         (partial / "data.json").write_text(json.dumps(info, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if not (folder / "data.json").exists():  # another process may have been faster
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -52,9 +52,26 @@ def load_source(config: DatasetConfig) -> Source:
             f"dataset.name={config.name} has no image column among {train.column_names}: "
             "name it with dataset.input_columns=[NAME]."
         )
+    if wrong := [name for name in inputs if not isinstance(train.features[name], datasets.Image)]:
+        raise TraceFLError(f"dataset.input_columns={wrong[0]} holds no images but {train.features[wrong[0]]}.")
     if not isinstance(train.features[label], datasets.ClassLabel) and train.features[label].dtype == "string":
-        train, test = (split.class_encode_column(label) for split in (train, test))
-    return Source(train, test, inputs, label, _class_names(train, label, config))
+        train = train.class_encode_column(label)
+        try:
+            test = test.cast_column(label, train.features[label])
+        except (ValueError, KeyError) as error:
+            raise TraceFLError(
+                f"dataset.label_column={label}: the test split has labels that the training split lacks ({error})."
+            ) from error
+    source = Source(train, test, inputs, label, _class_names(train, label, config))
+    for name, split in ((config.train_split, train), (config.test_split, test)):
+        found = source.labels(split)
+        if len(found) == 0 or found.min() < 0 or found.max() >= len(source.class_names):
+            raise TraceFLError(
+                f"dataset.label_column={label}: split {name} holds labels {found.min(initial=0)} to "
+                f"{found.max(initial=-1)}, expected 0 to {len(source.class_names) - 1}; drop such rows or raise "
+                "dataset.num_classes."
+            )
+    return source
 
 
 def _load(config: DatasetConfig) -> datasets.DatasetDict:

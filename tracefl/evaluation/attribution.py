@@ -59,6 +59,7 @@ class Settings:
     layer_decay: float  # beta of the paper's method (eq. 6)
     weighted: bool  # the paper's shares times p_k (eq. 5)
     label2flip: Mapping[int, int]
+    faulty: list[str]  # ids of the faulty clients
 
 
 def trace_round(run: Run, number: int, model: nn.Module, examples: Examples, settings: Settings) -> pd.DataFrame:
@@ -98,10 +99,12 @@ def trace_round(run: Run, number: int, model: nn.Module, examples: Examples, set
 
 def _select(run: Run, number: int, examples: Examples, settings: Settings) -> Tensor:
     predictions, seed = run.predictions(number), [run["seed"], number]
+    participants = {client.id for client in run.round(number).clients}
+    if settings.label2flip and not participants & set(settings.faulty):
+        return torch.empty(0, dtype=torch.int64)  # nobody here whom a misprediction could be traced to
     if settings.label2flip:
         return select_flipped(predictions, examples.labels, settings.label2flip, settings.max_mispredictions, seed)
-    participants = {client.id for client in run.round(number).clients}
-    held = {label for client in run.clients if client.id in participants for label in client.label_counts}
+    held = {label for client in run.clients if client.id in participants for label in client.trained_label_counts}
     return select_correct(predictions, examples.labels, held, settings.inputs_per_label, seed)
 
 
@@ -110,7 +113,7 @@ def _frame(
 ) -> pd.DataFrame:
     n, k = answer.contributions.shape
     contributions = answer.contributions.cpu().numpy()
-    label_counts = {client.id: client.label_counts for client in run.clients}
+    label_counts = {client.id: client.trained_label_counts for client in run.clients}
     return pd.DataFrame(
         {
             "round": number,

@@ -19,7 +19,7 @@ class Localization:
 
     accuracy              the named client is a culprit (the paper's rule)
     chance                the same for a uniformly random participant
-    largest_client        the same for always naming the participant with the most examples
+    largest_client        the same for always naming the participant with the most examples (a tie: one of them)
     top_holder            the named client holds the most examples of the label
     top_holder_chance     the same for a uniformly random participant
     spearman              rank correlation of contributions with label counts; a random ranking gives 0
@@ -52,7 +52,7 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
         num_inputs=len(contributions),
         accuracy=culprits[inputs, named].mean(),
         chance=culprits.mean(),
-        largest_client=culprits[:, sizes.argmax()].mean(),
+        largest_client=culprits[:, sizes == sizes.max()].mean(),
         top_holder=top[inputs, named].mean(),
         top_holder_chance=top.mean(),
         spearman=_mean_spearman(contributions, label_counts),

@@ -6,13 +6,12 @@ Settings come inside the message, so that the same app runs in the simulation an
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from tracefl.data.examples import Examples, load_examples
-from tracefl.data.faults import flip_labels
+from tracefl.data.faults import client_seed, flip_labels
 from tracefl.models import build_model, exchanged_state, load_exchanged_state
 from tracefl.training import train
 
@@ -38,7 +37,7 @@ def train_round(message: Message, context: Context) -> Message:
 
     examples = load_examples(Path(task["data"]) / "clients" / f"{partition}.safetensors")
     if partition in task["faulty_clients_ids"]:
-        examples = _with_faults(examples, task, seed)
+        examples = _with_faults(examples, task, partition)
     model = build_model(task["model"]["name"], task["num_classes"])
     load_exchanged_state(model, message.content.array_records["arrays"].to_torch_state_dict())
     loss = train(
@@ -58,13 +57,8 @@ def train_round(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def client_seed(seed: int, server_round: int, partition: int) -> int:
-    """An independent stream per (seed, round, partition)."""
-    return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
-
-
-def _with_faults(examples: Examples, task: dict, seed: int) -> Examples:
+def _with_faults(examples: Examples, task: dict, partition: int) -> Examples:
     label2flip = {int(label): target for label, target in task["label2flip"].items()}
     rates = {int(label): rate for label, rate in task["flip_rates"].items()}
-    generator = torch.Generator().manual_seed(seed)
-    return Examples(examples.inputs, flip_labels(examples.labels, label2flip, rates, generator))
+    flipped = flip_labels(examples.labels, label2flip, rates, client_seed(task["seed"], 0, partition))
+    return Examples(examples.inputs, flipped)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -54,10 +54,20 @@ class StoppableGrid:
     def __init__(self, grid: Grid, stop: threading.Event) -> None:
         self._grid, self._stop = grid, stop
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def _check(self) -> None:
         if self._stop.is_set():
             raise InterruptedError("stopped while waiting for clients")
+
+    def get_node_ids(self) -> Iterable[int]:
+        self._check()
+        return self._grid.get_node_ids()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self._check()
         return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return WatchedGrid(cast(Grid, self), lambda _: None).send_and_receive(messages, timeout=timeout)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)

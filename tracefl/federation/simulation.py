@@ -49,6 +49,7 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
     except Exception as error:
         if stop.is_set():
             raise KeyboardInterrupt from None
+        stop.set()  # or the server's thread would wait for clients that will never be
         if raised:
             raise raised[0] from None
         raise TraceFLError(

@@ -43,14 +43,16 @@ class LogFile(AbstractContextManager):
     """While open, the package's log goes to this file too."""
 
     def __init__(self, file: Path) -> None:
-        self.handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+        self.handler = logging.FileHandler(file, mode="a", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter(LINE))
 
     def __enter__(self) -> "LogFile":
         log.addHandler(self.handler)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
         log.removeHandler(self.handler)
         self.handler.close()
 

@@ -18,7 +18,7 @@ def plot_rounds(rounds: pd.DataFrame, folder: Path) -> list[Path]:
     axes = figure.add_subplot()
     lines = [
         ("accuracy", "global model", BLACK, "-", "o"),
-        ("localization_accuracy", "localization (paper)", BLUE, "-", "s"),
+        ("localization_accuracy", "localization", BLUE, "-", "s"),
         ("chance_accuracy", "localization by chance", BLUE, ":", None),
         ("top_holder_accuracy", "top holder named", ORANGE, "--", "^"),
         ("top_holder_chance", "top holder by chance", ORANGE, ":", None),
