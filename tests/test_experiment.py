@@ -126,6 +126,7 @@ def interrupt_after(rounds: int, how: signal.Signals, folder: Path) -> tuple[int
     return process.wait(timeout=120), process.stderr.read() if process.stderr else ""
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bytes(finished, tmp_path):
     status, said = interrupt_after(1, signal.SIGINT, tmp_path)
     assert status == 130, said
