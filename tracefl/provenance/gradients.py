@@ -37,8 +37,6 @@ class Gradient(Protocol):
     def merge(self, inputs: int) -> Gradient:
         """Sum the gradients of consecutive rows that belong to one input: [N * m, ...] -> [N, ...]."""
 
-    def scaled(self, factor: float) -> Gradient: ...
-
     def join(self, others: Sequence[Gradient]) -> Gradient:
         """The same tensor's gradients for further inputs: [N1, ...], [N2, ...] -> [N1 + N2, ...]."""
 
@@ -62,9 +60,6 @@ class Dense:
     def merge(self, inputs: int) -> Dense:
         values = self.values
         return Dense(values.reshape(inputs, -1, *values.shape[1:]).sum(1), self.select)
-
-    def scaled(self, factor: float) -> Dense:
-        return Dense(self.values * factor, self.select)
 
     def join(self, others: Sequence[Gradient]) -> Dense:
         return Dense(torch.cat([self.values, *(o.values for o in others)]), self.select)  # type: ignore[attr-defined]
@@ -97,9 +92,6 @@ class Outer:
     def merge(self, inputs: int) -> Outer:
         left, right = (f.reshape(inputs, -1, f.shape[-1]) for f in (self.left, self.right))
         return Outer(left, right, self.select)
-
-    def scaled(self, factor: float) -> Outer:
-        return Outer(self.left * factor, self.right, self.select)
 
     def join(self, others: Sequence[Gradient]) -> Outer:
         left = torch.cat([self.left, *(o.left for o in others)])  # type: ignore[attr-defined]
@@ -149,9 +141,6 @@ class Rows:
 
     def merge(self, inputs: int) -> Rows:
         return Rows(self.index.reshape(inputs, -1), self.values.reshape(inputs, -1, self.values.shape[-1]))
-
-    def scaled(self, factor: float) -> Rows:
-        return Rows(self.index, self.values * factor)
 
     def join(self, others: Sequence[Gradient]) -> Rows:
         index = torch.cat([self.index, *(o.index for o in others)])  # type: ignore[attr-defined]
