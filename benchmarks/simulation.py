@@ -27,7 +27,8 @@ import torch
 from flwr.serverapp import Grid
 from hydra import compose, initialize_config_module
 
-from tracefl.config import Config, load
+from tracefl.checks import load
+from tracefl.config import Config
 from tracefl.data.prepare import PreparedData, prepare
 from tracefl.federation.server_app import identify_nodes, serve
 from tracefl.federation.simulation import simulate

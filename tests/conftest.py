@@ -11,7 +11,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from tracefl.config import Config, load
+from tracefl.checks import load
+from tracefl.config import Config
 
 torch.set_num_threads(2)
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"

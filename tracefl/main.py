@@ -20,7 +20,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tracefl.config import load, refuse_unbuilt, run_folder
+from tracefl.checks import load
+from tracefl.config import run_folder
 from tracefl.errors import TraceFLError
 
 
@@ -32,7 +33,6 @@ def job(composed: DictConfig) -> None:
         if config.dry_run:
             print(f"dry run, nothing is trained; the run would be {run_folder(config)}:\n\n{resolved}")
             return
-        refuse_unbuilt(config)
         from tracefl.data.prepare import prepare
 
         data = prepare(config)
@@ -46,8 +46,12 @@ def job(composed: DictConfig) -> None:
         sys.exit(1)
 
 
+OPEN_GROUPS = ("model.config.", "strategy.options.")  # their entries are not ours to list: Hydra wants ++ for such
+
+
 def main() -> None:
     """Run the job; exit status 1 after an error, 130 after an interrupt."""
+    sys.argv[1:] = [f"++{word}" if word.startswith(OPEN_GROUPS) else word for word in sys.argv[1:]]
     try:
         job()
     except TraceFLError:
