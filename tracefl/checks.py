@@ -81,7 +81,8 @@ def _check_federation(c: Config) -> None:
         "data_dist.max_server_data_size": dist.max_server_data_size,
     }.items():
         _require(size == -1 or size >= 1, key, size, "give a whole number of at least 1, or -1 for no limit")
-    _one_of("strategy.name", strategy.name, STRATEGIES)
+    _one_of("strategy.name", strategy.name, tuple(STRATEGIES))
+    _check_options(c)
     private = (strategy.noise_multiplier, strategy.clipping_norm)
     _require(
         private == (-1, -1) or (private[0] >= 0 and private[1] > 0),
@@ -98,6 +99,20 @@ def _check_federation(c: Config) -> None:
     _require(c.seed >= 0, "seed", c.seed, "give a whole number of at least 0")
     named = bool(re.fullmatch(r"[\w.-]+", c.exp_key))
     _require(named, "exp_key", c.exp_key, "use letters, digits, dot, dash and underscore")
+
+
+def _check_options(c: Config) -> None:
+    name, options, K = c.strategy.name, c.strategy.options, c.strategy.clients_per_round
+    for key, value in options.items():
+        known = STRATEGIES[name]
+        _require(key in known, f"strategy.options.{key}", value, f"{name} takes {', '.join(known) or 'no options'}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+        _require(is_number, f"strategy.options.{key}", value, "give a number of at least 0")
+    faulty = options.get("num_malicious_nodes", 0)
+    least = {"krum": 2 * faulty + 3, "multikrum": 2 * faulty + 3, "bulyan": 4 * faulty + 3}.get(name, 1)
+    _require(least <= K, "clients_per_round", K, f"{name} needs {least} updates for num_malicious_nodes={faulty}")
+    beta = options.get("beta", 0.2)
+    _require(name != "fedtrimmedavg" or beta < 0.5, "strategy.options.beta", beta, "give a share below 0.5")
 
 
 def _check_resources(c: Config) -> None:

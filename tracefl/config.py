@@ -13,10 +13,21 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
-STRATEGIES = (
-    *("fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedavgm"),  # p_k = n_k / n
-    *("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"),  # blind to n_k: p_k = 1 / K
-)
+# Flower's strategies and the arguments of each that strategy.options may set.
+SERVER_OPTIMIZER = ("eta", "eta_l", "beta_1", "beta_2", "tau")
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "fedavg": (),
+    "fedprox": ("proximal_mu",),
+    "fedadam": SERVER_OPTIMIZER,
+    "fedyogi": SERVER_OPTIMIZER,
+    "fedadagrad": ("eta", "eta_l", "tau"),
+    "fedavgm": ("server_learning_rate", "server_momentum"),
+    "fedmedian": (),
+    "fedtrimmedavg": ("beta",),
+    "krum": ("num_malicious_nodes",),
+    "multikrum": ("num_malicious_nodes", "num_nodes_to_select"),
+    "bulyan": ("num_malicious_nodes",),
+}
 FAULTS = ("label_flip", "random_labels", "backdoor", "free_rider", "sign_flip")
 METHODS = ("neuron", "influence")
 DIST_TYPES = (

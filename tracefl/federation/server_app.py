@@ -8,7 +8,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from tracefl.config import Config, client_threads, flip_rates
@@ -16,6 +15,7 @@ from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.federation.grid import PULL_INTERVAL_S
+from tracefl.federation.strategies import build_strategy
 from tracefl.federation.strategy import Recorder
 from tracefl.models import build_model, load_exchanged_state
 from tracefl.runs import Run
@@ -38,8 +38,9 @@ def serve(
     Raises:
         TraceFLError: a client failed; the message names the round and the client.
     """
+    buffers = dict(build_model(config.model.name, data.num_classes).named_buffers())
     recorder = Recorder(
-        build_strategy(config),
+        build_strategy(config, frozenset(buffers)),
         run,
         identify_nodes(grid, config.data_dist.num_clients),
         clients_per_round=config.strategy.clients_per_round,
@@ -56,12 +57,6 @@ def serve(
         timeout=config.round_timeout,
         train_config=ConfigRecord({"task": json.dumps(client_task(config, data))}),
     )
-
-
-def build_strategy(config: Config) -> Strategy:
-    """Flower's strategy of this name; every node that it is shown takes part."""
-    count = config.strategy.clients_per_round
-    return FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
 
 
 def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
