@@ -18,9 +18,9 @@ from tracefl.errors import TraceFLError
 from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
 from tracefl.models import build_model, exchanged_state
 from tracefl.report.console import LogFile, TrainingProgress, log_to_console, print_summary
-from tracefl.report.files import read_provenance, write_csv, write_provenance
+from tracefl.report.figures import draw_run
+from tracefl.report.files import read_provenance, write_csv, write_events, write_provenance
 from tracefl.report.lines import provenance_lines
-from tracefl.report.plots import plot_rounds
 from tracefl.runs import ClientInfo, Run, State, locked, write_atomically
 
 LOG_FILE = "TraceFL_clients_contributions.log"
@@ -51,8 +51,9 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
                 log.info(line)
         if config.do_provenance or not (folder / "rounds.csv").exists():
             write_csv(folder / "rounds.csv", rounds)
+            write_events(folder / "tensorboard", rounds)
         if config.plotting:
-            plot_rounds(rounds, folder / "plots")
+            draw_run(folder)
     print_summary(rounds, config.provenance.methods)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 

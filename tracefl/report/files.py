@@ -1,10 +1,12 @@
-"""The run's result files: rounds.csv, provenance.parquet, config.yaml."""
+"""The run's result files: rounds.csv, provenance.parquet, TensorBoard's events."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch.utils.tensorboard import SummaryWriter
 
 from tracefl.runs import write_atomically
 
@@ -29,3 +31,13 @@ def read_provenance(folder: Path, settings: dict[str, Any]) -> pd.DataFrame | No
 
 def write_csv(file: Path, table: pd.DataFrame) -> None:
     write_atomically(file, table.to_csv(index=False).encode())
+
+
+def write_events(folder: Path, rounds: pd.DataFrame) -> None:
+    """Every metric of `rounds` as a TensorBoard scalar by round, in place of what `folder` held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(folder) as writer:
+        for row in rounds.to_dict("records"):
+            for name, value in row.items():
+                if name != "round" and pd.notna(value):
+                    writer.add_scalar(str(name), value, row["round"])
