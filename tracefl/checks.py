@@ -148,7 +148,7 @@ def _check_data_and_model(c: Config) -> None:
         "dataset.path",
     )
     _require(
-        model.name in IMAGE_MODELS or "/" in model.name or bool(model.path),
+        model.name in (*IMAGE_MODELS, "gpt2") or "/" in model.name or bool(model.path),
         "model.name",
         model.name,
         f"give one of {', '.join(IMAGE_MODELS)}, or a text classifier of the hub as 'owner/name', or its folder by "
@@ -158,6 +158,19 @@ def _check_data_and_model(c: Config) -> None:
     _require(model.arch in (None, c.arch), "model.arch", model.arch, f"model.name={model.name} is a {c.arch}")
     _require(
         model.tokenizer in (None, "own", "trained"), "model.tokenizer", model.tokenizer, "give own, trained or null"
+    )
+    _require(
+        model.tokenizer != "trained" or not model.has_weights,
+        "model.tokenizer",
+        model.tokenizer,
+        "pretrained weights know their own tokens only; set model.tokenizer=own, or model.pretrained=false and no path",
+    )
+    text_only = model.config or model.tokenizer
+    _require(
+        not text_only or c.arch == "transformer",
+        "model.config" if model.config else "model.tokenizer",
+        text_only,
+        f"model.name={model.name} is an image model, which has none; leave it out",
     )
 
 

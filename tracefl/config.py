@@ -87,6 +87,15 @@ class Model:
     config: Any  # dict[str, Any] or null
     tokenizer: str | None
 
+    @property
+    def has_weights(self) -> bool:
+        """Training starts from published weights or those in a folder, not from random ones."""
+        return self.pretrained or bool(self.path)
+
+    @property
+    def own_tokenizer(self) -> bool:
+        return self.tokenizer == "own" or (self.tokenizer is None and self.has_weights)
+
 
 @dataclass
 class Dataset:
@@ -205,7 +214,7 @@ def fingerprint(value: Any) -> str:
 
 
 def data_settings(config: Config) -> dict[str, Any]:
-    """The settings on which the prepared data depend (paths resolved)."""
+    """The settings on which the prepared data depend (paths resolved): for texts also the model, which tokenizes."""
     dist, dataset = config.data_dist, config.dataset
     settings: dict[str, Any] = {
         "seed": config.seed,
@@ -217,7 +226,20 @@ def data_settings(config: Config) -> dict[str, Any]:
     }
     if dist.dist_type == "non_iid_dirichlet":
         settings["dirichlet_alpha"] = dist.dirichlet_alpha
+    if config.arch == "transformer":
+        settings["model"] = vars(config.model) | {"files": file_stamps(config.model.path)}
+    else:
+        del settings["dataset"]["max_tokens"]
     return settings
+
+
+def file_stamps(path: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file of a local folder: another content is another dataset or model."""
+    if not path:
+        return []
+    root = Path(path)
+    stats = [(str(file.relative_to(root)), file.stat()) for file in sorted(root.rglob("*")) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def training_settings(config: Config) -> dict[str, Any]:

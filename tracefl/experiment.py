@@ -16,7 +16,7 @@ from tracefl.config import Config, fingerprint, run_folder, training_settings
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
-from tracefl.models import build_model, exchanged_state
+from tracefl.models import build_model, exchanged_state, initial_model, model_spec
 from tracefl.report.console import LogFile, TrainingProgress, log_to_console, print_summary
 from tracefl.report.figures import draw_run
 from tracefl.report.files import read_provenance, write_csv, write_events, write_provenance
@@ -65,7 +65,7 @@ def _initial_state(config: Config, data: PreparedData, folder: Path) -> State | 
     if not config.do_training:
         raise TraceFLError(f"do_training=false: {folder} holds no recorded run; set do_training=true once.")
     torch.manual_seed(config.seed)
-    return exchanged_state(build_model(config.model.name, data.num_classes, pretrained=config.model.pretrained))
+    return exchanged_state(initial_model(config, data))
 
 
 def _open_run(config: Config, data: PreparedData, folder: Path, initial: State | None) -> Run:
@@ -139,7 +139,7 @@ def _trace(config: Config, data: PreparedData, run: Run) -> pd.DataFrame:
     if config.parallel_processes > 0:
         torch.set_num_threads(config.parallel_processes)
     started, cpu = time.perf_counter(), time.process_time()
-    model = build_model(config.model.name, data.num_classes).to(config.device)
+    model = build_model(model_spec(config, data)).to(config.device)
     examples = data.server()
     tables = [trace_round(run, record.number, model, examples, settings) for record in run.rounds]
     provenance = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=COLUMNS)])

@@ -88,7 +88,7 @@ def trace_round(run: Run, number: int, model: nn.Module, examples: Examples, set
     try:
         load_exchanged_state(model, dict(run.global_state(number)))
         clients = {client.id: view.client_state(client.id) for client in view.clients}
-        inputs = examples[rows].inputs.to(device)
+        inputs = examples[rows].to(device).inputs
         for method in settings.methods:
             answer = trace(model, clients, inputs, targets=predicted.to(device), method=method, **arguments[method])
             frames.append(_frame(run, number, method, answer, rows, examples.labels[rows], predicted))

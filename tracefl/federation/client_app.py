@@ -38,7 +38,7 @@ def train_round(message: Message, context: Context) -> Message:
     examples = load_examples(Path(task["data"]) / "clients" / f"{partition}.safetensors")
     if partition in task["faulty_clients_ids"]:
         examples = _with_faults(examples, task, partition)
-    model = build_model(task["model"]["name"], task["num_classes"])
+    model = build_model(task["model"])
     load_exchanged_state(model, message.content.array_records["arrays"].to_torch_state_dict())
     loss = train(
         model.to(task["device"]),

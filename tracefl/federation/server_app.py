@@ -17,7 +17,7 @@ from tracefl.errors import TraceFLError
 from tracefl.federation.grid import PULL_INTERVAL_S
 from tracefl.federation.strategies import build_strategy
 from tracefl.federation.strategy import Recorder
-from tracefl.models import build_model, load_exchanged_state
+from tracefl.models import build_model, load_exchanged_state, model_spec
 from tracefl.runs import Run
 from tracefl.training import Evaluation, evaluate
 
@@ -45,7 +45,7 @@ def serve(
         identify_nodes(grid, config.data_dist.num_clients),
         clients_per_round=config.strategy.clients_per_round,
         seed=config.seed,
-        evaluate=partial(_evaluate_state, config, data.num_classes, data.server()),
+        evaluate=partial(_evaluate_state, config, model_spec(config, data), data.server()),
         accept_failures=config.accept_failures,
         on_client=on_client,
         on_round=on_round,
@@ -64,8 +64,7 @@ def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "data": str(data.folder.resolve()),
-        "num_classes": data.num_classes,
-        "model": {"name": config.model.name},
+        "model": model_spec(config, data),
         "epochs": config.client.epochs,
         "lr": config.client.lr,
         "batch_size": config.data_dist.batch_size,
@@ -97,7 +96,9 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
     return found
 
 
-def _evaluate_state(config: Config, num_classes: int, examples: Examples, state: Mapping[str, Tensor]) -> Evaluation:
-    model = build_model(config.model.name, num_classes)
+def _evaluate_state(
+    config: Config, spec: dict[str, Any], examples: Examples, state: Mapping[str, Tensor]
+) -> Evaluation:
+    model = build_model(spec)
     load_exchanged_state(model, state)
     return evaluate(model.to(config.device), examples)
