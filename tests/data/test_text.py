@@ -132,6 +132,7 @@ def test_padding_changes_no_prediction(text_config, name):
     ],
 )
 def test_what_cannot_be_is_one_sentence(text_config, monkeypatch, name, overrides, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # restored afterwards
     monkeypatch.setattr("tracefl.hub.reachable", lambda url: False)
     with pytest.raises(TraceFLError, match=words) as error:
         prepare(text_config(name, *overrides))
