@@ -133,9 +133,8 @@ def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
                 f"model.path={model.path} cannot be read ({first_line(error)}): give a folder with config.json, "
                 "model.safetensors and a tokenizer, as save_pretrained leaves it."
             ) from error
-        key = "model.pretrained=true" if model.pretrained else "model.tokenizer=own"
-        remedy = "model.pretrained=false model.tokenizer=trained" if model.name in ARCHITECTURES else "another name"
+        remedy = "set model.pretrained=false" if model.pretrained else "set model.tokenizer=trained"
         raise TraceFLError(
-            f"model.name={model.name}: what {key} needs cannot be had from the hub ({first_line(error)}); check name "
-            f"and connection, or set {remedy}, or give a local copy with model.path=FOLDER."
+            f"model.name={model.name} cannot be had from the hub ({first_line(error)}): check name and connection, "
+            f"{f'{remedy}, ' if model.name in ARCHITECTURES else ''}or give a local copy with model.path=FOLDER."
         ) from error
