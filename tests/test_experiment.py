@@ -170,3 +170,32 @@ def test_a_faulty_client_is_named_on_real_images(real_data, tmp_path):
     assert (traced["chance_accuracy"] == 0.2).all()
     assert traced["localization_accuracy"].max() >= 0.8
     assert traced["localization_accuracy_influence"].max() >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        (
+            "google-bert/bert-base-cased",
+            "num_hidden_layers=1 hidden_size=32 num_attention_heads=2 intermediate_size=64",
+        ),
+        ("openai-community/openai-gpt", "n_layer=1 n_embd=32 n_head=2"),
+    ],
+)
+def test_a_text_model_goes_all_the_way_and_repeats_to_the_byte(real_data, tmp_path, name, sizes):
+    command = [
+        f"dataset.path={real_data / 'dbpedia_14'}", f"model.name={name}", "dataset.max_tokens=16", "num_clients=2",
+        "clients_per_round=2", "num_rounds=2", "client.lr=0.005", "data_dist.max_server_data_size=300",
+        "exp_key=small", *(f"model.config.{size}" for size in sizes.split()),
+    ]  # fmt: skip
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        done = tracefl(*command, cwd=folder, timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("\n") < 5, done.stderr  # no library's chatter
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    rounds = pd.read_csv(the_run(tmp_path / "one") / "rounds.csv")
+    assert rounds["accuracy"].iloc[-1] > 2 / 14
+    assert rounds["num_inputs"].iloc[-1] > 0
+    assert Run.open(the_run(tmp_path / "one"))["class_names"][0] == "Company"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tracefl.data.examples import Examples
-from tracefl.training import batches, evaluate, train
+from tracefl.training import _adamw, batches, evaluate, train
 
 
 def blobs(count: int = 60) -> Examples:
@@ -73,3 +73,16 @@ def test_batches_hold_every_row_once_and_never_one_alone(count):
     assert sorted(torch.cat(parts).tolist()) == list(range(count))
     assert all(len(part) > 1 for part in parts) or count == 1
     assert max(len(part) for part in parts) <= 9
+
+
+def test_a_text_step_is_adamw_by_definition():
+    net = model()
+    net(blobs().inputs[:2])
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    _adamw(net, lr=0.1)()
+    for name, parameter in net.named_parameters():
+        decay = 1 - 0.1 * 0.01 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * decay - 0.1)  # Adam's first step is lr * sign
+    assert sum(parameter.grad.square().sum() for parameter in net.parameters()).item() == pytest.approx(1, abs=1e-3)

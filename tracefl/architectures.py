@@ -4,14 +4,16 @@ Importing transformers takes seconds: it waits until a text model is wanted.
 """
 
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tracefl.config import Model
 from tracefl.errors import TraceFLError
 from tracefl.hub import first_line, settle_hub
+
+if TYPE_CHECKING:
+    from tracefl.config import Model
 
 # name -> (model type, what its config has other than the type's defaults): so that they need no download
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,7 +29,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 NOT_OURS_TO_SET = ("model_type", "id2label", "label2id")
 
 
-def architecture(model: Model) -> Any:
+def architecture(model: "Model") -> Any:
     """The architecture's config with the entries of `model.config`; from the hub only for a name not listed above.
 
     Raises:
@@ -78,7 +80,7 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
         raise TraceFLError(f"model.config does not make a {spec['model_type']}: {first_line(error)}.") from error
 
 
-def pretrained_text_model(model: Model, spec: dict[str, Any]) -> nn.Module:
+def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
     """The published weights, or those in `model.path`, with a new head where the classes are others.
 
     Raises:
@@ -109,7 +111,7 @@ def pretrained_text_model(model: Model, spec: dict[str, Any]) -> nn.Module:
     return net
 
 
-def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
+def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
     """`loader.from_pretrained` from `model.path` or the hub, without anyone's code.
 
     Raises:
@@ -131,9 +133,8 @@ def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
                 f"model.path={model.path} cannot be read ({first_line(error)}): give a folder with config.json, "
                 "model.safetensors and a tokenizer, as save_pretrained leaves it."
             ) from error
-        key = "model.pretrained=true" if model.pretrained else "model.tokenizer=own"
-        remedy = "model.pretrained=false model.tokenizer=trained" if model.name in ARCHITECTURES else "another name"
+        remedy = "set model.pretrained=false" if model.pretrained else "set model.tokenizer=trained"
         raise TraceFLError(
-            f"model.name={model.name}: what {key} needs cannot be had from the hub ({first_line(error)}); check name "
-            f"and connection, or set {remedy}, or give a local copy with model.path=FOLDER."
+            f"model.name={model.name} cannot be had from the hub ({first_line(error)}): check name and connection, "
+            f"{f'{remedy}, ' if model.name in ARCHITECTURES else ''}or give a local copy with model.path=FOLDER."
         ) from error

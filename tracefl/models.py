@@ -4,18 +4,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
-import torchvision
 from torch import Tensor, nn
 
 from tracefl.architectures import build_text_model, pretrained_text_model
-from tracefl.config import Config
 from tracefl.errors import TraceFLError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a client builds models without any of these
+    from tracefl.config import Config
     from tracefl.data.prepare import PreparedData
 
 
-def model_spec(config: Config, data: "PreparedData") -> dict[str, Any]:
+def model_spec(config: "Config", data: "PreparedData") -> dict[str, Any]:
     """What `build_model` needs to know, as plain JSON: an image model's name, or a text model's whole config."""
     return data.text_model or {"name": config.model.name, "num_classes": data.num_classes}
 
@@ -27,10 +26,12 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     """
     if "model_type" in spec:
         return build_text_model(dict(spec))
+    import torchvision  # seconds, which a client of a text model need not spend
+
     return torchvision.models.get_model(spec["name"], weights=None, num_classes=spec["num_classes"])
 
 
-def initial_model(config: Config, data: "PreparedData") -> nn.Module:
+def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
     """The model that a run starts from: with published weights if the configuration asks for them.
 
     Raises:
@@ -43,6 +44,8 @@ def initial_model(config: Config, data: "PreparedData") -> nn.Module:
 
 
 def _pretrained_image_model(name: str, num_classes: int) -> nn.Module:
+    import torchvision
+
     try:
         model = torchvision.models.get_model(name, weights="DEFAULT")
     except (URLError, OSError, RuntimeError) as error:

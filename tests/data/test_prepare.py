@@ -114,9 +114,9 @@ def test_labels_outside_the_classes_are_refused(config, tmp_path):
         prepare(config(f"dataset.path={tmp_path}"))
 
 
-def test_a_column_without_images_is_refused(config, tmp_path):
+def test_a_column_of_neither_images_nor_texts_is_refused(config, tmp_path):
     write_dataset(tmp_path / "pets")
-    with pytest.raises(TraceFLError, match=r"input_columns=label holds no images"):
+    with pytest.raises(TraceFLError, match=r"input_columns=label is neither an image nor a text"):
         prepare(config(f"dataset.path={tmp_path}/pets", "dataset.input_columns=[label]"))
 
 
@@ -144,7 +144,7 @@ def test_a_failure_while_writing_leaves_nothing(config, tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("tracefl.data.prepare._encode", broken)
+    monkeypatch.setattr("tracefl.data.prepare.save", broken)
     with pytest.raises(RuntimeError, match="disk full"):
         prepare(config())
     assert list((tmp_path / "logs" / "data").iterdir()) == []

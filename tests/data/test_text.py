@@ -128,10 +128,12 @@ def test_padding_changes_no_prediction(text_config, name):
         (BERT, ["dataset.max_tokens=2"], r"dataset\.max_tokens=2 cannot be: 2 are special tokens"),
         (BERT, ["dataset.input_columns=[id]"], r"dataset\.input_columns=id is neither an image nor a text"),
         ("nobody/never-there", [], r"model\.name=nobody/never-there.*model\.path=FOLDER"),
-        (BERT, ["model.pretrained=true"], r"model\.pretrained=true.*model\.pretrained=false"),
+        (BERT, ["model.tokenizer=own"], r"set model\.tokenizer=trained, or give a local copy with model\.path=FOLDER"),
+        (BERT, ["model.pretrained=true"], r"cannot be had from the hub.*set model\.pretrained=false"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(text_config, monkeypatch, name, overrides, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # restored afterwards
     monkeypatch.setattr("tracefl.hub.reachable", lambda url: False)
     with pytest.raises(TraceFLError, match=words) as error:
         prepare(text_config(name, *overrides))

@@ -13,7 +13,7 @@ from tracefl.errors import TraceFLError
 from tracefl.federation import client_app
 from tracefl.federation.server_app import serve
 from tracefl.federation.simulation import simulate
-from tracefl.models import build_model, exchanged_state
+from tracefl.models import build_model, exchanged_state, initial_model
 from tracefl.runs import ClientInfo, Run
 
 SMALL = [
@@ -49,7 +49,7 @@ BROKEN = [
 def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_path, how, words):
     c = config(*SMALL)
     data = prepare(c)
-    initial = exchanged_state(build_model(c.model.name, data.num_classes))
+    initial = exchanged_state(initial_model(c, data))
     clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
     run = Run.create(tmp_path / "run", initial=initial, clients=clients, seed=0)
     drive = partial(serve, config=c, data=data, run=run, on_client=lambda *_: None, on_round=lambda _: None)
@@ -64,7 +64,12 @@ def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_pat
 def test_a_simulation_that_cannot_start_ends_at_once(config, tmp_path, monkeypatch):
     c = config(*SMALL)
     data = prepare(c)
-    run = Run.create(tmp_path / "run", initial=exchanged_state(build_model("resnet18", 10)), clients=[], seed=0)
+    run = Run.create(
+        tmp_path / "run",
+        initial=exchanged_state(build_model({"name": "resnet18", "num_classes": 10})),
+        clients=[],
+        seed=0,
+    )
     c.client_resources.cpus = 10_000.0  # more than the check of the configuration lets through
     drive = partial(serve, config=c, data=data, run=run, on_client=lambda *_: None, on_round=lambda _: None)
     before = set(threading.enumerate())
