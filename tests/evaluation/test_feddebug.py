@@ -11,6 +11,7 @@ from torch import nn
 
 from tracefl.data.examples import Examples
 from tracefl.evaluation.feddebug import (
+    CANDIDATES,
     IMAGES,
     active_neurons,
     debug_round,
@@ -77,19 +78,36 @@ def test_activations_by_hand_and_no_nan_from_a_layer_of_zeros():
 
 
 def test_random_images_repeat():
-    first, again = (random_images(torch.Generator().manual_seed(4)) for _ in range(2))
-    assert first.shape == (IMAGES, 3, 32, 32)
+    first, again = (random_images(4, torch.Generator().manual_seed(4)) for _ in range(2))
+    assert first.shape == (4, 3, 32, 32)
     assert torch.equal(first, again)
 
 
 def test_picky_images_are_those_on_which_three_agree():
     torch.manual_seed(0)
     model = Net()
-    states = [exchanged_state(Net()) for _ in range(4)]
-    any_images = observe(model, states, 0.003, picky=False, seed=[0, 1])
-    picked = observe(model, states, 0.003, picky=True, seed=[0, 1])
-    assert any_images.shape == picked.shape == (4, IMAGES, -(-(8 * 100 + 10) // 8))
-    assert not np.array_equal(any_images, picked)  # four untrained clients seldom agree
+    states = [{name: value.clone() for name, value in exchanged_state(Net()).items()} for _ in range(7)]
+    for state in states:  # sees the noise alone, not what all images share
+        state["conv.weight"] -= state["conv.weight"].mean(dim=(2, 3), keepdim=True)
+        state["conv.bias"].zero_()
+        state["head.bias"].zero_()
+    seed = [0, 1]
+    first = observe(model, states, 0.003, picky=False, seed=seed)
+    picked = observe(model, states, 0.003, picky=True, seed=seed)
+    assert first.shape == picked.shape == (7, IMAGES, -(-(8 * 100 + 10) // 8))
+
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    images = random_images(CANDIDATES, generator)
+    votes = []
+    for state in states:
+        model.load_state_dict(state, strict=False)
+        votes.append(active_neurons(model, images, 0.003)[1].tolist())
+    agree = [max(map(column.count, column)) >= 3 for column in zip(*votes, strict=True)]
+    assert 0 < sum(agree) < CANDIDATES
+    expected = sorted(range(CANDIDATES), key=lambda image: not agree[image])[:IMAGES]
+    model.load_state_dict(states[0], strict=False)
+    bits = active_neurons(model, images[expected], 0.003)[0]
+    assert np.array_equal(picked[0], np.packbits(bits.numpy(), axis=1))
 
 
 @pytest.fixture(scope="module")

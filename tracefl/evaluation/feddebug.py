@@ -27,7 +27,7 @@ from tracefl.runs import Run
 
 IMAGES = 10  # one vote each
 PICKY_FROM, SAME_CLASS = 10, 3  # with so many clients, so many have to agree on an image's class
-ATTEMPTS = 10  # batches of images to pick from; then it takes what there is
+CANDIDATES = 30  # from which such images are picked
 COLUMNS = ["round", "image", "vote", "client"]  # vote 1 is the first suspect of F
 
 Array = np.ndarray
@@ -81,28 +81,26 @@ def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
 
 
 def observe(model: nn.Module, states: list[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
-    """Which neurons are active in each of K clients on each image: bits, uint8 [K, IMAGES, neurons / 8 rounded up]."""
+    """Which neurons are active in each of K clients on each image: bits, uint8 [K, IMAGES, neurons / 8 rounded up].
+
+    If `picky`, images on whose class enough clients agree come first, and others fill up: a client is read once.
+    """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    kept: list[Array] = []
-    for attempt in range(ATTEMPTS):
-        images = random_images(generator).to(next(model.parameters()).device)
-        seen = []
-        for state in states:
-            load_exchanged_state(model, dict(state))
-            seen.append(active_neurons(model, images, threshold))
-        bits = np.stack([np.packbits(active.cpu().numpy(), axis=1) for active, _ in seen])
-        classes = torch.stack([predicted for _, predicted in seen]).cpu()  # [K, IMAGES]
-        agree = F.one_hot(classes).sum(0).amax(1) >= SAME_CLASS if picky else torch.ones(IMAGES, dtype=torch.bool)
-        good = agree.numpy() if attempt < ATTEMPTS - 1 else np.ones(IMAGES, dtype=bool)
-        kept.append(bits[:, good])
-        if sum(part.shape[1] for part in kept) >= IMAGES:
-            break
-    return np.concatenate(kept, axis=1)[:, :IMAGES]
+    images = random_images(CANDIDATES if picky else IMAGES, generator).to(next(model.parameters()).device)
+    bits, classes = [], []
+    for state in states:
+        load_exchanged_state(model, dict(state))
+        active, predicted = active_neurons(model, images, threshold)
+        bits.append(np.packbits(active.cpu().numpy(), axis=1))
+        classes.append(predicted)
+    agreeing = F.one_hot(torch.stack(classes)).sum(0).amax(1)  # the most clients that give an image the same class
+    chosen = (agreeing < SAME_CLASS).to(torch.uint8).argsort(stable=True)[:IMAGES].cpu().numpy()
+    return np.stack([client[chosen] for client in bits])
 
 
-def random_images(generator: torch.Generator) -> Tensor:
-    """Kaiming-uniform noise through the dataset's normalisation, [IMAGES, 3, 32, 32]."""
-    noise = torch.empty(IMAGES, 3, IMAGE_SIZE, IMAGE_SIZE)
+def random_images(count: int, generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform noise through the dataset's normalisation, [count, 3, 32, 32]."""
+    noise = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE)
     for image in noise:
         nn.init.kaiming_uniform_(image, generator=generator)
     return (noise - MEAN) / STD
