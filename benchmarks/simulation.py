@@ -32,7 +32,7 @@ from tracefl.config import Config
 from tracefl.data.prepare import PreparedData, prepare
 from tracefl.federation.server_app import identify_nodes, serve
 from tracefl.federation.simulation import simulate
-from tracefl.models import build_model, exchanged_state, load_exchanged_state
+from tracefl.models import build_model, exchanged_state, load_exchanged_state, model_spec
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import train
 
@@ -46,7 +46,7 @@ def configuration(*overrides: str) -> Config:
 
 def plain_round(config: Config, data: PreparedData, state: State) -> tuple[float, float]:
     """Wall and CPU seconds of training every client and averaging, with nothing else."""
-    model = build_model(config.model.name, data.num_classes)
+    model = build_model(model_spec(config, data))
     wall, cpu = time.perf_counter(), time.process_time()
     mean: State = {}
     total = sum(sum(counts.values()) for counts in data.label_counts.values())
@@ -68,7 +68,7 @@ def plain_round(config: Config, data: PreparedData, state: State) -> tuple[float
 def simulated_rounds(config: Config, data: PreparedData, folder: Path) -> tuple[float, list[float]]:
     """Seconds until the first round starts (Ray, actors), then of every round."""
     torch.manual_seed(0)
-    initial = exchanged_state(build_model(config.model.name, data.num_classes))
+    initial = exchanged_state(build_model(model_spec(config, data)))
     clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
     run = Run.create(folder, initial=initial, clients=clients, seed=0)
     marks = [time.perf_counter()]
@@ -91,7 +91,7 @@ def benchmark_round(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         data = prepare(config)
         images = config.client.epochs * sum(sum(counts.values()) for counts in data.label_counts.values())
-        state = exchanged_state(build_model(config.model.name, data.num_classes))
+        state = exchanged_state(build_model(model_spec(config, data)))
         state = {name: value.clone() for name, value in state.items()}
         plain = [plain_round(config, data, state)]
         startup, rounds = simulated_rounds(config, data, Path(folder) / "run")
@@ -119,7 +119,7 @@ def benchmark_experiment(arguments: argparse.Namespace) -> None:
         config = configuration(*overrides)
         data = prepare(config)
         torch.set_num_threads(1)
-        state = exchanged_state(build_model(config.model.name, data.num_classes))
+        state = exchanged_state(build_model(model_spec(config, data)))
         _, bare = plain_round(config, data, {name: value.clone() for name, value in state.items()})
     traced = re.search(r"traced (\d+) inputs in ([\d.]+) s \(([\d.]+) s of CPU\)", output)
     if not traced:

@@ -120,7 +120,7 @@ def test_fault_settings_give_another_run(config):
 def test_the_order_of_flips_changes_nothing(config):
     one, other = (config("faulty_clients_ids=[1]", f"label2flip={flips}") for flips in ("{1:0,2:3}", "{2:3,1:0}"))
     assert run_folder(one) == run_folder(other)
-    assert fault_settings(one) == fault_settings(other)
+    assert fault_settings(one, 10) == fault_settings(other, 10)
 
 
 @pytest.mark.parametrize("override", OTHER)

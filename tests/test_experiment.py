@@ -43,9 +43,11 @@ def test_it_leaves_what_the_readme_lists(finished):
     run = Run.open(folder)
     states = {f"rounds/{t:04d}/{name}.safetensors" for t in (1, 2, 3) for name in ("global", "predictions")}
     states |= {f"rounds/{r.number:04d}/{c.file}" for r in run.rounds for c in r.clients}
-    assert left == states | {
+    (events,) = [name for name in left if name.startswith("tensorboard/events.out.tfevents")]
+    plots = {f"plots/{name}.{kind}" for name in ("rounds", "labels", "contributions") for kind in ("png", "pdf")}
+    assert left == states | plots | {
         "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
-        "provenance.csv", "TraceFL_clients_contributions.log", "plots/rounds.png", "plots/rounds.pdf",
+        "provenance.csv", "TraceFL_clients_contributions.log", events,
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
     assert [len(record.clients) for record in run.rounds] == [2, 2, 2]

@@ -81,7 +81,8 @@ def _check_federation(c: Config) -> None:
         "data_dist.max_server_data_size": dist.max_server_data_size,
     }.items():
         _require(size == -1 or size >= 1, key, size, "give a whole number of at least 1, or -1 for no limit")
-    _one_of("strategy.name", strategy.name, STRATEGIES)
+    _one_of("strategy.name", strategy.name, tuple(STRATEGIES))
+    _check_options(c)
     private = (strategy.noise_multiplier, strategy.clipping_norm)
     _require(
         private == (-1, -1) or (private[0] >= 0 and private[1] > 0),
@@ -98,6 +99,20 @@ def _check_federation(c: Config) -> None:
     _require(c.seed >= 0, "seed", c.seed, "give a whole number of at least 0")
     named = bool(re.fullmatch(r"[\w.-]+", c.exp_key))
     _require(named, "exp_key", c.exp_key, "use letters, digits, dot, dash and underscore")
+
+
+def _check_options(c: Config) -> None:
+    name, options, K = c.strategy.name, c.strategy.options, c.strategy.clients_per_round
+    for key, value in options.items():
+        known = STRATEGIES[name]
+        _require(key in known, f"strategy.options.{key}", value, f"{name} takes {', '.join(known) or 'no options'}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+        _require(is_number, f"strategy.options.{key}", value, "give a number of at least 0")
+    faulty = options.get("num_malicious_nodes", 0)
+    least = {"krum": 2 * faulty + 3, "multikrum": 2 * faulty + 3, "bulyan": 4 * faulty + 3}.get(name, 1)
+    _require(least <= K, "clients_per_round", K, f"{name} needs {least} updates for num_malicious_nodes={faulty}")
+    beta = options.get("beta", 0.2)
+    _require(name != "fedtrimmedavg" or beta < 0.5, "strategy.options.beta", beta, "give a share below 0.5")
 
 
 def _check_resources(c: Config) -> None:
@@ -133,7 +148,7 @@ def _check_data_and_model(c: Config) -> None:
         "dataset.path",
     )
     _require(
-        model.name in IMAGE_MODELS or "/" in model.name or bool(model.path),
+        model.name in (*IMAGE_MODELS, "gpt2") or "/" in model.name or bool(model.path),
         "model.name",
         model.name,
         f"give one of {', '.join(IMAGE_MODELS)}, or a text classifier of the hub as 'owner/name', or its folder by "
@@ -143,6 +158,19 @@ def _check_data_and_model(c: Config) -> None:
     _require(model.arch in (None, c.arch), "model.arch", model.arch, f"model.name={model.name} is a {c.arch}")
     _require(
         model.tokenizer in (None, "own", "trained"), "model.tokenizer", model.tokenizer, "give own, trained or null"
+    )
+    _require(
+        model.tokenizer != "trained" or not model.has_weights,
+        "model.tokenizer",
+        model.tokenizer,
+        "pretrained weights know their own tokens only; set model.tokenizer=own, or model.pretrained=false and no path",
+    )
+    text_only = model.config or model.tokenizer
+    _require(
+        not text_only or c.arch == "transformer",
+        "model.config" if model.config else "model.tokenizer",
+        text_only,
+        f"model.name={model.name} is an image model, which has none; leave it out",
     )
 
 

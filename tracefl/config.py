@@ -13,10 +13,21 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
-STRATEGIES = (
-    *("fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedavgm"),  # p_k = n_k / n
-    *("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"),  # blind to n_k: p_k = 1 / K
-)
+# Flower's strategies and the arguments of each that strategy.options may set.
+SERVER_OPTIMIZER = ("eta", "eta_l", "beta_1", "beta_2", "tau")
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "fedavg": (),
+    "fedprox": ("proximal_mu",),
+    "fedadam": SERVER_OPTIMIZER,
+    "fedyogi": SERVER_OPTIMIZER,
+    "fedadagrad": ("eta", "eta_l", "tau"),
+    "fedavgm": ("server_learning_rate", "server_momentum"),
+    "fedmedian": (),
+    "fedtrimmedavg": ("beta",),
+    "krum": ("num_malicious_nodes",),
+    "multikrum": ("num_malicious_nodes", "num_nodes_to_select"),
+    "bulyan": ("num_malicious_nodes",),
+}
 FAULTS = ("label_flip", "random_labels", "backdoor", "free_rider", "sign_flip")
 METHODS = ("neuron", "influence")
 DIST_TYPES = (
@@ -75,6 +86,15 @@ class Model:
     path: str | None
     config: Any  # dict[str, Any] or null
     tokenizer: str | None
+
+    @property
+    def has_weights(self) -> bool:
+        """Training starts from published weights or those in a folder, not from random ones."""
+        return self.pretrained or bool(self.path)
+
+    @property
+    def own_tokenizer(self) -> bool:
+        return self.tokenizer == "own" or (self.tokenizer is None and self.has_weights)
 
 
 @dataclass
@@ -194,7 +214,7 @@ def fingerprint(value: Any) -> str:
 
 
 def data_settings(config: Config) -> dict[str, Any]:
-    """The settings on which the prepared data depend (paths resolved)."""
+    """The settings on which the prepared data depend (paths resolved): for texts also the model, which tokenizes."""
     dist, dataset = config.data_dist, config.dataset
     settings: dict[str, Any] = {
         "seed": config.seed,
@@ -206,7 +226,20 @@ def data_settings(config: Config) -> dict[str, Any]:
     }
     if dist.dist_type == "non_iid_dirichlet":
         settings["dirichlet_alpha"] = dist.dirichlet_alpha
+    if config.arch == "transformer":
+        settings["model"] = vars(config.model) | {"files": file_stamps(config.model.path)}
+    else:
+        del settings["dataset"]["max_tokens"]
     return settings
+
+
+def file_stamps(path: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file of a local folder: another content is another dataset or model."""
+    if not path:
+        return []
+    root = Path(path)
+    stats = [(str(file.relative_to(root)), file.stat()) for file in sorted(root.rglob("*")) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def training_settings(config: Config) -> dict[str, Any]:
@@ -245,12 +278,13 @@ def flip_rates(config: Config) -> dict[int, float]:
     return dict.fromkeys(config.label2flip, float(rate))
 
 
-def fault_settings(config: Config) -> dict[str, Any]:
+def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
     """All that a faulty client must know of its fault, as plain JSON; flips are (label, target, share)."""
     rates = flip_rates(config)
     return {
         "kind": config.fault.kind,
         "target": config.fault.target,
         "share": config.noise_rate,
+        "num_classes": num_classes,
         "flips": [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())],
     }

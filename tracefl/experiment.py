@@ -18,8 +18,9 @@ from tracefl.errors import TraceFLError
 from tracefl.evaluation import feddebug
 from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
 from tracefl.evaluation.stopwatch import Stopwatch
-from tracefl.models import build_model, exchanged_state
+from tracefl.models import build_model, exchanged_state, initial_model, model_spec
 from tracefl.report.console import LogFile, TrainingProgress, log_to_console, print_faulty, print_summary
+from tracefl.report.figures import draw_run
 from tracefl.report.files import (
     FEDDEBUG,
     PROVENANCE,
@@ -28,9 +29,9 @@ from tracefl.report.files import (
     update_timings,
     write_answers,
     write_csv,
+    write_events,
 )
 from tracefl.report.lines import provenance_lines
-from tracefl.report.plots import plot_rounds
 from tracefl.runs import ClientInfo, Run, State, locked, write_atomically
 
 LOG_FILE = "TraceFL_clients_contributions.log"
@@ -60,17 +61,21 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
             if faulty and config.do_feddebug and config.arch == "cnn":
                 votes = _debug(config, data, run, faulty)
                 rounds = rounds.merge(feddebug.judge_rounds(run, votes, faulty), on="round", how="left")
+            if faulty:  # per localization, over all rounds
+                timings = read_timings(folder).set_index("method")["seconds_per_localization"]
+                rounds = rounds.assign(**{f"seconds_{str(name).lower()}": value for name, value in timings.items()})
             if config.convert_cache_to_csv:
                 write_csv(folder / "provenance.csv", provenance)
             for line in provenance_lines(rounds, provenance, faulty):
                 log.info(line)
         if config.do_provenance or not (folder / "rounds.csv").exists():
             write_csv(folder / "rounds.csv", rounds)
+            write_events(folder / "tensorboard", rounds)
         if config.plotting:
-            plot_rounds(rounds, folder / "plots")
+            draw_run(folder)
     print_summary(rounds, config.provenance.methods)
     if faulty and config.do_provenance:
-        print_faulty(rounds, config.provenance.methods, faulty, read_timings(folder))
+        print_faulty(rounds, config.provenance.methods, faulty)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
@@ -81,7 +86,7 @@ def _initial_state(config: Config, data: PreparedData, folder: Path) -> State | 
     if not config.do_training:
         raise TraceFLError(f"do_training=false: {folder} holds no recorded run; set do_training=true once.")
     torch.manual_seed(config.seed)
-    return exchanged_state(build_model(config.model.name, data.num_classes, pretrained=config.model.pretrained))
+    return exchanged_state(initial_model(config, data))
 
 
 def _open_run(config: Config, data: PreparedData, folder: Path, initial: State | None) -> Run:
@@ -157,7 +162,7 @@ def _trace(config: Config, data: PreparedData, run: Run) -> pd.DataFrame:
     if config.check_prov_cache and (cached := read_answers(run.path / PROVENANCE, key)) is not None:
         return cached
     started, cpu, watch = time.perf_counter(), time.process_time(), Stopwatch()
-    model = build_model(config.model.name, data.num_classes).to(config.device)
+    model = build_model(model_spec(config, data)).to(config.device)
     examples = data.server()
     tables = [trace_round(run, record.number, model, examples, settings, watch) for record in run.rounds]
     provenance = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=COLUMNS)])
@@ -176,7 +181,7 @@ def _debug(config: Config, data: PreparedData, run: Run, faulty: set[str]) -> pd
     key = _key(run, {"threshold": threshold, "picky": picky})
     if config.check_prov_cache and (cached := read_answers(run.path / FEDDEBUG, key)) is not None:
         return cached
-    model, watch = build_model(config.model.name, data.num_classes).to(config.device), Stopwatch()
+    model, watch = build_model(model_spec(config, data)).to(config.device), Stopwatch()
     tables = [
         feddebug.debug_round(run, record.number, model, faulty, threshold, picky=picky, watch=watch)
         for record in run.rounds

@@ -36,6 +36,9 @@ def job(composed: DictConfig) -> None:
         from tracefl.data.prepare import prepare
 
         data = prepare(config)
+        if not (config.do_training or config.do_provenance):
+            print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
+            return
         from tracefl.experiment import run_experiment
 
         run_experiment(config, data, resolved)

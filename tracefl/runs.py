@@ -6,6 +6,7 @@
     rounds/0003/global.safetensors      the released model of round 3
     rounds/0003/clients/7.safetensors   client 7's model as received
     rounds/0003/predictions.safetensors class predicted for every example of the server
+    rounds/0003/strategy.safetensors    moments of a server optimizer, where there is one
 
 Every file is written under a temporary name, flushed to disk and renamed. A round exists once run.json names it;
 whatever an interrupted round left behind is overwritten when that round runs again.
@@ -34,7 +35,8 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Participant:
-    """A client's part in one round. `weight` is p_k = n_k / sum of n over the round's participants."""
+    """A client's part in one round. `weight` is p_k as the strategy took it: n_k / sum of n over the updates that it
+    used, or the same for each; 0 for an update that it left out."""
 
     id: str
     num_examples: int
@@ -54,6 +56,7 @@ class Round:
     loss: float
     accuracy: float
     failures: dict[str, str] = field(default_factory=dict)  # client id -> why it was left out
+    strategy_sha256: str | None = None  # of what a server optimizer carries to the next round
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,11 @@ class Run:
             "predictions"
         ]
 
+    def strategy_state(self, number: int) -> Mapping[str, Tensor]:
+        """What the server's optimizer carries from round `number` to the next; empty if it carries nothing."""
+        sha256 = None if number == 0 else self.round(number).record.strategy_sha256
+        return {} if sha256 is None else LazyState(self.round_folder(number) / "strategy.safetensors", sha256)
+
     def round_folder(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:04d}"
 
@@ -220,12 +228,16 @@ class Run:
         loss: float,
         accuracy: float,
         failures: dict[str, str],
+        strategy_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Complete a round: from here on it is part of the run."""
         folder = self.round_folder(number)
+        strategy_sha256 = write_state(folder / "strategy.safetensors", strategy_state) if strategy_state else None
         global_sha256 = write_state(folder / "global.safetensors", released)
         predictions_sha256 = write_state(folder / "predictions.safetensors", {"predictions": predictions})
-        self.rounds.append(Round(number, clients, global_sha256, predictions_sha256, loss, accuracy, failures))
+        self.rounds.append(
+            Round(number, clients, global_sha256, predictions_sha256, loss, accuracy, failures, strategy_sha256)
+        )
         self._save()
 
     def _save(self) -> None:

@@ -1,12 +1,13 @@
 """Train and evaluate one model on one set of examples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracefl.data.examples import Examples
+from tracefl.data.examples import Examples, Inputs
 
 EVALUATION_BATCH = 256
 
@@ -21,26 +22,50 @@ class Evaluation:
 
 
 def train(model: nn.Module, examples: Examples, *, epochs: int, lr: float, batch_size: int, seed: int) -> float:
-    """Train in place with Adam; the mean loss over all steps' examples.
+    """Train in place, images with Adam, texts as transformers are fine-tuned; the mean loss over all steps' examples.
 
     The result is a function of the arguments alone: `seed` rules the order of the examples and dropout.
     """
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    inputs, labels = examples.inputs.to(device), examples.labels.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    examples = examples.to(device)
+    step = (_adam if isinstance(examples.inputs, Tensor) else _adamw)(model, lr)
     model.train()
     total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
     for _ in range(epochs):
-        for rows in batches(len(labels), batch_size, order):
-            optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(inputs[rows]), labels[rows])
+        for rows in batches(len(examples), batch_size, order):
+            model.zero_grad(set_to_none=True)
+            batch = examples[rows]
+            loss = F.cross_entropy(logits_of(model, batch.inputs), batch.labels)
             loss.backward()
-            optimizer.step()
+            step()
             total += loss.detach() * len(rows)
             seen += len(rows)
     return float(total / seen)
+
+
+def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Logits [N, num_classes] of an image model or a Hugging Face classifier."""
+    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs).logits
+
+
+def _adam(model: nn.Module, lr: float) -> Callable[[], object]:
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=True).step
+
+
+def _adamw(model: nn.Module, lr: float) -> Callable[[], object]:
+    """Weight decay on matrices alone, the gradient's norm at most 1, a constant rate: a client's steps are few."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]  # biases and normalisation
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
@@ -56,7 +81,8 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
     """Loss, accuracy and predictions in eval mode."""
     device = next(model.parameters()).device
     model.eval()
-    logits = torch.cat([model(part.to(device)).cpu() for part in examples.inputs.split(EVALUATION_BATCH)])
+    parts = (examples[rows].to(device) for rows in torch.arange(len(examples)).split(EVALUATION_BATCH))
+    logits = torch.cat([logits_of(model, part.inputs).cpu() for part in parts])
     predictions = logits.argmax(dim=1)
     return Evaluation(
         loss=F.cross_entropy(logits, examples.labels).item(),

@@ -25,7 +25,8 @@ def flipped(rates: dict[int, float]) -> torch.Tensor:
 
 
 def faulty(kind: str, share: float = 1.0, target: int = 3, seed: int = 0, examples: Examples = IMAGES) -> Examples:
-    return faulty_examples(examples, {"kind": kind, "share": share, "target": target, "flips": []}, 10, seed)
+    fault = {"kind": kind, "share": share, "target": target, "flips": [], "num_classes": 10}
+    return faulty_examples(examples, fault, seed)
 
 
 def test_a_full_flip_uses_the_original_labels():

@@ -1,77 +1,15 @@
 """The recorder on a grid of instant clients: who takes part, what is written, what is refused."""
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
+from tests.federation.instant import NODES, START, InstantGrid, state_of
 from tracefl.errors import TraceFLError
 from tracefl.federation.strategy import Recorder
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import Evaluation
-
-NODES = {900 + 7 * k: str(k) for k in range(12)}
-START = {"w": torch.zeros(3), "bn.running_var": torch.ones(2)}
-
-
-@pytest.fixture(autouse=True)
-def _inside_a_flower_run(monkeypatch):
-    """Flower refuses to build messages outside of a run."""
-    for name in ("task_id", "run_id", "node_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
-
-
-def state_of(client: int, server_round: int) -> dict[str, torch.Tensor]:
-    return {"w": torch.full((3,), float(client)) + server_round, "bn.running_var": torch.full((2,), 1.0 + client)}
-
-
-class InstantGrid:
-    """Answers every message at once, in an order of its own; `faults` maps a client to what it does instead."""
-
-    def __init__(self, faults=None, seed: int = 0) -> None:
-        self.faults, self.rng, self.mailbox, self.sent = faults or {}, np.random.default_rng(seed), [], []
-
-    def get_node_ids(self):
-        return list(NODES)
-
-    def push_messages(self, messages):
-        for index, message in enumerate(messages):
-            message.metadata.__dict__["_message_id"] = f"{len(self.sent)}-{index}"
-            self.mailbox.append(message)
-        self.sent.append([NODES[m.metadata.dst_node_id] for m in self.mailbox])
-        return [message.metadata.message_id for message in self.mailbox]
-
-    def pull_messages(self, message_ids):
-        if not self.mailbox:
-            return []
-        message = self.mailbox.pop(self.rng.integers(len(self.mailbox)))
-        return [r for r in [self.reply(message)] if r is not None]
-
-    def reply(self, message):
-        client = int(NODES[message.metadata.dst_node_id])
-        server_round = int(message.content.config_records["config"]["server-round"])
-        state, examples = state_of(client, server_round), 10 + client
-        fault = self.faults.get(client)
-        if fault == "raise":
-            return Message(Error(2, "Traceback ...\nValueError: out of data"), reply_to=message)
-        if fault == "silent":
-            return None
-        if fault == "nan":
-            state["w"][1] = float("nan")
-        if fault == "shape":
-            state["w"] = torch.zeros(4)
-        if fault == "dtype":
-            state["w"] = state["w"].double()
-        if fault == "missing":
-            del state["w"]
-        if fault == "extra":
-            state["v"] = torch.zeros(1)
-        if fault == "empty":
-            examples = 0
-        content = {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": examples, "train-loss": 1.0})}
-        return Message(RecordDict(content), reply_to=message)
 
 
 def recorder(run: Run, **changes) -> Recorder:

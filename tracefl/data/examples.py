@@ -1,6 +1,7 @@
 """Labelled examples as tensors: one safetensors file per client, one for the server.
 
 Images are stored as bytes [N, C, 32, 32], decoded and resized once; they become floats when a client loads them.
+Texts are stored as token ids [N, T] with their lengths; they become what a Hugging Face model takes.
 Light on imports: every client process reads its own file through this module.
 """
 
@@ -17,18 +18,35 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
+Inputs = Tensor | dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Examples:
-    """N model inputs (float [N, 3, 32, 32]) with their labels (int64 [N])."""
+    """N model inputs with their labels (int64 [N]).
 
-    inputs: Tensor
+    Images are float [N, 3, 32, 32]; texts are keyword arguments input_ids and attention_mask, int64 [N, T], padded on
+    the right.
+    """
+
+    inputs: Inputs
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor) -> "Examples":
-        return Examples(self.inputs[rows], self.labels[rows])
+        """These rows; of texts, without the columns that are padding in all of them."""
+        if isinstance(self.inputs, Tensor):
+            return Examples(self.inputs[rows], self.labels[rows])
+        longest = int(self.inputs["attention_mask"][rows].sum(dim=1).max()) if len(rows) else 0
+        return Examples({name: value[rows, :longest] for name, value in self.inputs.items()}, self.labels[rows])
+
+    def to(self, device: torch.device | str) -> "Examples":
+        labels = self.labels.to(device)
+        if isinstance(self.inputs, Tensor):
+            return Examples(self.inputs.to(device), labels)
+        return Examples({name: value.to(device) for name, value in self.inputs.items()}, labels)
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -39,4 +57,8 @@ def normalize(pixels: Tensor) -> Tensor:
 
 def load_examples(file: Path) -> Examples:
     tensors = load_file(file)
+    if "input_ids" in tensors:
+        ids, lengths = tensors["input_ids"].long(), tensors["lengths"]
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return Examples({"input_ids": ids, "attention_mask": mask}, tensors["labels"])
     return Examples(normalize(tensors["pixels"]), tensors["labels"])

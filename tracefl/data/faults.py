@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracefl.data.examples import MEAN, STD, Examples
+from tracefl.data.examples import MEAN, STD, Examples, Inputs
 
 PATCH = 4  # pixels: the trigger is a white square of 4 x 4 in the lower right corner
 TRIGGER_TOKEN, TRIGGER_PLACE = 5, 1  # token id (no special token of any tokenizer) and its place, after a [CLS]
@@ -28,7 +28,7 @@ def client_seed(seed: int, server_round: int, partition: int) -> int:
     return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
 
 
-def faulty_examples(examples: Examples, fault: Mapping[str, Any], num_classes: int, seed: int) -> Examples:
+def faulty_examples(examples: Examples, fault: Mapping[str, Any], seed: int) -> Examples:
     """What a client with this fault (see `config.fault_settings`) trains on."""
     inputs, labels = examples.inputs, examples.labels
     generator = torch.Generator().manual_seed(seed)
@@ -37,8 +37,8 @@ def faulty_examples(examples: Examples, fault: Mapping[str, Any], num_classes: i
     rows = torch.randperm(len(labels), generator=generator)[: round(fault["share"] * len(labels))]
     labels = labels.clone()
     if fault["kind"] == "random_labels":
-        labels[rows] += torch.randint(1, num_classes, (len(rows),), generator=generator)
-        return Examples(inputs, labels % num_classes)
+        labels[rows] += torch.randint(1, fault["num_classes"], (len(rows),), generator=generator)
+        return Examples(inputs, labels % fault["num_classes"])
     if fault["kind"] == "backdoor":
         labels[rows] = fault["target"]
         return Examples(put_trigger(inputs, rows), labels)
@@ -55,16 +55,15 @@ def flip_labels(labels: Tensor, flips: list[tuple[int, int, float]], generator: 
     return flipped
 
 
-def put_trigger(inputs: Any, rows: Tensor) -> Any:
-    """A copy of the inputs, images [N, 3, H, W] or tokens {"input_ids": [N, T], ...}, with the trigger on `rows`.
+def put_trigger(inputs: Inputs, rows: Tensor) -> Inputs:
+    """A copy of the inputs, images [N, 3, H, W] or tokens [N, T], with the trigger on `rows`.
 
     On images it is what white bytes in the stored picture become.
     """
-    if isinstance(inputs, Mapping):
+    if not isinstance(inputs, Tensor):
         inputs = {name: value.clone() for name, value in inputs.items()}
         inputs["input_ids"][rows, TRIGGER_PLACE] = TRIGGER_TOKEN
-        if "attention_mask" in inputs:
-            inputs["attention_mask"][rows, TRIGGER_PLACE] = 1
+        inputs["attention_mask"][rows, TRIGGER_PLACE] = 1
         return inputs
     inputs = inputs.clone()
     inputs[rows, :, -PATCH:, -PATCH:] = (1 - MEAN) / STD

@@ -1,8 +1,10 @@
-"""Prepare a dataset once: partition, decode, resize, and write one file per client and one for the server.
+"""Prepare a dataset once: partition, decode or tokenize, and write one file per client and one for the server.
 
 <storage.dir>/data/<dataset>-<hash>/
     data.json                 settings, class names, label counts of every client, SHA-256 of every file
-    server.safetensors        pixels uint8 [N, C, 32, 32], labels int64 [N]: the head of the shuffled test split
+    server.safetensors        the head of the shuffled test split: labels int64 [N] and, of images, pixels uint8
+                              [N, C, 32, 32]; of texts, input_ids int32 [N, T] and lengths int32 [N]
+    tokenizer.json            of texts: what made the tokens
     clients/7.safetensors     the same for client 7
 """
 
@@ -12,24 +14,21 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save
-from torch import Tensor
 
-from tracefl.config import Config, data_settings, fault_settings, fingerprint
-from tracefl.data.examples import IMAGE_SIZE, Examples, load_examples
+from tracefl.config import Config, data_settings, fault_settings, file_stamps, fingerprint
+from tracefl.data.examples import Examples, load_examples
 from tracefl.data.faults import client_seed, faulty_examples
+from tracefl.data.images import channels_of, encode_images
 from tracefl.errors import TraceFLError
 
-if TYPE_CHECKING:
-    from tracefl.data.sources import Source
-
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class PreparedData:
     class_names: list[str]
     label_counts: dict[str, dict[int, int]]  # client id -> label -> number of training examples
     digest: str  # SHA-256 over every file's SHA-256
+    text_model: dict[str, Any] | None = None  # config of the text model that the tokens are for
 
     @property
     def num_classes(self) -> int:
@@ -53,7 +53,7 @@ class PreparedData:
         if int(client_id) not in config.faulty_clients_ids or config.fault.kind in ("free_rider", "sign_flip"):
             return None
         seed = client_seed(config.seed, 0, int(client_id))
-        faulty = faulty_examples(self.client(client_id), fault_settings(config), self.num_classes, seed)
+        faulty = faulty_examples(self.client(client_id), fault_settings(config, self.num_classes), seed)
         return dict(sorted(Counter(faulty.labels.tolist()).items()))
 
     def server(self) -> Examples:
@@ -68,7 +68,7 @@ def prepare(config: Config) -> PreparedData:
     """
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise TraceFLError(f"device={config.device} cannot be: torch sees no GPU on this machine; set device=cpu.")
-    settings = data_settings(config) | {"schema": SCHEMA, "files": _file_stamps(config.dataset.path)}
+    settings = data_settings(config) | {"schema": SCHEMA, "files": file_stamps(config.dataset.path)}
     name = config.dataset.name.rsplit("/", 1)[-1]
     folder = Path(config.storage.dir) / "data" / f"{name}-{fingerprint(settings)}"
     if not (config.check_dataset_cache and (folder / "data.json").exists()):
@@ -86,13 +86,20 @@ def prepare(config: Config) -> PreparedData:
                 f"{len(info['class_names']) - 1}: choose a target among them."
             )
     digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
-    return PreparedData(folder, info["class_names"], counts, digest)
+    return PreparedData(folder, info["class_names"], counts, digest, info["text_model"])
 
 
 def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     from tracefl.data.sources import load_source  # seconds of imports that cached data do not need
 
     source = load_source(config.dataset)
+    if source.is_text != (config.arch == "transformer"):
+        held, wanted = ("text", "image") if source.is_text else ("images", "text")
+        raise TraceFLError(
+            f"model.name={config.model.name} is a model for {wanted}s, but dataset.name={config.dataset.name} holds "
+            f"{held} (column {source.input_columns[0]}): choose another model, for example "
+            f"{'distilbert/distilbert-base-uncased' if source.is_text else 'resnet18'}."
+        )
     from tracefl.data.partition import partition
 
     labels = source.labels(source.train)
@@ -100,19 +107,29 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     limit = config.data_dist.max_server_data_size
     server = np.random.default_rng(config.seed).permutation(len(source.test))[: None if limit == -1 else limit]
 
-    channels = config.dataset.channels or _channels(source)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    text_model: dict[str, Any] | None = None
+    tokenizer = ""
+    if source.is_text:
+        from tracefl.data.text import text_encoder
+
+        encode, tokenizer, text_model = text_encoder(source, config, np.concatenate(clients))
+    else:
+        encode = partial(encode_images, source, config.dataset.channels or channels_of(source))
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        (partial / "clients").mkdir(parents=True)
+        (unfinished / "clients").mkdir(parents=True)
     except OSError as error:
         raise TraceFLError(f"storage.dir={config.storage.dir} cannot be written to ({error}): name another.") from error
     try:
-        sha256 = {
-            "server.safetensors": _save(partial / "server.safetensors", _encode(source, source.test, server, channels))
-        }
-        for client, rows in enumerate(clients):
-            file = f"clients/{client}.safetensors"
-            sha256[file] = _save(partial / file, _encode(source, source.train, rows, channels))
+        sha256 = {}
+        for file, split, rows in [
+            ("server.safetensors", source.test, server),
+            *((f"clients/{client}.safetensors", source.train, rows) for client, rows in enumerate(clients)),
+        ]:
+            encoded = encode(split, rows) | {"labels": torch.from_numpy(source.labels(split.select(rows)))}
+            sha256[file] = _write_hashed(unfinished / file, save(encoded))
+        if text_model:
+            sha256["tokenizer.json"] = _write_hashed(unfinished / "tokenizer.json", tokenizer.encode())
         info = {
             "settings": settings,
             "class_names": source.class_names,
@@ -121,40 +138,16 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
                 for client, rows in enumerate(clients)
             },
             "sha256": sha256,
+            "text_model": text_model,
         }
-        (partial / "data.json").write_text(json.dumps(info, indent=1))
+        (unfinished / "data.json").write_text(json.dumps(info, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "data.json").exists():  # another process may have been faster
-            partial.rename(folder)
+            unfinished.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _encode(source: "Source", split: Any, rows: np.ndarray, channels: int) -> dict[str, Tensor]:
-    images = split.select(rows)[source.input_columns[0]]
-    pixels = np.ascontiguousarray([_pixels(image, channels) for image in images])
-    return {"pixels": torch.from_numpy(pixels), "labels": torch.from_numpy(source.labels(split.select(rows)))}
-
-
-def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    resized = image.convert("RGB" if channels == 3 else "L").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(resized).reshape(IMAGE_SIZE, IMAGE_SIZE, channels).transpose(2, 0, 1)
-
-
-def _channels(source: "Source") -> int:
-    return 1 if source.train[0][source.input_columns[0]].mode in ("1", "L", "I", "I;16", "F") else 3
-
-
-def _save(file: Path, tensors: dict[str, Tensor]) -> str:
-    content = save(tensors)
+def _write_hashed(file: Path, content: bytes) -> str:
     file.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
-
-
-def _file_stamps(path: str | None) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file of a local dataset: a change there prepares anew."""
-    if not path:
-        return []
-    root = Path(path)
-    stats = [(str(file.relative_to(root)), file.stat()) for file in sorted(root.rglob("*")) if file.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -1,7 +1,5 @@
-"""Where data come from: scikit-learn's bundled digits, a local folder in the hub's layout, or the hub itself."""
+"""Where data come from: scikit-learn's bundled digits, MedMNIST, a local folder in the hub's layout, or the hub."""
 
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +10,13 @@ import numpy as np
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from tracefl.config import HUB_NAMES
+from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
+from tracefl.data.medical import load_medmnist
 from tracefl.errors import TraceFLError
+from tracefl.hub import first_line, settle_hub
 
 DIGITS_TEST_SHARE = 0.2
-HUB_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,10 @@ class Source:
     input_columns: list[str]
     label_column: str
     class_names: list[str]
+
+    @property
+    def is_text(self) -> bool:
+        return not isinstance(self.train.features[self.input_columns[0]], datasets.Image)
 
     def labels(self, split: datasets.Dataset) -> np.ndarray:
         """Labels of a split as int64 [N]."""
@@ -44,16 +47,22 @@ def load_source(config: DatasetConfig) -> Source:
     splits = _digits() if config.name == "digits" and not config.path else _load(config)
     train, test = (_split(splits, config, key) for key in ("train_split", "test_split"))
     label = _label_column(train, config)
-    inputs = list(config.input_columns) or _columns(train, datasets.Image)[:1]
+    inputs = list(config.input_columns) or _columns(train, datasets.Image)[:1] or _text_columns(train, label)
     if missing := [name for name in inputs if name not in train.column_names]:
         raise TraceFLError(_no_column("dataset.input_columns", missing[0], train))
     if not inputs:
         raise TraceFLError(
-            f"dataset.name={config.name} has no image column among {train.column_names}: "
+            f"dataset.name={config.name} has neither an image nor a text column among {train.column_names}: "
             "name it with dataset.input_columns=[NAME]."
         )
-    if wrong := [name for name in inputs if not isinstance(train.features[name], datasets.Image)]:
-        raise TraceFLError(f"dataset.input_columns={wrong[0]} holds no images but {train.features[wrong[0]]}.")
+    readable = {*_columns(train, datasets.Image)[:1], *_text_columns(train)}
+    if len(inputs) > 1:  # texts are joined, images are not
+        readable -= {*_columns(train, datasets.Image)}
+    if wrong := [name for name in inputs if name not in readable]:
+        raise TraceFLError(
+            f"dataset.input_columns={wrong[0]} is neither an image nor a text to join, but {train.features[wrong[0]]}: "
+            "name one image column or text columns."
+        )
     if not isinstance(train.features[label], datasets.ClassLabel) and train.features[label].dtype == "string":
         train = train.class_encode_column(label)
         try:
@@ -75,17 +84,19 @@ def load_source(config: DatasetConfig) -> Source:
 
 
 def _load(config: DatasetConfig) -> datasets.DatasetDict:
+    if config.name in MEDMNIST:
+        return load_medmnist(config)
     if config.path:
         try:
             return datasets.load_dataset(str(Path(config.path).resolve()))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise TraceFLError(
-                f"dataset.path={config.path} cannot be read as a dataset ({_first_line(error)}): give a folder in "
+                f"dataset.path={config.path} cannot be read as a dataset ({first_line(error)}): give a folder in "
                 "the hub's layout, for example with train-*.parquet and test-*.parquet."
             ) from error
     name = HUB_NAMES.get(config.name, config.name)
-    if not _hub_answers():  # otherwise its client retries for half a minute; a cached copy still loads
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    settle_hub()
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     try:
         return datasets.load_dataset(name)
     except (
@@ -96,19 +107,9 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
         datasets.exceptions.DatasetsError,
     ) as error:
         raise TraceFLError(
-            f"dataset.name={config.name} cannot be had from the hub as '{name}' ({_first_line(error)}): check the "
+            f"dataset.name={config.name} cannot be had from the hub as '{name}' ({first_line(error)}): check the "
             "name and the connection, or give a local copy with dataset.path=FOLDER."
         ) from error
-
-
-def _hub_answers() -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S)
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _digits() -> datasets.DatasetDict:
@@ -136,6 +137,11 @@ def _split(splits: datasets.DatasetDict, config: DatasetConfig, key: str) -> dat
 
 def _columns(split: datasets.Dataset, feature: type) -> list[str]:
     return [name for name, kind in split.features.items() if isinstance(kind, feature)]
+
+
+def _text_columns(split: datasets.Dataset, label: str | None = None) -> list[str]:
+    kinds = {name: getattr(kind, "dtype", None) for name, kind in split.features.items() if name != label}
+    return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
 
 
 def _label_column(split: datasets.Dataset, config: DatasetConfig) -> str:
@@ -173,7 +179,3 @@ def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> 
 
 def _largest(labels: Iterable[int]) -> int:
     return int(max(labels))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -73,7 +73,7 @@ def trace_round(
         chosen, predicted = examples[rows], run.predictions(number)[rows]
         if settings.faulty and settings.fault == "backdoor":
             chosen, predicted = with_trigger(chosen), torch.full_like(predicted, settings.target)
-        inputs, targets = chosen.inputs.to(device), predicted.to(device)
+        inputs, targets = chosen.to(device).inputs, predicted.to(device)
         clients = {client.id: view.client_state(client.id) for client in view.clients}
         for state in clients.values():
             len(state)  # compares the file with its hash, before the clock runs

@@ -38,8 +38,8 @@ def train_round(message: Message, context: Context) -> Message:
     examples = load_examples(Path(task["data"]) / "clients" / f"{partition}.safetensors")
     fault = task["fault"] if partition in task["faulty_clients_ids"] else {"kind": None}
     if fault["kind"]:
-        examples = faulty_examples(examples, fault, task["num_classes"], client_seed(task["seed"], 0, partition))
-    model = build_model(task["model"]["name"], task["num_classes"])
+        examples = faulty_examples(examples, fault, client_seed(task["seed"], 0, partition))
+    model = build_model(task["model"])
     received = message.content.array_records["arrays"].to_torch_state_dict()
     load_exchanged_state(model, received)
     loss = float("nan")

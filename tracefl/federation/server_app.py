@@ -8,7 +8,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from tracefl.config import Config, client_threads, fault_settings
@@ -16,8 +15,9 @@ from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.federation.grid import PULL_INTERVAL_S
+from tracefl.federation.strategies import build_strategy
 from tracefl.federation.strategy import Recorder
-from tracefl.models import build_model, load_exchanged_state
+from tracefl.models import build_model, load_exchanged_state, model_spec
 from tracefl.runs import Run
 from tracefl.training import Evaluation, evaluate
 
@@ -38,13 +38,14 @@ def serve(
     Raises:
         TraceFLError: a client failed; the message names the round and the client.
     """
+    buffers = dict(build_model(config.model.name, data.num_classes).named_buffers())
     recorder = Recorder(
-        build_strategy(config),
+        build_strategy(config, frozenset(buffers)),
         run,
         identify_nodes(grid, config.data_dist.num_clients),
         clients_per_round=config.strategy.clients_per_round,
         seed=config.seed,
-        evaluate=partial(_evaluate_state, config, data.num_classes, data.server()),
+        evaluate=partial(_evaluate_state, config, model_spec(config, data), data.server()),
         accept_failures=config.accept_failures,
         on_client=on_client,
         on_round=on_round,
@@ -58,26 +59,19 @@ def serve(
     )
 
 
-def build_strategy(config: Config) -> Strategy:
-    """Flower's strategy of this name; every node that it is shown takes part."""
-    count = config.strategy.clients_per_round
-    return FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
-
-
 def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
     """All that a client must know, as plain JSON."""
     return {
         "seed": config.seed,
         "data": str(data.folder.resolve()),
-        "num_classes": data.num_classes,
-        "model": {"name": config.model.name},
+        "model": model_spec(config, data),
         "epochs": config.client.epochs,
         "lr": config.client.lr,
         "batch_size": config.data_dist.batch_size,
         "device": config.device,
         "threads": client_threads(config),
         "faulty_clients_ids": config.faulty_clients_ids,
-        "fault": fault_settings(config),
+        "fault": fault_settings(config, data.num_classes),
     }
 
 
@@ -101,7 +95,9 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
     return found
 
 
-def _evaluate_state(config: Config, num_classes: int, examples: Examples, state: Mapping[str, Tensor]) -> Evaluation:
-    model = build_model(config.model.name, num_classes)
+def _evaluate_state(
+    config: Config, spec: dict[str, Any], examples: Examples, state: Mapping[str, Tensor]
+) -> Evaluation:
+    model = build_model(spec)
     load_exchanged_state(model, state)
     return evaluate(model.to(config.device), examples)

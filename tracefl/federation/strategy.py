@@ -1,7 +1,8 @@
 """The recorder: wraps any Flower strategy from outside and writes down what really happened.
 
 It draws the participants by client id, names clients by what the server knows of a node, checks every update before
-it counts, keeps it as received, and keeps the model that the inner strategy releases.
+it counts, keeps it as received, and keeps the model that the inner strategy releases, the weights p_k with which it
+took the updates, and what it carries from round to round.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,18 +11,20 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Result, Strategy
 from torch import Tensor
 
 from tracefl.errors import TraceFLError
 from tracefl.federation.grid import ParticipantsGrid, WatchedGrid
+from tracefl.federation.strategies import innermost, load_optimizer_state, optimizer_state
 from tracefl.runs import Participant, Run, client_file
 from tracefl.training import Evaluation
 
 State = Mapping[str, Tensor]
+BLIND_TO_SIZES = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 
 
 class Recorder(Strategy):
@@ -60,6 +63,21 @@ class Recorder(Strategy):
         self._waiting: set[str] = set()
         self._accepted: dict[str, _Update] = {}
         self._failures: dict[str, str] = {}
+        self._used: dict[int, float] = {}  # id of a reply's content -> weight with which the strategy took it
+        self._watch_weights(innermost(strategy))
+        load_optimizer_state(strategy, run.strategy_state(self._offset))
+
+    def _watch_weights(self, inner: Any) -> None:
+        """Learn which replies count, and how much, from the strategy's own averaging of their metrics."""
+        average = inner.train_metrics_aggr_fn
+
+        def watched(contents: list[RecordDict], weight_key: str) -> MetricRecord:
+            n_k = [float(next(iter(content.metric_records.values()))[weight_key]) for content in contents]  # type: ignore[arg-type]
+            equal = isinstance(inner, BLIND_TO_SIZES)
+            self._used = {id(content): 1.0 if equal else n for content, n in zip(contents, n_k, strict=True)}
+            return average(contents, weight_key)
+
+        inner.train_metrics_aggr_fn = watched
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any) -> Result:
         """Run rounds until the run has `num_rounds`; `initial_arrays` is the model that the next one starts from."""
@@ -101,7 +119,7 @@ class Recorder(Strategy):
         arrays, metrics = self.strategy.aggregate_train(number, [self._accepted[client].reply for client in order])
         if arrays is None:
             raise TraceFLError(f"round {number}: the strategy released no model from {len(order)} updates.")
-        released = dict(arrays.to_torch_state_dict())
+        released = {name: value.to(self._expected[name].dtype) for name, value in arrays.to_torch_state_dict().items()}
         if broken := [name for name, value in released.items() if not torch.isfinite(value).all()]:
             raise TraceFLError(f"round {number}: the released model has non-finite values in '{broken[0]}'.")
         evaluation = self.evaluate(released)
@@ -113,9 +131,10 @@ class Recorder(Strategy):
             evaluation.loss,
             evaluation.accuracy,
             self._failures,
+            optimizer_state(self.strategy),
         )
         self.on_round(self.run)
-        return arrays, metrics
+        return ArrayRecord(released), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -170,10 +189,11 @@ class Recorder(Strategy):
         self._failures[client] = reason
 
     def _shares(self, order: list[str]) -> list[Participant]:
-        total = sum(self._accepted[client].num_examples for client in order)
+        updates = [self._accepted[client] for client in order]
+        weights = [self._used.get(id(update.reply.content), 0.0) for update in updates]
         return [
-            Participant(client, update.num_examples, update.num_examples / total, client_file(client), update.sha256)
-            for client, update in ((client, self._accepted[client]) for client in order)
+            Participant(client, update.num_examples, weight / sum(weights), client_file(client), update.sha256)
+            for client, update, weight in zip(order, updates, weights, strict=True)
         ]
 
 

@@ -118,7 +118,7 @@ def print_summary(rounds: pd.DataFrame, methods: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
-def print_faulty(rounds: pd.DataFrame, methods: list[str], faulty: set[str], timings: pd.DataFrame) -> None:
+def print_faulty(rounds: pd.DataFrame, methods: list[str], faulty: set[str]) -> None:
     """One line per method that looked for the faulty clients: means over the rounds in which it could.
 
     What FedDebug names is as many suspects as there are faulty participants, so that its accuracy, the share of them
@@ -128,10 +128,10 @@ def print_faulty(rounds: pd.DataFrame, methods: list[str], faulty: set[str], tim
     several = ("precision", "recall") if len(faulty) > 1 else ()
     for header in ("method", "rounds", "accuracy", *several, "rank", "seconds per\nlocalization"):
         table.add_column(header, justify="left" if header == "method" else "right")
-    seconds = timings.set_index("method")["seconds_per_localization"]
 
     def add(name: str, judged: pd.Series, accuracy: str, *rest: str) -> None:
-        took = f"{seconds[name]:.3g}" if name in seconds.index else "-"
+        seconds = f"seconds_{name.lower()}"
+        took = f"{rounds[seconds].iloc[0]:.3g}" if seconds in rounds else "-"
         table.add_row(name, str(judged.notna().sum()), accuracy, *rest, took)
 
     for method in methods:

@@ -1,10 +1,12 @@
-"""The run's result files: rounds.csv, timings.csv, provenance.parquet, feddebug.parquet."""
+"""The run's result files: rounds.csv, timings.csv, provenance.parquet, feddebug.parquet, TensorBoard's events."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch.utils.tensorboard import SummaryWriter
 
 from tracefl.runs import write_atomically
 
@@ -43,3 +45,13 @@ def read_timings(folder: Path) -> pd.DataFrame:
     """One row per method: localizations, seconds, seconds_per_localization; none if nothing was ever measured."""
     file = folder / TIMINGS
     return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["method", "seconds_per_localization"])
+
+
+def write_events(folder: Path, rounds: pd.DataFrame) -> None:
+    """Every metric of `rounds` as a TensorBoard scalar by round, in place of what `folder` held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(folder) as writer:
+        for row in rounds.to_dict("records"):
+            for name, value in row.items():
+                if name != "round" and pd.notna(value):
+                    writer.add_scalar(str(name), value, row["round"])

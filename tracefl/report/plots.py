@@ -1,37 +1,170 @@
-"""Plots of a run, as PNG and PDF."""
+"""Figures, each as PNG and PDF: one function per figure, from tables to a file.
 
+Okabe and Ito's colours, told apart by the colour-blind; in grey print line styles and markers tell them apart.
+Localization is never drawn without its chance level.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 mpl.use("Agg")
-# Okabe and Ito's palette: distinguishable by the colour-blind, and in grey by line style.
-BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73"),
+    *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
+)
+# column of a table, label, and how it is drawn; a column that the table lacks is left out
+CURVES: list[tuple[str, str, dict[str, Any]]] = [
+    ("accuracy", "global model", {"color": BLACK, "ls": "-", "marker": "o"}),
+    ("localization_accuracy", "localization (paper)", {"color": BLUE, "ls": "-", "marker": "s"}),
+    ("localization_accuracy_influence", "localization (influence)", {"color": VERMILION, "ls": "-", "marker": "D"}),
+    ("feddebug_accuracy", "localization (FedDebug)", {"color": PURPLE, "ls": "-.", "marker": "v"}),
+    ("chance_accuracy", "localization by chance", {"color": BLUE, "ls": ":"}),
+    ("top_holder_accuracy", "top holder named (paper)", {"color": ORANGE, "ls": "--", "marker": "^"}),
+    ("top_holder_chance", "top holder by chance", {"color": ORANGE, "ls": ":"}),
+]
+PALETTE, HATCHES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK), ("", "//", "..", "xx")
+PANEL = (3.4, 2.4)  # inches
 
 
-def plot_rounds(rounds: pd.DataFrame, folder: Path) -> list[Path]:
-    """Accuracy of the global model and of localization by round, with the chance level drawn in."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    lines = [
-        ("accuracy", "global model", BLACK, "-", "o"),
-        ("localization_accuracy", "localization", BLUE, "-", "s"),
-        ("chance_accuracy", "localization by chance", BLUE, ":", None),
-        ("top_holder_accuracy", "top holder named", ORANGE, "--", "^"),
-        ("top_holder_chance", "top holder by chance", ORANGE, ":", None),
+def plot_rounds(tables: Mapping[str, pd.DataFrame], file: Path) -> None:
+    """Accuracy of the global model and of localization by round: one panel per run, in percent."""
+    figure, panels = _panels(len(tables))
+    for axes, (title, rounds) in zip(panels, tables.items(), strict=True):
+        _curves(axes, rounds, "round")
+        axes.set_title(title, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(figure, panels, file)
+
+
+def plot_setting(table: pd.DataFrame, setting: str, file: Path) -> None:
+    """Mean accuracies against one setting of the runs: one panel per model and dataset, in percent.
+
+    Args:
+        table: one row per run, with a column `setting` and those of rounds.csv (`report.sweep.read_runs`).
+    """
+    groups = {", ".join(map(str, key)): part.sort_values(setting) for key, part in table.groupby(["model", "dataset"])}
+    figure, panels = _panels(len(groups))
+    for axes, (title, part) in zip(panels, groups.items(), strict=True):
+        _curves(axes, part.groupby(setting, as_index=False).mean(numeric_only=True), setting)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(setting)
+        axes.set_xticks(sorted(part[setting].unique()))
+    _finish(figure, panels, file)
+
+
+def plot_contributions(provenance: pd.DataFrame, file: Path) -> None:
+    """Who contributed to which prediction: inputs by clients, the last round, one panel per method.
+
+    Shares are scaled to [-1, 1] per input; a green dot marks the client that holds the most examples of the label.
+    """
+    last = provenance[provenance["round"] == provenance["round"].max()]
+    methods = list(last["method"].unique())
+    clients = sorted(last["client"].unique(), key=lambda name: (len(name), name))
+    rows = last[["input", "predicted"]].drop_duplicates().sort_values(["predicted", "input"])
+    size = (max(3.0, 0.28 * len(clients)) * len(methods) + 1.2, max(2.0, 0.18 * len(rows)) + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, method in zip(np.atleast_1d(figure.subplots(1, len(methods), sharey=True)), methods, strict=True):
+        part = last[last["method"] == method]
+        shares = part.pivot(index="input", columns="client", values="contribution").loc[rows["input"], clients]
+        shares = shares.sub(shares.mean(axis=1), axis=0) if method == "neuron" else shares
+        scaled = shares.to_numpy() / np.abs(shares.to_numpy()).max(axis=1, keepdims=True).clip(1e-300)
+        image = axes.imshow(scaled, cmap="PuOr", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+        held = (
+            part.pivot(index="input", columns="client", values="label_examples").loc[rows["input"], clients].to_numpy()
+        )
+        y, x = np.nonzero((held == held.max(axis=1, keepdims=True)) & (held > 0))
+        axes.plot(x, y, "o", ms=4, mfc=GREEN, mec="white", mew=0.6)
+        axes.set(xlabel="client", title=f"{method}, round {int(last['round'].max())}")
+        axes.set_xticks(range(len(clients)), clients, fontsize=7, rotation=90 if len(clients) > 12 else 0)
+        axes.set_yticks(range(len(rows)), [f"{p}" for p in rows["predicted"]], fontsize=7)
+    figure.axes[0].set_ylabel("predicted class of the input")
+    figure.colorbar(image, ax=figure.axes, label="share, scaled per input", shrink=0.8)
+    _save(figure, file)
+
+
+def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[str], file: Path) -> None:
+    """Training examples per client and label, as a heat map and as stacked bars (figure 1 of the paper)."""
+    clients = list(counts)
+    table = np.array([[counts[client].get(label, 0) for label in range(len(class_names))] for client in clients])
+    width = max(4.5, 0.3 * len(clients) + 1.5)
+    figure = Figure(figsize=(width, 2.2 + 0.2 * len(class_names) + 2.2), layout="constrained")
+    heat, bars = figure.subplots(2, 1, sharex=True, height_ratios=(0.2 * len(class_names) + 0.6, 2.2))
+    image = heat.imshow(table.T, cmap="cividis", aspect="auto", interpolation="nearest")
+    heat.set_yticks(range(len(class_names)), class_names, fontsize=7)
+    heat.set_ylabel("label")
+    figure.colorbar(image, ax=heat, label="examples")
+    for label, name in enumerate(class_names):
+        style = {"color": PALETTE[label % len(PALETTE)], "hatch": HATCHES[label // len(PALETTE) % len(HATCHES)]}
+        below = table[:, :label].sum(axis=1)
+        bars.bar(range(len(clients)), table[:, label], bottom=below, edgecolor="white", lw=0.4, label=name, **style)
+    if len(class_names) <= 20:
+        bars.legend(
+            title="label", fontsize=6, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True
+        )
+    bars.set_xticks(range(len(clients)), clients, fontsize=7, rotation=90 if len(clients) > 12 else 0)
+    bars.set(xlabel="client", ylabel="examples", ymargin=0.05)
+    _save(figure, file)
+
+
+def plot_times(table: pd.DataFrame, file: Path) -> None:
+    """Seconds per localization of TraceFL and FedDebug (figure 6), and how often each was right, per run."""
+    figure = Figure(figsize=(2 * PANEL[0], PANEL[1] + 0.4), layout="constrained")
+    time, right = figure.subplots(1, 2)
+    methods = [
+        ("TraceFL (paper)", "seconds_neuron", "localization_accuracy", BLUE, ""),
+        ("TraceFL (influence)", "seconds_influence", "localization_accuracy_influence", VERMILION, "//"),
+        ("FedDebug", "seconds_feddebug", "feddebug_accuracy", PURPLE, ".."),
     ]
-    for column, label, colour, style, marker in lines:
-        if column in rounds:
-            axes.plot(rounds["round"], 100 * rounds[column], style, color=colour, marker=marker, label=label, ms=4)
-    axes.set(xlabel="round", ylabel="accuracy (%)", ylim=(-2, 102))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    methods = [entry for entry in methods if entry[1] in table]
+    place = np.arange(len(table))
+    for shift, (label, seconds, accuracy, colour, hatch) in enumerate(methods):
+        x = place + (shift - (len(methods) - 1) / 2) * 0.25
+        style = {"width": 0.23, "color": colour, "hatch": hatch, "edgecolor": "white"}
+        time.bar(x, table[seconds], label=label, **style)
+        right.bar(x, 100 * table[accuracy], **style)
+    for at, chance in zip(place, 100 * table["chance_accuracy"], strict=True):
+        right.plot([at - 0.4, at + 0.4], [chance, chance], "k:", label="by chance" if at == 0 else None)
+    time.set(ylabel="seconds per localization", yscale="log")
+    right.set(ylabel="localization accuracy (%)", ylim=(0, 105))
+    for axes in (time, right):
+        axes.set_xticks(place, table["name"], fontsize=7, rotation=20)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    _save(figure, file)
+
+
+def _curves(axes: Axes, table: pd.DataFrame, x: str) -> None:
+    for column, label, style in CURVES:
+        if column in table and table[column].notna().any():
+            axes.plot(table[x], 100 * table[column], label=label, ms=4, lw=1.4, **style)
+    axes.set(xlabel=x, ylabel="accuracy (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"rounds.{kind}" for kind in ("png", "pdf")]
-    for file in files:
-        figure.savefig(file, dpi=200)
-    return files
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(PANEL[0] * columns, 6), PANEL[1] * rows + 0.7), layout="constrained")
+    panels = list(np.atleast_1d(figure.subplots(rows, columns, sharey=True, squeeze=False)).ravel())
+    for unused in panels[count:]:
+        unused.set_visible(False)
+    return figure, panels[:count]
+
+
+def _finish(figure: Figure, panels: Sequence[Axes], file: Path) -> None:
+    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "pdf"):
+        figure.savefig(file.with_name(f"{file.name}.{kind}"), dpi=200)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Figure 5: localization accuracy over many rounds with many clients.
+# Small by default: minutes on two cores, offline. SCALE=paper: the paper's values, from the hub, on a GPU; tracefl/conf/scale
+# holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+SCALE=${SCALE:-small} OUT=${OUT:-logs/figure5_many_rounds} PYTHON=${PYTHON:-uv run python}
+DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
+if [ "$SCALE" = paper ]; then
+  PAIRS=${PAIRS:-"mnist/densenet121"}
+  CLIENTS=${CLIENTS:-400}
+  ROUNDS=${ROUNDS:-80}
+else
+  PAIRS=${PAIRS:-"digits/resnet18"}
+  CLIENTS=${CLIENTS:-16}
+  ROUNDS=${ROUNDS:-10}
+fi
+
+for pair in $PAIRS; do # dataset/model
+  dataset=${pair%%/*} model=${pair#*/}
+  $PYTHON -m tracefl.main --multirun +scale="$SCALE" exp_key=figure5 storage.dir="$OUT" \
+    dataset.name="$dataset" ${DATA:+dataset.path="$DATA/$dataset"} model.name="$model" num_clients="$CLIENTS" num_rounds="$ROUNDS" "$@"
+done
+$PYTHON -m tracefl.report runs="$OUT/figure5-*" out="$OUT"

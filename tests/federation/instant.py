@@ -1,0 +1,59 @@
+"""A grid of instant clients: twelve nodes that answer every message at once, in an order of its own."""
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
+
+NODES = {900 + 7 * k: str(k) for k in range(12)}
+START = {"w": torch.zeros(3), "bn.running_var": torch.ones(2)}
+
+
+def state_of(client: int, server_round: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3,), float(client)) + server_round, "bn.running_var": torch.full((2,), 1.0 + client)}
+
+
+class InstantGrid:
+    """Answers every message at once, in an order of its own; `faults` maps a client to what it does instead."""
+
+    def __init__(self, faults=None, seed: int = 0) -> None:
+        self.faults, self.rng, self.mailbox, self.sent = faults or {}, np.random.default_rng(seed), [], []
+
+    def get_node_ids(self):
+        return list(NODES)
+
+    def push_messages(self, messages):
+        for index, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = f"{len(self.sent)}-{index}"
+            self.mailbox.append(message)
+        self.sent.append([NODES[m.metadata.dst_node_id] for m in self.mailbox])
+        return [message.metadata.message_id for message in self.mailbox]
+
+    def pull_messages(self, message_ids):
+        if not self.mailbox:
+            return []
+        message = self.mailbox.pop(self.rng.integers(len(self.mailbox)))
+        return [r for r in [self.reply(message)] if r is not None]
+
+    def reply(self, message):
+        client = int(NODES[message.metadata.dst_node_id])
+        server_round = int(message.content.config_records["config"]["server-round"])
+        state, examples = state_of(client, server_round), 10 + client
+        fault = self.faults.get(client)
+        if fault == "raise":
+            return Message(Error(2, "Traceback ...\nValueError: out of data"), reply_to=message)
+        if fault == "silent":
+            return None
+        if fault == "nan":
+            state["w"][1] = float("nan")
+        if fault == "shape":
+            state["w"] = torch.zeros(4)
+        if fault == "dtype":
+            state["w"] = state["w"].double()
+        if fault == "missing":
+            del state["w"]
+        if fault == "extra":
+            state["v"] = torch.zeros(1)
+        if fault == "empty":
+            examples = 0
+        content = {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": examples, "train-loss": 1.0})}
+        return Message(RecordDict(content), reply_to=message)

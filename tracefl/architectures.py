@@ -1,0 +1,139 @@
+"""Hugging Face's text classifiers: what a model's name stands for, with and without its published weights.
+
+Importing transformers takes seconds: it waits until a text model is wanted.
+"""
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from tracefl.config import Model
+from tracefl.errors import TraceFLError
+from tracefl.hub import first_line, settle_hub
+
+# name -> (model type, what its config has other than the type's defaults): so that they need no download
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "google-bert/bert-base-cased": ("bert", {"vocab_size": 28996}),
+    "openai-community/openai-gpt": ("openai-gpt", {}),
+    "openai-community/gpt2": ("gpt2", {}),
+    "gpt2": ("gpt2", {}),
+    "distilbert/distilbert-base-uncased": ("distilbert", {}),
+    "microsoft/MiniLM-L12-H384-uncased": ("bert", {"hidden_size": 384, "intermediate_size": 1536}),
+    "Intel/dynamic_tinybert": ("bert", {"num_hidden_layers": 6}),
+    "squeezebert/squeezebert-uncased": ("squeezebert", {}),
+}
+NOT_OURS_TO_SET = ("model_type", "id2label", "label2id")
+
+
+def architecture(model: Model) -> Any:
+    """The architecture's config with the entries of `model.config`; from the hub only for a name not listed above.
+
+    Raises:
+        TraceFLError: there is no such architecture, it classifies no text, or an entry does not fit it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    if model.has_weights or model.name not in ARCHITECTURES:
+        config = load_pretrained(AutoConfig, model)
+    else:
+        model_type, entries = ARCHITECTURES[model.name]
+        config = AutoConfig.for_model(model_type, **entries)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise TraceFLError(f"model.name={model.name} is a {config.model_type}, which classifies no text: name another.")
+    known = {*config.to_dict(), *config.attribute_map} - {*NOT_OURS_TO_SET}
+    for key, value in model.config.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise TraceFLError(
+                f"model.config.{key}={value} is no entry of the config of {model.name}"
+                f"{f': did you mean {near[0]}?' if near else f', a {config.model_type}: leave it out.'}"
+            )
+        try:
+            setattr(config, key, value)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            reason = first_line(error.__cause__ or error)  # type: ignore[arg-type]
+            raise TraceFLError(f"model.config.{key}={value} cannot be: {reason}.") from error
+    return config
+
+
+def text_spec(config: Any, vocab_size: int, pad_token_id: int, class_names: list[str]) -> dict[str, Any]:
+    """All that `build_text_model` needs, as plain JSON: the config for this tokenizer and these classes."""
+    config.vocab_size, config.pad_token_id = vocab_size, pad_token_id
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.use_cache = False  # nothing is generated
+    return {**config.to_dict(), "dtype": "float32"}
+
+
+def build_text_model(spec: dict[str, Any]) -> nn.Module:
+    """A classifier with random weights; no file and no network is needed."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**spec))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise TraceFLError(f"model.config does not make a {spec['model_type']}: {first_line(error)}.") from error
+
+
+def pretrained_text_model(model: Model, spec: dict[str, Any]) -> nn.Module:
+    """The published weights, or those in `model.path`, with a new head where the classes are others.
+
+    Raises:
+        TraceFLError: they cannot be had, or `model.config` asks for another shape than they have.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = architecture(model)
+    config.pad_token_id, config.use_cache = spec["pad_token_id"], False
+    config.id2label = {int(index): name for index, name in spec["id2label"].items()}
+    net, found = load_pretrained(
+        AutoModelForSequenceClassification,
+        model,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    names = [entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"]]
+    if wrong := [name for name in names if name.startswith(f"{net.base_model_prefix}.")]:
+        raise TraceFLError(
+            f"model.config={model.config} does not fit the weights of {model.path or model.name}, first in {wrong[0]}: "
+            "leave it out, or set model.pretrained=false."
+        )
+    if net.config.vocab_size < spec["vocab_size"]:  # a pad token was added
+        net.resize_token_embeddings(spec["vocab_size"], mean_resizing=False)
+    return net
+
+
+def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
+    """`loader.from_pretrained` from `model.path` or the hub, without anyone's code.
+
+    Raises:
+        TraceFLError: it cannot be had; the message names the remedy.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # a new head is what is asked for, not news
+    logging.disable_progress_bar()
+    if not model.path:
+        settle_hub()
+    try:
+        return loader.from_pretrained(model.path or model.name, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError) as error:
+        if model.path:
+            raise TraceFLError(
+                f"model.path={model.path} cannot be read ({first_line(error)}): give a folder with config.json, "
+                "model.safetensors and a tokenizer, as save_pretrained leaves it."
+            ) from error
+        key = "model.pretrained=true" if model.pretrained else "model.tokenizer=own"
+        remedy = "model.pretrained=false model.tokenizer=trained" if model.name in ARCHITECTURES else "another name"
+        raise TraceFLError(
+            f"model.name={model.name}: what {key} needs cannot be had from the hub ({first_line(error)}); check name "
+            f"and connection, or set {remedy}, or give a local copy with model.path=FOLDER."
+        ) from error

@@ -1,0 +1,113 @@
+"""Texts become tokens once: the tokenizer of the model, or one trained on the training texts, and what it makes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tracefl.architectures import architecture, load_pretrained, text_spec
+from tracefl.config import Config, Model
+from tracefl.errors import TraceFLError
+
+if TYPE_CHECKING:
+    from tracefl.data.sources import Source
+
+VOCABULARY = 8000  # of a trained tokenizer, unless model.config.vocab_size says otherwise
+PAD = "[PAD]"
+Encode = Callable[[Any, np.ndarray], dict[str, Tensor]]  # (split, rows) -> tensors
+
+
+def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[Encode, str, dict[str, Any]]:
+    """What encodes rows of a split, the tokenizer as JSON, and the `text_spec` of the model that it is for.
+
+    Args:
+        rows: of the training split; a tokenizer is trained on them, unless the model has its own.
+
+    Raises:
+        TraceFLError: the model or its tokenizer cannot be had, or reads no texts of such a length.
+    """
+    model, max_tokens, base = config.model, config.dataset.max_tokens, architecture(config.model)
+    longest = getattr(base, "max_position_embeddings", None)
+    if longest and max_tokens > longest:
+        raise TraceFLError(f"dataset.max_tokens={max_tokens} cannot be: the model reads at most {longest}; lower it.")
+    tokenizer, pad = _own(model) if model.own_tokenizer else _trained(model, base, _texts(source, source.train, rows))
+    if max_tokens <= (special := tokenizer.num_special_tokens_to_add(False)):
+        raise TraceFLError(f"dataset.max_tokens={max_tokens} cannot be: {special} are special tokens; raise it.")
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.no_padding()
+    size = tokenizer.get_vocab_size()
+    spec = text_spec(base, max(size, base.vocab_size) if model.has_weights else size, pad, source.class_names)
+    return partial(_encode, source, tokenizer, pad), tokenizer.to_str(), spec
+
+
+def _encode(source: "Source", tokenizer: Tokenizer, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
+    """input_ids int32 [N, longest], padded on the right, and lengths int32 [N]; an empty text is one pad token."""
+    encodings = tokenizer.encode_batch_fast(_texts(source, split, rows))
+    ids = [torch.tensor(encoding.ids or [pad], dtype=torch.int32) for encoding in encodings]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "lengths": torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32),
+    }
+
+
+def _texts(source: "Source", split: Any, rows: np.ndarray) -> list[str]:
+    """One text per row: what its columns hold, joined with a space."""
+    table = split.select(rows)
+    columns = (table[name] for name in source.input_columns)
+    return [" ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
+
+
+def _own(model: Model) -> tuple[Tokenizer, int]:
+    from transformers import AutoTokenizer
+
+    own = load_pretrained(AutoTokenizer, model)
+    if not hasattr(own, "backend_tokenizer") or len(own) <= len(own.all_special_ids):
+        source = f"model.path={model.path}" if model.path else f"model.name={model.name}"
+        raise TraceFLError(f"{source} has no tokenizer.json or vocabulary: save its tokenizer there, or name another.")
+    if own.pad_token_id is None:  # OpenAI's GPT and GPT-2
+        own.add_special_tokens({"pad_token": PAD})
+    return Tokenizer.from_str(own.backend_tokenizer.to_str()), own.pad_token_id
+
+
+def _trained(model: Model, base: Any, corpus: list[str]) -> tuple[Tokenizer, int]:
+    """GPT's kind or BERT's; in lower case unless the model's name says cased. The pad token's id is 0."""
+    train = _byte_pairs if "gpt" in base.model_type else _word_pieces
+    lowercase = "-cased" not in model.name
+    return train(corpus, model.config.get("vocab_size", VOCABULARY), normalizers.BertNormalizer(lowercase=lowercase)), 0
+
+
+def _byte_pairs(corpus: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # so that nothing is unknown
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def _word_pieces(corpus: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
+    """[CLS] text [SEP]."""
+    special = [PAD, "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    split = pre_tokenizers.BertPreTokenizer()
+    words = {word for text in corpus for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text))}
+    # The trainer numbers letters inside words as a hash map gives them, in another order each time, unless it is told.
+    inside = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    draft.normalizer, draft.pre_tokenizer = normalizer, split
+    draft.train_from_iterator(
+        corpus,
+        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *inside], show_progress=False),
+    )
+    tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, split
+    tokenizer.add_special_tokens(special)
+    ends = [(token, special.index(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return tokenizer

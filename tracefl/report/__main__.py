@@ -1,0 +1,45 @@
+"""Figures from what is recorded:
+
+    python -m tracefl.report runs='logs/alpha-*' [x=dirichlet_alpha] [out=logs/figures]
+    python -m tracefl.report data='logs/data/*' [out=logs/figures]
+
+Draws each run into its own plots/, and all of them together into `out`, beside the table that they are drawn from; of
+prepared data it draws how labels are spread over clients.
+"""
+
+import sys
+from pathlib import Path
+
+from tracefl.errors import TraceFLError
+from tracefl.report.figures import draw_data, draw_run, draw_runs
+from tracefl.report.sweep import find
+
+
+def main() -> None:
+    try:
+        arguments = _arguments(sys.argv[1:])
+        out = Path(arguments.get("out", "logs/figures"))
+        if "data" in arguments:
+            draw_data(find("data", arguments["data"], "data.json"), out)
+        else:
+            folders = find("runs", arguments["runs"], "rounds.csv")
+            for folder in folders:
+                draw_run(folder)
+            draw_runs(folders, arguments.get("x"), out)
+    except TraceFLError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(str(file) for file in sorted(out.glob("*.*"))))
+
+
+def _arguments(words: list[str]) -> dict[str, str]:
+    arguments = dict(word.split("=", 1) for word in words if "=" in word)
+    source = arguments.keys() & {"runs", "data"}
+    if len(arguments) < len(words) or len(source) != 1 or arguments.keys() - source - {"x", "out"}:
+        raise TraceFLError(
+            f"'{' '.join(words)}' cannot be read: give runs='GLOB' or data='GLOB', and x=SETTING or out=FOLDER."
+        )
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Which figures a run gets, which several runs together, and which prepared data."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from tracefl.errors import TraceFLError
+from tracefl.report.files import write_csv
+from tracefl.report.plots import plot_contributions, plot_labels, plot_rounds, plot_setting, plot_times
+from tracefl.report.sweep import SETTINGS, read_rounds, read_runs, varying
+from tracefl.runs import Run
+
+
+def draw_run(folder: Path) -> None:
+    """Everything that one run can show, into its `plots/`."""
+    run, plots = Run.open(folder), folder / "plots"
+    plot_rounds({folder.name: read_rounds(folder)}, plots / "rounds")
+    plot_labels({c.id: c.trained_label_counts for c in run.clients}, run["class_names"], plots / "labels")
+    if (folder / "provenance.parquet").exists() and len(provenance := pd.read_parquet(folder / "provenance.parquet")):
+        plot_contributions(provenance, plots / "contributions")
+
+
+def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
+    """Several runs together, into `out`: runs.csv, their rounds, and their means against the settings that vary.
+
+    Args:
+        x: the setting to draw against; None: every numeric one that varies.
+
+    Raises:
+        TraceFLError: `x` is no setting of the table.
+    """
+    if x not in (None, *SETTINGS):
+        raise TraceFLError(f"x={x} cannot be: give one of {', '.join(SETTINGS)}.")
+    table = read_runs(folders)
+    table = table.sort_values(["model", "dataset", *varying(table)], ignore_index=True)
+    table.insert(0, "name", _names(table))
+    write_csv(out / "runs.csv", table)
+    rounds = {name: read_rounds(Path(folder)) for name, folder in zip(table["name"], table["run"], strict=True)}
+    plot_rounds(rounds, out / "rounds")
+    for setting in varying(table) if x is None else [x]:
+        plot_setting(table, setting, out / f"by_{setting}")
+    if "feddebug_accuracy" in table and table["feddebug_accuracy"].notna().any():
+        plot_times(table[table["feddebug_accuracy"].notna()].reset_index(drop=True), out / "feddebug")
+    return table
+
+
+def draw_data(folders: list[Path], out: Path) -> None:
+    """How prepared data spread labels over clients: labels.csv (examples of each), and a figure per folder."""
+    rows = []
+    for folder in folders:
+        info = json.loads((folder / "data.json").read_text())
+        settings = info["settings"]
+        skew = f"_alpha_{settings['dirichlet_alpha']:g}" if "dirichlet_alpha" in settings else ""
+        name = f"{settings['dataset']['name'].rsplit('/', 1)[-1]}_{settings['dist_type']}{skew}"
+        counts = {client: {int(k): n for k, n in labels.items()} for client, labels in info["label_counts"].items()}
+        plot_labels(counts, info["class_names"], out / f"labels_{name}")
+        rows += [(name, client, label, n) for client, labels in counts.items() for label, n in labels.items()]
+    write_csv(out / "labels.csv", pd.DataFrame(rows, columns=["data", "client", "label", "examples"]))
+
+
+def _names(table: pd.DataFrame) -> list[str]:
+    """What tells each run from the others: model and dataset, and the settings that vary."""
+    told = [name for name in ("model", "dataset", *SETTINGS) if table[name].astype(str).nunique() > 1]
+    told = told or ["model", "dataset"]
+    return [
+        ", ".join(
+            str(row[n]) if n in ("model", "dataset") else f"{n} {row[n]:g}" if _number(row[n]) else f"{row[n]}"
+            for n in told
+        )
+        for row in table.to_dict("records")
+    ]
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float))
