@@ -36,6 +36,17 @@ def test_training_depends_on_its_arguments_alone():
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
+def test_a_proximal_term_holds_the_model_near_its_start():
+    def moved(proximal_mu: float) -> float:
+        net = model()
+        net(blobs().inputs[:2])
+        start = [p.detach().clone() for p in net.parameters()]
+        train(net, blobs(), epochs=2, lr=0.01, batch_size=8, seed=0, proximal_mu=proximal_mu)
+        return sum((p - w).square().sum().item() for p, w in zip(net.parameters(), start, strict=True))
+
+    assert moved(100.0) < 0.3 * moved(0.0)
+
+
 def test_training_learns():
     net = model()
     before = evaluate(net, blobs())

@@ -21,16 +21,27 @@ class Evaluation:
     predictions: Tensor
 
 
-def train(model: nn.Module, examples: Examples, *, epochs: int, lr: float, batch_size: int, seed: int) -> float:
+def train(
+    model: nn.Module,
+    examples: Examples,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    proximal_mu: float = 0.0,
+) -> float:
     """Train in place, images with Adam, texts as transformers are fine-tuned; the mean loss over all steps' examples.
 
-    The result is a function of the arguments alone: `seed` rules the order of the examples and dropout.
+    The result is a function of the arguments alone: `seed` rules the order of the examples and dropout. FedProx adds
+    mu/2 |W - W_in|^2 to the objective (not to the loss that is returned).
     """
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     examples = examples.to(device)
     step = (_adam if isinstance(examples.inputs, Tensor) else _adamw)(model, lr)
+    start = [p.detach().clone() for p in model.parameters()] if proximal_mu else []
     model.train()
     total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
     for _ in range(epochs):
@@ -38,7 +49,8 @@ def train(model: nn.Module, examples: Examples, *, epochs: int, lr: float, batch
             model.zero_grad(set_to_none=True)
             batch = examples[rows]
             loss = F.cross_entropy(logits_of(model, batch.inputs), batch.labels)
-            loss.backward()
+            pull = sum(((p - w).square().sum() for p, w in zip(model.parameters(), start, strict=False)), start=0.0)
+            (loss + proximal_mu / 2 * pull).backward()
             step()
             total += loss.detach() * len(rows)
             seen += len(rows)

@@ -22,7 +22,7 @@ def clipped_mean(run) -> torch.Tensor:
 
 def test_the_release_is_the_clipped_mean_plus_the_noise_of_seed_and_round(config, tmp_path):
     run = run_rounds(config, tmp_path, "fedavg", *PRIVATE, upto=(1,))
-    noise = gaussian_noise(START["w"], noise_std(0.5, 3, 4), seed=0, server_round=1, index=0)
+    noise = gaussian_noise("w", START["w"], noise_std(0.5, 3, 4), seed=0, server_round=1)
     torch.testing.assert_close(run.global_state(1)["w"], (clipped_mean(run) + noise).float())
     assert noise.abs().sum() > 0
     assert [client.weight for client in run.round(1).clients] == [0.25] * 4
@@ -53,7 +53,7 @@ def test_a_client_that_changes_nothing_is_averaged_in(config, tmp_path, monkeypa
 
 def test_noise_has_its_standard_deviation_and_differs_by_round_and_tensor():
     like = torch.zeros(200_000)
-    draws = [gaussian_noise(like, 0.3, 0, t, index) for t, index in ((1, 0), (1, 1), (2, 0))]
+    draws = [gaussian_noise(name, like, 0.3, 0, t) for t, name in ((1, "a"), (1, "b"), (2, "a"))]
     for draw in draws:
         assert draw.std().item() == pytest.approx(0.3, rel=0.01)
         assert abs(draw.mean().item()) < 0.004

@@ -51,6 +51,7 @@ def train_round(message: Message, context: Context) -> Message:
             lr=task["lr"],
             batch_size=task["batch_size"],
             seed=seed,
+            proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
         )
     state = exchanged_state(model)
     content = RecordDict(

@@ -3,6 +3,8 @@
 The ledger needs that: the noise's own share in a prediction is < noise, dy/dW >, and nothing has to be stored for it.
 """
 
+import zlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,9 +12,9 @@ from torch import Tensor
 NOISE_STREAM = 0xD9  # keeps these draws apart from those of participants and clients
 
 
-def gaussian_noise(like: Tensor, std: float, seed: int, server_round: int, index: int) -> Tensor:
-    """N(0, std^2) in the shape and type of `like`, the parameter that comes as number `index` in the model's state."""
-    generator = np.random.default_rng([seed, server_round, index, NOISE_STREAM])
+def gaussian_noise(name: str, like: Tensor, std: float, seed: int, server_round: int) -> Tensor:
+    """N(0, std^2) in the shape and type of `like`, the parameter `name`."""
+    generator = np.random.default_rng([seed, server_round, zlib.crc32(name.encode()), NOISE_STREAM])
     return torch.from_numpy(generator.standard_normal(like.shape, dtype=np.float32) * np.float32(std)).to(like.dtype)
 
 

@@ -51,8 +51,8 @@ class FixedClipping(DifferentialPrivacyServerSideFixedClipping):
             return None, metrics
         std = noise_std(self.noise_multiplier, self.clipping_norm, len(replies))
         noisy = {
-            name: value + gaussian_noise(value, std, self.seed, server_round, index)
-            for index, (name, value) in enumerate(mean.to_torch_state_dict().items())
+            name: value + gaussian_noise(name, value, std, self.seed, server_round)
+            for name, value in mean.to_torch_state_dict().items()
         }
         return ArrayRecord(noisy), metrics
 

@@ -38,14 +38,15 @@ def serve(
     Raises:
         TraceFLError: a client failed; the message names the round and the client.
     """
-    buffers = dict(build_model(config.model.name, data.num_classes).named_buffers())
+    spec = model_spec(config, data)
+    buffers = dict(build_model(spec).named_buffers())
     recorder = Recorder(
         build_strategy(config, frozenset(buffers)),
         run,
         identify_nodes(grid, config.data_dist.num_clients),
         clients_per_round=config.strategy.clients_per_round,
         seed=config.seed,
-        evaluate=partial(_evaluate_state, config, model_spec(config, data), data.server()),
+        evaluate=partial(_evaluate_state, config, spec, data.server()),
         accept_failures=config.accept_failures,
         on_client=on_client,
         on_round=on_round,

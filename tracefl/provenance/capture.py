@@ -80,35 +80,38 @@ def run(
         logits = logits_of(model, batch)
     y, done.targets = explain(logits, targets)
     done.y = y.detach()
-    used, consumers = _graph(y)
-    for call in done.calls:
-        call.sum = _only_sum(consumers.get((call.edge.node, call.edge.output_nr), []))
-    leaves = {name: tensor for name, tensor in state.tensors.items() if id(tensor) in used}
-    done.loose = dict.fromkeys(leaves)
-    if probe is None or not y.requires_grad:
+    if probe is None:
+        used = find_sums(done, y)
+        done.loose = {name: None for name, tensor in state.tensors.items() if id(tensor) in used}
         return done
-    for call, probed in zip(done.calls, probe.calls, strict=False):
-        same = (call.shape, call.x.shape) == (probed.shape, probed.x.shape)
-        call.shared = same and len(y) > 1 and call.sum is not None and probed.sum is not None
-    ends = [call.sum.edge if call.shared and call.sum else call.edge for call in done.calls]
-    inputs: list[Any] = [*ends, *leaves.values()]
-    grads = torch.autograd.grad(y.sum(), inputs, allow_unused=True) if inputs else ()
-    for call, g in zip(done.calls, grads, strict=False):
-        call.g = g
-    done.loose = dict(zip(leaves, grads[len(done.calls) :], strict=True))
+    pairs = list(zip(done.calls, probe.calls, strict=False))
+    alike = [(call.shape, call.x.shape) == (probed.shape, probed.x.shape) for call, probed in pairs]
+    if len(y) > 1 and any(alike):
+        find_sums(done, y)
+        for (call, probed), same in zip(pairs, alike, strict=True):
+            call.shared = same and call.sum is not None and probed.sum is not None
+    if y.requires_grad:
+        ends = [call.sum.edge if call.shared and call.sum else call.edge for call in done.calls]
+        inputs: list[Any] = [*ends, *state.tensors.values()]
+        grads = torch.autograd.grad(y.sum(), inputs, allow_unused=True)
+        for call, g in zip(done.calls, grads, strict=False):
+            call.g = g
+        by_tensor = zip(state.tensors, grads[len(ends) :], strict=True)
+        done.loose = {name: g for name, g in by_tensor if g is not None}
     return done
 
 
 @contextmanager
 def tracing(model: nn.Module, state: TracedState) -> Iterator[None]:
     """Eval mode, gradients for traced tensors alone, no fused paths that skip hooks; restored on exit."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     tensors = {id(t): t for t in [*model.parameters(), *state.tensors.values()] if t.is_floating_point()}
     flags = [(t, t.requires_grad) for t in tensors.values()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     traced = {id(t) for t in state.tensors.values()}
     try:
-        model.eval()
+        if training:
+            model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         for tensor, _ in flags:
             tensor.requires_grad_(id(tensor) in traced)
@@ -118,8 +121,8 @@ def tracing(model: nn.Module, state: TracedState) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for tensor, flag in flags:
             tensor.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -184,6 +187,14 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 Consumers = dict[tuple[Any, int], list[tuple[Any, int]]]
+
+
+def find_sums(done: Pass, y: Tensor) -> set[int]:
+    """Note every call whose output is but a term of a sum; ids of the leaf tensors that y depends on."""
+    used, consumers = _graph(y)
+    for call in done.calls:
+        call.sum = _only_sum(consumers.get((call.edge.node, call.edge.output_nr), []))
+    return used
 
 
 def _graph(y: Tensor) -> tuple[set[int], Consumers]:

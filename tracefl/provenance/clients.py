@@ -76,7 +76,8 @@ def read(who: str | None, state: State, names: Sequence[str], like: Tensor) -> T
             f"{_named(who)}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has "
             f"{tuple(like.shape)}; {_REMEDY}"
         )
-    return tensor.to(like.device, like.dtype)
+    same = tensor.dtype == like.dtype and tensor.device == like.device
+    return tensor if same else tensor.to(like.device, like.dtype)
 
 
 def _first(state: State, names: Sequence[str]) -> tuple[str, Tensor]:

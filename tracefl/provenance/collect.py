@@ -103,6 +103,7 @@ def alone(model: nn.Module, probe: Pass) -> bool:
     )
 
 
+@torch.no_grad()
 def gradients(state: TracedState, done: Pass, probe: Pass) -> LayerGradients:
     """Every call's gradients by its rule, and those of loose tensors as they came, in execution order."""
     assert done.targets is not None

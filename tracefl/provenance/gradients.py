@@ -46,8 +46,7 @@ class Gradient(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    values: Tensor  # [N, *select(θ).shape]
-    select: Select = whole
+    values: Tensor  # [N, *θ.shape]
 
     @property
     def nbytes(self) -> int:
@@ -59,19 +58,16 @@ class Dense:
 
     def merge(self, inputs: int) -> Dense:
         values = self.values
-        return Dense(values.reshape(inputs, -1, *values.shape[1:]).sum(1), self.select)
+        return self if len(values) == inputs else Dense(values.reshape(inputs, -1, *values.shape[1:]).sum(1))
 
     def join(self, others: Sequence[Gradient]) -> Dense:
-        return Dense(torch.cat([self.values, *(o.values for o in others)]), self.select)  # type: ignore[attr-defined]
+        return Dense(torch.cat([self.values, *(o.values for o in others)])) if others else self  # type: ignore[attr-defined]
 
     def contract(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        G = self.values if self.values.ndim > 1 else self.values[:, None]  # a scalar θ has one row
-        select = self.select if self.values.ndim > 1 else lambda theta: self.select(theta).reshape(1)
+        G = self.values.reshape(len(self.values), -1)
         S = torch.zeros(len(G), len(thetas), dtype=torch.float64, device=G.device)
-        rows = _rows_per_tile(G[0, 0], len(thetas))
-        for start, tile in _tiles([select(t) for t in thetas], None if base is None else select(base), rows):
-            g = G[:, start : start + tile.shape[1]].reshape(len(G), -1)
-            S += _products(g, tile.flatten(1))
+        for first, tile in _tiles(thetas, base):
+            S += _products(G[:, first : first + tile.shape[1]], tile)
         return S
 
 
@@ -98,31 +94,39 @@ class Outer:
         right = torch.cat([self.right, *(o.right for o in others)])  # type: ignore[attr-defined]
         return Outer(left, right, self.select)
 
-    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+    def dense(self, rows: slice = slice(None)) -> Tensor:
         """The gradient written out for some rows: [N, rows, C]."""
-        return torch.bmm(self.left[:, :, start:stop].mT, self.right)
+        return torch.bmm(self.left[:, :, rows].mT, self.right)
 
     def contract(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        (N, positions, _), C, K = self.left.shape, self.right.shape[2], len(thetas)
+        N, positions, R = self.left.shape
         thetas = [self.select(t) for t in thetas]
         base = None if base is None else self.select(base)
-        S = torch.zeros(N, K, dtype=torch.float64, device=self.left.device)
-        rows = _rows_per_tile(self.right[0, 0], K)
-        if _through_outputs(N, K, positions):
-            x = self.right.reshape(N * positions, C)
-            for start, tile in _tiles(thetas, base, rows):
-                g = self.left[:, :, start : start + tile.shape[1]].reshape(N * positions, -1, 1)
-                z = (x @ tile.flatten(2).flatten(0, 1).T).view(N * positions, K, -1)
-                S += torch.bmm(z, g).view(N, positions, K).sum(1)
-            return S
-        block = rows * max(1, _BLOCK // (rows * N * C * self.left.element_size()))
-        G, first = self.dense(0, block).flatten(1), 0
-        for start, tile in _tiles(thetas, base, rows):
-            if start >= first + block:
-                first = start
-                G = self.dense(first, first + block).flatten(1)
-            g = G[:, (start - first) * C : (start - first + tile.shape[1]) * C]
-            S += _products(g, tile.flatten(1))
+        if _through_outputs(N, len(thetas), positions):
+            return self._by_outputs(thetas, base)
+        S = torch.zeros(N, len(thetas), dtype=torch.float64, device=self.left.device)
+        rows = max(1, _BLOCK // (N * self.right[0, 0].nbytes))
+        for first in range(0, R, rows):
+            part = slice(first, first + rows)
+            S += Dense(self.dense(part)).contract([t[part] for t in thetas], None if base is None else base[part])
+        return S
+
+    def _by_outputs(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
+        """Every client's own outputs z = (θ_k - base) x, times g; its tensor is read where it lies."""
+        N, positions, R = self.left.shape
+        x = self.right.reshape(N * positions, -1)
+        g = self.left.reshape(N, -1, 1)
+        S = torch.empty(N, len(thetas), dtype=torch.float64, device=g.device)
+        block = max(1, _TILE // g.nbytes)
+        z = g.new_empty(min(block, len(thetas)), N * positions, R)
+        moved = None if base is None else torch.empty_like(base, memory_format=torch.contiguous_format)
+        for first in range(0, len(thetas), block):
+            some = thetas[first : first + block]
+            for theta, out in zip(some, z.unbind(), strict=False):
+                theta = theta if base is None else torch.sub(theta, base, out=moved)
+                torch.mm(x, theta.reshape(R, -1).T, out=out)
+            by_input = z[: len(some)].view(len(some), N, -1).transpose(0, 1)
+            S[:, first : first + block] = torch.bmm(by_input, g)[:, :, 0]
         return S
 
 
@@ -161,29 +165,29 @@ class Rows:
 
 def compact(gradient: Gradient) -> Gradient:
     """The smaller of factors and written-out gradient, to hold as many inputs as possible at once."""
-    if isinstance(gradient, Outer):
+    if isinstance(gradient, Outer) and gradient.select is whole:
         _, S, R = gradient.left.shape
         C = gradient.right.shape[2]
         if R * C <= S * (R + C):
-            return Dense(gradient.dense(), gradient.select)
+            return Dense(gradient.dense())
     return gradient
 
 
 def written_out(gradient: Gradient, limit: int) -> Gradient:
     """The gradient as it is contracted with one block of clients after the other, if it takes at most `limit` bytes."""
-    if isinstance(gradient, Outer):
+    if isinstance(gradient, Outer) and gradient.select is whole:
         N, S, R = gradient.left.shape
-        if S > 1 and N * R * gradient.right.shape[2] * gradient.left.element_size() <= limit:
-            return Dense(gradient.dense(), gradient.select)
+        if S > 1 and N * R * gradient.right[0, 0].nbytes <= limit:
+            return Dense(gradient.dense())
     return gradient
 
 
 def _through_outputs(N: int, K: int, S: int) -> bool:
-    """Is K * S multiply-adds per parameter and input, through the layer's outputs, cheaper than S + K through its
-    gradient? The latter's product has but N x K results, which is slow when they are few, and the gradient is
-    written and read once; both measured.
+    """Is it cheaper to go through every client's outputs, S multiply-adds per parameter, input and client, than through
+    the gradient: 2 S + 6 once for writing it, then one for every client? Products of few rows, and those with but N x K
+    results, are slow by the measured factors.
     """
-    return S + K * (1 + 20 / min(N, K)) + 6 >= K * S
+    return S + 15 / N <= (2 * S + 6) / K + 1 + 35 / min(N, K)
 
 
 def _products(g: Tensor, theta: Tensor) -> Tensor:
@@ -191,26 +195,26 @@ def _products(g: Tensor, theta: Tensor) -> Tensor:
     return g @ theta.T if len(theta) >= len(g) else (theta @ g.T).T
 
 
-def _rows_per_tile(row: Tensor, K: int) -> int:
-    """Odd: strides of many powers of two would put the rows of a tile into the same cache sets."""
-    rows = max(1, _TILE // (K * row.nbytes))
-    return rows - (rows + 1) % 2
+def _tiles(thetas: Sequence[Tensor], base: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """(first entry, θ_k - base of the next entries as [K, entries]), in a buffer that is written over.
 
-
-def _tiles(thetas: Sequence[Tensor], base: Tensor | None, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, θ_k - base of the next rows as [K, rows, ...]), in a buffer that is written over."""
-    first = thetas[0]
-    if len(first) <= rows:
+    Tiles hold an odd number of rows of θ: strides of many powers of two would fall into the same sets of the cache.
+    """
+    first, K = thetas[0], len(thetas)
+    rows = max(1, _TILE * len(first) // (K * first.nbytes)) if first.ndim and first.numel() else 1
+    rows -= (rows + 1) % 2
+    if first.ndim == 0 or len(first) <= rows:
         tile = torch.stack(list(thetas))
-        yield 0, tile if base is None else tile.sub_(base)
+        yield 0, (tile if base is None else tile.sub_(base)).view(K, -1)
         return
-    buffer = first.new_empty(len(thetas) * min(rows, len(first)) * first[0].numel())
+    width = first[0].numel()
+    buffer = first.new_empty(K * rows * width)
     # unsafe_split: split without its bookkeeping for autograd, which is off here
     pieces = zip(*(theta.unsafe_split(rows) for theta in thetas), strict=True)
     bases = iter(()) if base is None else iter(base.unsafe_split(rows))
     for i, piece in enumerate(pieces):
-        tile = buffer[: len(thetas) * piece[0].numel()].view(len(thetas), *piece[0].shape)
+        tile = buffer[: K * piece[0].numel()].view(K, *piece[0].shape)
         torch.stack(piece, out=tile)
         if base is not None:
             tile -= next(bases)
-        yield i * rows, tile
+        yield i * rows * width, tile.view(K, -1)

@@ -21,10 +21,11 @@ def convolution(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     conv = cast(nn.Conv2d, layer)
     x, g = batched(conv, x), batched(conv, g)
     zeros = conv.padding_mode == "zeros"
-    padded = functional.pad(x, conv._reversed_padding_repeated_twice, mode="constant" if zeros else conv.padding_mode)
-    before = conv._reversed_padding_repeated_twice[-2::-2]  # of each axis, its first padding
+    padding = conv._reversed_padding_repeated_twice
+    padded = functional.pad(x, padding, mode="constant" if zeros else conv.padding_mode) if any(padding) else x
+    before = padding[-2::-2]  # of each axis, its first padding
     seen = (*zip(before, x.shape[2:], strict=True),) if zeros else (*((0, size) for size in padded.shape[2:]),)
-    return {"weight": by_weight(conv, g, padded, seen), "bias": Dense(g.flatten(2).sum(2))}
+    return {"weight": by_weight(conv, g, padded, seen), **by_bias(conv, g)}
 
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,11 +35,15 @@ def transposed_convolution(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     paddings = cast(tuple[int, ...], conv.padding)
     padded = functional.pad(g, [p for axis in reversed(paddings) for p in (axis, axis)])
     seen = (*zip(paddings, g.shape[2:], strict=True),)
-    return {"weight": by_weight(conv, x, padded, seen), "bias": Dense(g.flatten(2).sum(2))}
+    return {"weight": by_weight(conv, x, padded, seen), **by_bias(conv, g)}
 
 
 def batched(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return x if x.ndim == 2 + len(conv.kernel_size) else x[None]
+
+
+def by_bias(conv: nn.Conv2d, g: Tensor) -> Gradients:
+    return {} if conv.bias is None else {"bias": Dense(g.flatten(2).sum(2))}
 
 
 def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[int, int], ...]) -> Gradient:
@@ -51,7 +56,7 @@ def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[i
         return theta[(slice(None), slice(None), *taps)]
 
     select = live
-    if 4 * math.prod(tap.stop - tap.start for tap in taps) > math.prod(conv.kernel_size):
+    if conv.groups > 1 or 4 * math.prod(tap.stop - tap.start for tap in taps) > math.prod(conv.kernel_size):
         taps = tuple(slice(0, size) for size in conv.kernel_size)  # scattered reads cost more than the products
         select = whole
 
@@ -71,7 +76,7 @@ def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[i
     right = patches.reshape(N * groups, -1, left.shape[1]).mT
     if groups == 1:
         return Outer(left, right, select)
-    return Dense(torch.bmm(left.mT, right).view(N, groups * left.shape[2], -1), select)
+    return Dense(torch.bmm(left.mT, right).view(N, groups * left.shape[2], -1))
 
 
 def live_taps(seen: tuple[int, int], positions: int, kernel: int, stride: int, dilation: int) -> slice:

@@ -16,7 +16,7 @@ def positions(x: Tensor) -> Tensor:
 @register(nn.Linear)
 def linear(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     x, g = positions(x), positions(g)
-    return {"weight": Outer(g, x), "bias": Dense(g.sum(1))}
+    return {"weight": Outer(g, x)} | ({} if layer.bias is None else {"bias": Dense(g.sum(1))})
 
 
 @register("transformers.pytorch_utils.Conv1D")

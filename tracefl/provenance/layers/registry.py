@@ -16,9 +16,9 @@ _RULES: dict[type | str, Rule] = {}
 def register(*types: type | str) -> Callable[[Rule], Rule]:
     """Declare the rule of layer types, as classes or as "package.module.Class" (a name imports nothing).
 
-    The rule gets the layer in eval mode, its first argument x [N, ...] and dy/d(output) [N, ...], the first
-    axis being the layer's batch, and returns {local tensor name: gradient over that axis}. A tensor left out
-    contributes 0.
+    The rule, which runs without autograd, gets the layer in eval mode, its first argument x [N, ...] and
+    dy/d(output) [N, ...], the first axis being the layer's batch, and returns {local tensor name: gradient over
+    that axis}. A tensor left out contributes 0.
     """
 
     def add(rule: Rule) -> Rule:
