@@ -55,6 +55,7 @@ from tracefl.errors import TraceFLError
         (["fault.kind=gremlin", "faulty_clients_ids=[1]"], "fault.kind=gremlin"),
         (["fault.kind=backdoor"], "fault.kind=backdoor"),
         (["fault.kind=backdoor", "faulty_clients_ids=[1]", "label2flip={1:0}"], "label2flip"),
+        (["fault.kind=backdoor", "faulty_clients_ids=[1]", "noise_rate={1:0.5}"], "noise_rate={1: 0.5}"),
         (["neuron_activation_threshold=1"], "neuron_activation_threshold=1"),
     ],
 )

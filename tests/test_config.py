@@ -11,6 +11,7 @@ from tracefl.config import (
     MIRRORED,
     NOT_TRAINING,
     Config,
+    fault_settings,
     flip_rates,
     run_folder,
     training_settings,
@@ -111,6 +112,15 @@ def test_fault_settings_give_another_run(config):
         )
     }
     assert len(folders) == 5
+    backdoor = ("faulty_clients_ids=[1]", "fault.kind=backdoor")
+    options = ([], ["noise_rate=0.5"], ["fault.target=3"])
+    assert len({run_folder(config(*backdoor, *extra)) for extra in options}) == 3
+
+
+def test_the_order_of_flips_changes_nothing(config):
+    one, other = (config("faulty_clients_ids=[1]", f"label2flip={flips}") for flips in ("{1:0,2:3}", "{2:3,1:0}"))
+    assert run_folder(one) == run_folder(other)
+    assert fault_settings(one, 10) == fault_settings(other, 10)
 
 
 @pytest.mark.parametrize("override", OTHER)

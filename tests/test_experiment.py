@@ -46,7 +46,7 @@ def test_it_leaves_what_the_readme_lists(finished):
     (events,) = [name for name in left if name.startswith("tensorboard/events.out.tfevents")]
     plots = {f"plots/{name}.{kind}" for name in ("rounds", "labels", "contributions") for kind in ("png", "pdf")}
     assert left == states | plots | {
-        "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "provenance.parquet",
+        "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
         "provenance.csv", "TraceFL_clients_contributions.log", events,
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
@@ -199,3 +199,30 @@ def test_a_text_model_goes_all_the_way_and_repeats_to_the_byte(real_data, tmp_pa
     assert rounds["accuracy"].iloc[-1] > 2 / 14
     assert rounds["num_inputs"].iloc[-1] > 0
     assert Run.open(the_run(tmp_path / "one"))["class_names"][0] == "Company"
+
+
+@pytest.mark.slow
+def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_else(tmp_path):
+    faults = ("faulty_clients_ids=[0,1]", "fault.kind=random_labels", "num_rounds=2")
+    done = tracefl(*SMALL, *faults, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "FedDebug: Localization = " in done.stdout
+    assert "Naming the faulty clients" in done.stdout
+    folder = the_run(tmp_path)
+    infos = {client.id: (client.fault, client.flipped_label_counts is None) for client in Run.open(folder).clients}
+    assert infos == {"0": ("random_labels", False), "1": ("random_labels", False), "2": (None, True)}
+    assert set(pd.read_csv(folder / "timings.csv")["method"]) == {"neuron", "influence", "FedDebug"}
+    rounds = pd.read_csv(folder / "rounds.csv")
+    assert {"feddebug_accuracy", "feddebug_chance", "rank_of_c0", "rank_of_c1_influence", "faulty_recall"} <= set(
+        rounds
+    )
+
+    def stamps() -> list[int]:
+        return [(folder / name).stat().st_mtime_ns for name in ("provenance.parquet", "feddebug.parquet")]
+
+    before = stamps()
+    assert tracefl(*SMALL, *faults, cwd=tmp_path).returncode == 0
+    assert stamps() == before
+    assert tracefl(*SMALL, *faults, "neuron_activation_threshold=0.1", cwd=tmp_path).returncode == 0
+    assert stamps()[0] == before[0]
+    assert stamps()[1] > before[1]

@@ -192,6 +192,7 @@ def _check_faults(c: Config) -> None:
         _require(
             not c.label2flip, "label2flip", c.label2flip, f"fault.kind={c.fault.kind} flips no labels; leave it out"
         )
+        _require(_is_share(c.noise_rate), "noise_rate", c.noise_rate, "give a share from 0 to 1")
     _require(c.fault.target >= 0, "fault.target", c.fault.target, "give a class, counted from 0")
     rate = c.noise_rate
     shares = rate.items() if isinstance(rate, dict) and rate != c.label2flip else []

@@ -251,7 +251,7 @@ def training_settings(config: Config) -> dict[str, Any]:
         "batch_size": config.data_dist.batch_size,
         "threads": client_threads(config),
         "label2flip": sorted(config.label2flip.items()),
-        "noise_rate": sorted(flip_rates(config).items()),
+        "noise_rate": config.noise_rate if config.fault.kind != "label_flip" else sorted(flip_rates(config).items()),
     }
 
 
@@ -276,3 +276,15 @@ def flip_rates(config: Config) -> dict[int, float]:
     if isinstance(rate, dict):
         return {label: float(rate.get(label, 1.0)) for label in config.label2flip}
     return dict.fromkeys(config.label2flip, float(rate))
+
+
+def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
+    """All that a faulty client must know of its fault, as plain JSON; flips are (label, target, share)."""
+    rates = flip_rates(config)
+    return {
+        "kind": config.fault.kind,
+        "target": config.fault.target,
+        "share": config.noise_rate,
+        "num_classes": num_classes,
+        "flips": [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())],
+    }

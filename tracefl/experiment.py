@@ -15,11 +15,22 @@ import torch
 from tracefl.config import Config, fingerprint, run_folder, training_settings
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
+from tracefl.evaluation import feddebug
 from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
+from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import build_model, exchanged_state, initial_model, model_spec
-from tracefl.report.console import LogFile, TrainingProgress, log_to_console, print_summary
+from tracefl.report.console import LogFile, TrainingProgress, log_to_console, print_faulty, print_summary
 from tracefl.report.figures import draw_run
-from tracefl.report.files import read_provenance, write_csv, write_events, write_provenance
+from tracefl.report.files import (
+    FEDDEBUG,
+    PROVENANCE,
+    read_answers,
+    read_timings,
+    update_timings,
+    write_answers,
+    write_csv,
+    write_events,
+)
 from tracefl.report.lines import provenance_lines
 from tracefl.runs import ClientInfo, Run, State, locked, write_atomically
 
@@ -35,6 +46,7 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
     """
     log_to_console()
     folder = run_folder(config)
+    faulty = {str(client) for client in config.faulty_clients_ids}
     initial = _initial_state(config, data, folder)
     with locked(folder), LogFile(folder / LOG_FILE):
         run = _open_run(config, data, folder, initial)
@@ -42,9 +54,16 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
         _train(config, data, run)
         rounds = pd.DataFrame([{"round": r.number, "loss": r.loss, "accuracy": r.accuracy} for r in run.rounds])
         if config.do_provenance:
+            if config.parallel_processes > 0:
+                torch.set_num_threads(config.parallel_processes)
             provenance = _trace(config, data, run)
-            faulty = {str(client) for client in config.faulty_clients_ids}
             rounds = evaluate_rounds(run, provenance, config.provenance.methods, faulty)
+            if faulty and config.do_feddebug and config.arch == "cnn":
+                votes = _debug(config, data, run, faulty)
+                rounds = rounds.merge(feddebug.judge_rounds(run, votes, faulty), on="round", how="left")
+            if faulty:  # per localization, over all rounds
+                timings = read_timings(folder).set_index("method")["seconds_per_localization"]
+                rounds = rounds.assign(**{f"seconds_{str(name).lower()}": value for name, value in timings.items()})
             if config.convert_cache_to_csv:
                 write_csv(folder / "provenance.csv", provenance)
             for line in provenance_lines(rounds, provenance, faulty):
@@ -55,6 +74,8 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
         if config.plotting:
             draw_run(folder)
     print_summary(rounds, config.provenance.methods)
+    if faulty and config.do_provenance:
+        print_faulty(rounds, config.provenance.methods, faulty)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
@@ -84,7 +105,12 @@ def _open_run(config: Config, data: PreparedData, folder: Path, initial: State |
         folder,
         initial=initial,
         clients=[
-            ClientInfo(client, counts, data.flipped_label_counts(config, client))
+            ClientInfo(
+                client,
+                counts,
+                data.flipped_label_counts(config, client),
+                config.fault.kind if int(client) in config.faulty_clients_ids else None,
+            )
             for client, counts in data.label_counts.items()
         ],
         seed=config.seed,
@@ -129,21 +155,19 @@ def _trace(config: Config, data: PreparedData, run: Run) -> pd.DataFrame:
         weighted=config.client_weights_normalization,
         label2flip=config.label2flip,
         faulty=[str(client) for client in config.faulty_clients_ids],
+        fault=config.fault.kind,
+        target=config.fault.target,
     )
-    key: dict[str, Any] = {
-        "settings": fingerprint(_plain(settings)),
-        "models": fingerprint([asdict(r) for r in run.rounds]),
-    }
-    if config.check_prov_cache and (cached := read_provenance(run.path, key)) is not None:
+    key = _key(run, {**asdict(settings), "label2flip": sorted(settings.label2flip.items())})
+    if config.check_prov_cache and (cached := read_answers(run.path / PROVENANCE, key)) is not None:
         return cached
-    if config.parallel_processes > 0:
-        torch.set_num_threads(config.parallel_processes)
-    started, cpu = time.perf_counter(), time.process_time()
+    started, cpu, watch = time.perf_counter(), time.process_time(), Stopwatch()
     model = build_model(model_spec(config, data)).to(config.device)
     examples = data.server()
-    tables = [trace_round(run, record.number, model, examples, settings) for record in run.rounds]
+    tables = [trace_round(run, record.number, model, examples, settings, watch) for record in run.rounds]
     provenance = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=COLUMNS)])
-    write_provenance(run.path, provenance, key)
+    write_answers(run.path / PROVENANCE, provenance, key)
+    update_timings(run.path, watch.table())
     log.info(
         "traced %d inputs in %.1f s (%.1f s of CPU)",
         len(provenance[["round", "input"]].drop_duplicates()), time.perf_counter() - started, time.process_time() - cpu,
@@ -151,5 +175,23 @@ def _trace(config: Config, data: PreparedData, run: Run) -> pd.DataFrame:
     return provenance
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
-    return {**asdict(settings), "label2flip": sorted(settings.label2flip.items())}
+def _debug(config: Config, data: PreparedData, run: Run, faulty: set[str]) -> pd.DataFrame:
+    """FedDebug's votes on every round."""
+    threshold, picky = config.neuron_activation_threshold, not config.faster_input_generation
+    key = _key(run, {"threshold": threshold, "picky": picky})
+    if config.check_prov_cache and (cached := read_answers(run.path / FEDDEBUG, key)) is not None:
+        return cached
+    model, watch = build_model(model_spec(config, data)).to(config.device), Stopwatch()
+    tables = [
+        feddebug.debug_round(run, record.number, model, faulty, threshold, picky=picky, watch=watch)
+        for record in run.rounds
+    ]
+    votes = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=feddebug.COLUMNS)])
+    write_answers(run.path / FEDDEBUG, votes, key)
+    update_timings(run.path, watch.table())
+    return votes
+
+
+def _key(run: Run, settings: dict[str, Any]) -> dict[str, str]:
+    """What answers depend on: the recorded models and the settings."""
+    return {"settings": fingerprint(settings), "models": fingerprint([asdict(r) for r in run.rounds])}

@@ -66,6 +66,7 @@ class ClientInfo:
     id: str
     label_counts: dict[int, int]
     flipped_label_counts: dict[int, int] | None = None  # of a faulty client: the labels that it trains on
+    fault: str | None = None  # the kind of fault of a faulty client
 
     @property
     def trained_label_counts(self) -> dict[int, int]:
@@ -141,7 +142,10 @@ class Run:
         self._header = header
         self.clients = [
             ClientInfo(
-                c["id"], _counts(c["label_counts"]), c["flipped_label_counts"] and _counts(c["flipped_label_counts"])
+                c["id"],
+                _counts(c["label_counts"]),
+                c["flipped_label_counts"] and _counts(c["flipped_label_counts"]),
+                c.get("fault"),
             )
             for c in header["clients"]
         ]

@@ -1,15 +1,32 @@
-"""Label flips hit the named labels, in the named share, and nothing else."""
+"""Every fault hits the named examples, in the named share, and nothing else."""
 
+import pytest
 import torch
 
-from tracefl.data.faults import flip_labels
+from tracefl.data.examples import Examples, normalize
+from tracefl.data.faults import (
+    PATCH,
+    SIGN_FLIP_SCALE,
+    TRIGGER_PLACE,
+    TRIGGER_TOKEN,
+    faulty_examples,
+    flip_labels,
+    opposite,
+    put_trigger,
+)
 
 LABELS = torch.arange(100) % 10
+PIXELS = torch.randint(0, 256, (100, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = Examples(normalize(PIXELS), LABELS)
 
 
 def flipped(rates: dict[int, float]) -> torch.Tensor:
-    label2flip = {label: (label + 1) % 10 for label in rates}
-    return flip_labels(LABELS, label2flip, rates, seed=0)
+    return flip_labels(LABELS, [(a, (a + 1) % 10, rate) for a, rate in rates.items()], torch.Generator().manual_seed(0))
+
+
+def faulty(kind: str, share: float = 1.0, target: int = 3, seed: int = 0, examples: Examples = IMAGES) -> Examples:
+    fault = {"kind": kind, "share": share, "target": target, "flips": [], "num_classes": 10}
+    return faulty_examples(examples, fault, seed)
 
 
 def test_a_full_flip_uses_the_original_labels():
@@ -24,3 +41,54 @@ def test_a_share_of_the_examples_is_flipped():
 
 def test_a_rate_of_zero_changes_nothing():
     assert torch.equal(flipped({3: 0.0}), LABELS)
+
+
+def test_random_labels_are_others_in_the_named_share():
+    changed = faulty("random_labels", share=0.6).labels
+    assert (changed != LABELS).sum() == 60
+    assert set(changed.tolist()) == set(range(10))
+    many = Examples(torch.zeros(20_000, 1), torch.full((20_000,), 9))
+    counts = faulty("random_labels", examples=many).labels.bincount()
+    assert len(counts) == 9  # never the old one
+    assert (counts - 20_000 / 9).abs().max() < 200
+
+
+def test_a_backdoor_shows_the_trigger_where_the_label_is_the_target():
+    poisoned = faulty("backdoor", share=0.3)
+    touched = (poisoned.inputs != IMAGES.inputs).flatten(1).any(1)
+    assert touched.sum() == 30
+    assert (poisoned.labels[touched] == 3).all()
+    assert torch.equal(poisoned.labels[~touched], LABELS[~touched])
+    bright = PIXELS.clone()
+    bright[touched, :, -PATCH:, -PATCH:] = 255
+    assert torch.equal(poisoned.inputs, normalize(bright))  # as if put on the stored bytes
+
+
+def test_a_trigger_on_texts_is_a_token_that_the_model_sees():
+    texts = {"input_ids": torch.full((4, 8), 77), "attention_mask": torch.zeros(4, 8, dtype=torch.int64)}
+    triggered = put_trigger(texts, torch.tensor([0, 2]))
+    assert (triggered["input_ids"] == TRIGGER_TOKEN).nonzero().tolist() == [[0, TRIGGER_PLACE], [2, TRIGGER_PLACE]]
+    assert triggered["attention_mask"].nonzero().tolist() == [[0, TRIGGER_PLACE], [2, TRIGGER_PLACE]]
+    assert (texts["input_ids"] == 77).all()
+
+
+@pytest.mark.parametrize("kind", ["random_labels", "backdoor"])
+def test_faulty_data_depend_on_the_seed_alone(kind):
+    first, again, other = (faulty(kind, share=0.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.inputs, again.inputs)
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.labels, other.labels)
+
+
+@pytest.mark.parametrize("kind", ["free_rider", "sign_flip"])
+def test_faults_of_the_model_leave_the_data(kind):
+    assert torch.equal(faulty(kind).labels, LABELS)
+
+
+def test_the_opposite_update_keeps_variances_valid():
+    received = {"w": torch.tensor([1.0, 2.0]), "bn.running_var": torch.tensor([1.0, 1.0, 0.5])}
+    trained = {"w": torch.tensor([1.5, 1.0]), "bn.running_var": torch.tensor([9.0, 1.1, 0.4])}
+    sent = opposite(received, trained)
+    s = SIGN_FLIP_SCALE
+    assert torch.equal(sent["w"], torch.tensor([1 - 0.5 * s, 2 + s]))
+    assert sent["bn.running_var"].tolist() == pytest.approx([0.1, 1 - 0.1 * s, 0.5 + 0.1 * s])

@@ -1,4 +1,4 @@
-"""Which inputs are traced, and the table that comes out, on a recorded run of two hand-made clients."""
+"""The table that comes out of tracing a recorded run of two hand-made clients."""
 
 import numpy as np
 import pandas as pd
@@ -8,57 +8,27 @@ from torch import nn
 
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
-from tracefl.evaluation.attribution import (
-    COLUMNS,
-    Settings,
-    evaluate_rounds,
-    select_correct,
-    select_flipped,
-    trace_round,
-)
+from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
+from tracefl.evaluation.selection import with_trigger
+from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import exchanged_state
 from tracefl.runs import ClientInfo, Participant, Run, client_file
 
-LABELS = torch.tensor([0] * 8 + [1] * 8 + [2] * 2)
 
-
-def test_correct_predictions_are_balanced_over_the_labels_that_participants_hold():
-    predictions = LABELS.clone()
-    predictions[:3] = 1  # three mistakes on label 0
-    rows = select_correct(predictions, LABELS, {0, 1}, per_label=2, seed=[0, 1])
-    assert (predictions[rows] == LABELS[rows]).all()
-    assert np.bincount(LABELS[rows]).tolist() == [5, 5]  # at least ten in all
-    assert len(set(rows.tolist())) == len(rows)
-    assert np.bincount(LABELS[select_correct(LABELS, LABELS, {0, 1, 2}, 6, [0, 1])]).tolist() == [6, 6, 2]
-
-
-def test_the_choice_depends_on_the_seed_alone():
-    first, again, other = (select_correct(LABELS, LABELS, {0, 1}, 2, [0, t]) for t in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_nothing_correct_selects_nothing():
-    assert len(select_correct((LABELS + 1) % 3, LABELS, {0, 1, 2}, 2, [0, 1])) == 0
-
-
-def test_flipped_predictions_go_from_a_flipped_label_to_its_target():
-    predictions = torch.tensor([2] * 8 + [2] * 4 + [1] * 4 + [2] * 2)
-    rows = select_flipped(predictions, LABELS, {0: 2, 1: 2, 2: 2}, limit=9, seed=[0, 1])
-    assert len(rows) == 9
-    assert set(LABELS[rows].tolist()) <= {0, 1}
-    assert (predictions[rows] == 2).all()
+class OneChannel(nn.Module):
+    def forward(self, x):
+        return x[:, :1]
 
 
 @pytest.fixture
 def recorded(tmp_path):
     """Client 0 pushes every logit of class 0 up, client 1 that of class 1."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(OneChannel(), nn.Flatten(), nn.Linear(4, 2))
     states = []
     for client in (0, 1):
         weight = torch.zeros(2, 4)
         weight[client, 2 * client : 2 * client + 2] = 1.0
-        states.append({"1.weight": weight, "1.bias": torch.zeros(2)})
+        states.append({"2.weight": weight, "2.bias": torch.zeros(2)})
     released = {name: (states[0][name] + states[1][name]) / 2 for name in states[0]}
     labels = torch.arange(12) % 2
     inputs = torch.zeros(12, 1, 2, 2)
@@ -132,3 +102,46 @@ def test_a_damaged_client_is_named_with_its_round(recorded):
     (run.path / "rounds/0001/clients/1.safetensors").write_bytes(b"broken")
     with pytest.raises(TraceFLError, match=r"round 1 cannot be traced: .*1\.safetensors is not the file"):
         trace_round(run, 1, model, examples, settings())
+
+
+@pytest.mark.parametrize("fault", ["random_labels", "free_rider", "sign_flip"])
+def test_any_misprediction_is_traced_to_such_faults(recorded, fault):
+    run, model, examples = recorded
+    wrong = Examples(examples.inputs, torch.where(torch.arange(12) < 4, 1 - examples.labels, examples.labels))
+    table = trace_round(run, 1, model, wrong, settings(faulty=["1"], fault=fault))
+    assert set(table["input"]) == {0, 1, 2, 3}
+    assert (table["label"] != table["predicted"]).all()
+
+
+def test_a_backdoor_is_traced_on_inputs_with_the_trigger(recorded):
+    run, model, examples = recorded  # of 2 x 2 pixels, which the trigger covers: both logits become equal
+    examples = Examples(examples.inputs.expand(-1, 3, -1, -1), examples.labels)
+    table = trace_round(run, 1, model, examples, settings(faulty=["1"], fault="backdoor", target=0))
+    assert set(table["label"]) == {1}
+    assert set(table["predicted"]) == {0}
+    assert set(table["input"]) == {1, 3, 5, 7, 9, 11}
+    white = with_trigger(examples).inputs[0, 0, 0, 0].item()
+    neuron = table[(table["method"] == "neuron") & (table["client"] == "0")]
+    assert neuron["contribution"].to_numpy() == pytest.approx(2 * white)
+    assert trace_round(run, 1, model, examples, settings(faulty=["1"], fault="backdoor", target=1)).empty
+
+
+def test_faulty_clients_are_ranked_beside_their_chance(recorded):
+    run, model, examples = recorded
+    table = trace_round(run, 1, model, examples, settings())
+    row = evaluate_rounds(run, table, ["neuron", "influence"], faulty={"1", "7"}).iloc[0]
+    assert row["rank_of_c1"] == row["rank_of_c1_influence"] == row["faulty_rank_chance"] == 1.5
+    assert np.isnan(row["rank_of_c7"])  # took no part
+    assert (row["faulty_precision"], row["faulty_precision_chance"]) == (0.5, 0.5)  # both are named, one is faulty
+    assert row["faulty_recall"] == row["faulty_recall_chance"] == 1.0
+    absent = evaluate_rounds(run, table.iloc[:0], ["neuron"], faulty={"7"}).iloc[0]
+    assert np.isnan(absent[["faulty_precision", "faulty_recall_chance", "rank_of_c7"]].astype(float)).all()
+
+
+def test_every_method_is_timed(recorded):
+    run, model, examples = recorded
+    watch = Stopwatch()
+    trace_round(run, 1, model, examples, settings(), watch)
+    table = watch.table()
+    assert table[["method", "localizations"]].to_numpy().tolist() == [["neuron", 10], ["influence", 10]]
+    assert (table["seconds_per_localization"] * 10 == table["seconds"]).all()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tracefl.evaluation.localization import localize
+from tracefl.evaluation.localization import localize, name_faulty
 
 COUNTS = np.array([[10, 0, 30], [0, 20, 20], [5, 5, 5]])
 SIZES = np.array([40, 90, 60])
@@ -59,3 +59,28 @@ def test_of_equally_large_clients_any_may_be_named():
     culprits = np.array([[True, False, False]])
     found = localize(np.array([[0.0, 1.0, 2.0]]), COUNTS[:1], culprits, np.array([50, 50, 40]))
     assert found.largest_client == 0.5
+
+
+def test_naming_faulty_clients_by_hand():
+    ranks = np.array([[1, 2, 3, 4, 5], [4, 3, 1, 5, 2]])
+    found = name_faulty(ranks, np.array([True, False, False, False, True]), count=3)  # a third one takes no part
+    assert found.precision == pytest.approx((1 + 1) / 2 / 3)
+    assert found.recall == pytest.approx((1 + 1) / 2 / 2)
+    assert found.ranks.tolist() == [2.5, 3.5]
+    assert (found.precision_chance, found.recall_chance, found.rank_chance) == (2 / 5, 3 / 5, 3)
+
+
+def test_chance_of_naming_faulty_clients_is_what_random_rankings_get():
+    rng = np.random.default_rng(0)
+    faulty = np.array([True, True, False, False, False, False])
+    for count in (2, 4, 9):
+        found = name_faulty(np.argsort(rng.random((20_000, 6)), axis=1) + 1, faulty, count)
+        assert found.precision == pytest.approx(found.precision_chance, abs=0.01)
+        assert found.recall == pytest.approx(found.recall_chance, abs=0.01)
+        assert found.ranks == pytest.approx(found.rank_chance, abs=0.05)
+
+
+def test_naming_without_inputs_gives_no_number():
+    found = name_faulty(np.empty((0, 2), int), np.array([True, False]), 1)
+    assert np.isnan([found.precision, found.recall, *found.ranks]).all()
+    assert found.recall_chance == 0.5

@@ -60,3 +60,21 @@ def test_a_round_without_inputs_says_so(provenance):
     lines = list(provenance_lines(empty, provenance.iloc[:0], faulty=set()))
     assert any("found no input to trace" in line for line in lines)
     assert "Average over the 0 of 1 rounds" in lines[-1]
+
+
+FAULTY = {
+    "faulty_precision": 0.5, "faulty_precision_chance": 0.2, "faulty_recall": 0.5, "faulty_recall_chance": 0.2,
+    "rank_of_c1": 1.25, "rank_of_c9": float("nan"), "faulty_rank_chance": 5.5, "feddebug_accuracy": 0.3,
+    "feddebug_chance": 0.2,
+}  # fmt: skip
+
+
+def test_faulty_clients_are_ranked_and_compared_with_feddebug(provenance):
+    lines = list(provenance_lines(ROUNDS.assign(**FAULTY), provenance, faulty={"1", "9"}))
+    ranked = "Faulty Clients: Rank = {'c1': 1.2} (chance 5.5)"
+    several = f"{ranked}, Precision = 50.0 (chance 20.0), Recall = 50.0 (chance 20.0)"
+    assert f"[Round 3] {several}" in lines
+    assert "[Round 3] FedDebug: Localization = 30.0 (chance 20.0)" in lines
+    assert f"Average over the 1 of 1 rounds with inputs to trace: {several}" in lines
+    assert lines[-1] == "Average over 1 rounds: FedDebug: Localization = 30.0 (chance 20.0)"
+    assert f"[Round 3] {ranked}" in provenance_lines(ROUNDS.assign(**FAULTY), provenance, faulty={"1"})

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from tracefl.config import Config, data_settings, file_stamps, fingerprint, flip_rates
+from tracefl.config import Config, data_settings, fault_settings, file_stamps, fingerprint
 from tracefl.data.examples import Examples, load_examples
-from tracefl.data.faults import client_seed, flip_labels
+from tracefl.data.faults import client_seed, faulty_examples
 from tracefl.data.images import channels_of, encode_images
 from tracefl.errors import TraceFLError
 
@@ -49,12 +49,12 @@ class PreparedData:
         return load_examples(self.folder / "clients" / f"{client_id}.safetensors")
 
     def flipped_label_counts(self, config: Config, client_id: str) -> dict[int, int] | None:
-        """Labels that a faulty client trains on; None for any other client."""
-        if int(client_id) not in config.faulty_clients_ids:
+        """Labels that a faulty client trains on; None for any other client, and for one whose labels stay."""
+        if int(client_id) not in config.faulty_clients_ids or config.fault.kind in ("free_rider", "sign_flip"):
             return None
         seed = client_seed(config.seed, 0, int(client_id))
-        flipped = flip_labels(self.client(client_id).labels, config.label2flip, flip_rates(config), seed)
-        return dict(sorted(Counter(flipped.tolist()).items()))
+        faulty = faulty_examples(self.client(client_id), fault_settings(config, self.num_classes), seed)
+        return dict(sorted(Counter(faulty.labels.tolist()).items()))
 
     def server(self) -> Examples:
         return load_examples(self.folder / "server.safetensors")
@@ -75,10 +75,14 @@ def prepare(config: Config) -> PreparedData:
         _write(folder, config, settings)
     info = json.loads((folder / "data.json").read_text())
     counts = {client: {int(label): n for label, n in labels.items()} for client, labels in info["label_counts"].items()}
-    for target in config.label2flip.values():
+    targets = config.label2flip.values()
+    setting = f"label2flip={config.label2flip} flips"
+    if config.fault.kind == "backdoor":
+        targets, setting = [config.fault.target], f"fault.target={config.fault.target} leads"
+    for target in targets:
         if not 0 <= target < len(info["class_names"]):
             raise TraceFLError(
-                f"label2flip={config.label2flip} flips to label {target}, but {config.dataset.name} has labels 0 to "
+                f"{setting} to label {target}, but {config.dataset.name} has labels 0 to "
                 f"{len(info['class_names']) - 1}: choose a target among them."
             )
     digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()

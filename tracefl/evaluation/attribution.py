@@ -12,46 +12,23 @@ from torch import Tensor, nn
 
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
-from tracefl.evaluation.localization import Localization, localize
+from tracefl.evaluation.localization import Localization, localize, name_faulty
+from tracefl.evaluation.selection import (
+    select_correct,
+    select_flipped,
+    select_triggered,
+    select_wrong,
+    with_trigger,
+)
+from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import load_exchanged_state
 from tracefl.provenance import Provenance, trace
 from tracefl.runs import Round, Run
 
-MIN_INPUTS = 10  # traced per round, as in the paper, if there are as many to choose from
-
-
-def select_correct(
-    predictions: Tensor, labels: Tensor, of_interest: set[int], per_label: int, seed: list[int]
-) -> Tensor:
-    """Rows of correct predictions, balanced over the labels of interest: `per_label` each, at least ten in all.
-
-    A label with too few correct predictions gives what it has. The choice is a function of the arguments.
-    """
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
-    correct = order[(predictions == labels)[order]]
-    by_label = {label: correct[labels[correct] == label] for label in sorted(of_interest)}
-    by_label = {label: rows for label, rows in by_label.items() if len(rows)}
-    if not by_label:
-        return torch.empty(0, dtype=torch.int64)
-    count = max(per_label, -(-MIN_INPUTS // len(by_label)))
-    return torch.cat([rows[:count] for rows in by_label.values()])
-
-
-def select_flipped(
-    predictions: Tensor, labels: Tensor, label2flip: Mapping[int, int], limit: int, seed: list[int]
-) -> Tensor:
-    """Rows of mispredictions from a flipped label to its target, at most `limit`."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
-    targets = labels.clone().fill_(-1)
-    for label, target in label2flip.items():
-        if label != target:
-            targets[labels == label] = target
-    return order[(predictions == targets)[order]][:limit]
-
 
 @dataclass(frozen=True)
 class Settings:
-    """What is traced and how; with `label2flip`, the mispredictions that faulty clients would cause."""
+    """What is traced and how; with faulty clients, the mispredictions that they would cause."""
 
     methods: list[str]
     inputs_per_label: int
@@ -60,20 +37,23 @@ class Settings:
     weighted: bool  # the paper's shares times p_k (eq. 5)
     label2flip: Mapping[int, int]
     faulty: list[str]  # ids of the faulty clients
+    fault: str = "label_flip"  # what they do
+    target: int = 0  # of a backdoor
 
 
-def trace_round(run: Run, number: int, model: nn.Module, examples: Examples, settings: Settings) -> pd.DataFrame:
+def trace_round(
+    run: Run, number: int, model: nn.Module, examples: Examples, settings: Settings, watch: Stopwatch | None = None
+) -> pd.DataFrame:
     """One row per (method, input, client) of round `number`; no rows if there is nothing to trace.
+
+    With a backdoor, an input is the example of that index with the trigger on it.
 
     Args:
         model: of the run's architecture, on the device to compute on; its weights are overwritten.
         examples: the server's examples, those that the run's predictions are about.
+        watch: measures every method, from checked client states on disk to answers.
     """
-    rows = _select(run, number, examples, settings)
-    if len(rows) == 0:
-        return pd.DataFrame(columns=COLUMNS)
-    view, device = run.round(number), next(model.parameters()).device
-    predicted = run.predictions(number)[rows]
+    view, device, watch = run.round(number), next(model.parameters()).device, watch or Stopwatch()
     weights = {client.id: client.weight for client in view.clients}
     # "neuron" as the paper and its artifact have it; "influence" over the whole state.
     arguments: dict[str, dict[str, Any]] = {
@@ -87,25 +67,40 @@ def trace_round(run: Run, number: int, model: nn.Module, examples: Examples, set
     frames = []
     try:
         load_exchanged_state(model, dict(run.global_state(number)))
+        rows = _select(run, number, model, examples, settings)
+        if len(rows) == 0:
+            return pd.DataFrame(columns=COLUMNS)
+        chosen, predicted = examples[rows], run.predictions(number)[rows]
+        if settings.faulty and settings.fault == "backdoor":
+            chosen, predicted = with_trigger(chosen), torch.full_like(predicted, settings.target)
+        inputs, targets = chosen.to(device).inputs, predicted.to(device)
         clients = {client.id: view.client_state(client.id) for client in view.clients}
-        inputs = examples[rows].to(device).inputs
+        for state in clients.values():
+            len(state)  # compares the file with its hash, before the clock runs
         for method in settings.methods:
-            answer = trace(model, clients, inputs, targets=predicted.to(device), method=method, **arguments[method])
+            with watch.measure(method, len(rows)):
+                answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
             frames.append(_frame(run, number, method, answer, rows, examples.labels[rows], predicted))
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be traced: {error}") from error
     return pd.concat(frames, ignore_index=True)
 
 
-def _select(run: Run, number: int, examples: Examples, settings: Settings) -> Tensor:
+def _select(run: Run, number: int, model: nn.Module, examples: Examples, settings: Settings) -> Tensor:
+    """Rows to trace; `model` holds the round's global model."""
     predictions, seed = run.predictions(number), [run["seed"], number]
     participants = {client.id for client in run.round(number).clients}
-    if settings.label2flip and not participants & set(settings.faulty):
+    labels, limit = examples.labels, settings.max_mispredictions
+    if not settings.faulty:
+        held = {label for client in run.clients if client.id in participants for label in client.trained_label_counts}
+        return select_correct(predictions, labels, held, settings.inputs_per_label, seed)
+    if not participants & set(settings.faulty):
         return torch.empty(0, dtype=torch.int64)  # nobody here whom a misprediction could be traced to
-    if settings.label2flip:
-        return select_flipped(predictions, examples.labels, settings.label2flip, settings.max_mispredictions, seed)
-    held = {label for client in run.clients if client.id in participants for label in client.trained_label_counts}
-    return select_correct(predictions, examples.labels, held, settings.inputs_per_label, seed)
+    if settings.fault == "label_flip":
+        return select_flipped(predictions, labels, settings.label2flip, limit, seed)
+    if settings.fault == "backdoor":
+        return select_triggered(model, predictions, examples, settings.target, limit, seed)
+    return select_wrong(predictions, labels, limit, seed)
 
 
 def _frame(
@@ -157,10 +152,20 @@ NAMES = {
     "top_holder": "top_holder_accuracy{}",
     "spearman": "spearman{}",
 }
+# The same where clients are faulty; the rank of client 3 is called rank_of_c3{}.
+FAULTY_NAMES = {
+    "precision": "faulty_precision{}",
+    "precision_chance": "faulty_precision_chance",
+    "recall": "faulty_recall{}",
+    "recall_chance": "faulty_recall_chance",
+    "rank_chance": "faulty_rank_chance",
+}
+RANK = "rank_of_c{}"
 
 
 def evaluate_rounds(run: Run, provenance: pd.DataFrame, methods: list[str], faulty: set[str]) -> pd.DataFrame:
-    """One row per round: loss, accuracy, inputs traced, and every metric of `Localization`.
+    """One row per round: loss, accuracy, inputs traced, every metric of `Localization` and, with faulty clients, of
+    `FaultNaming`.
 
     What no method changes (number of inputs, chance levels) stands once.
     """
@@ -172,6 +177,8 @@ def evaluate_rounds(run: Run, provenance: pd.DataFrame, methods: list[str], faul
             suffix = "" if method == methods[0] else f"_{method}"
             judged = asdict(_judge(record, part, faulty))
             row |= {NAMES[key].format(suffix): value for key, value in judged.items()}
+            if faulty:
+                row |= _naming(record, part, faulty, suffix)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -182,3 +189,14 @@ def _judge(record: Round, part: pd.DataFrame, faulty: set[str]) -> Localization:
     counts = part["label_examples"].to_numpy(dtype=np.int64).reshape(-1, k)
     culprits = np.tile([client.id in faulty for client in record.clients], (len(counts), 1)) if faulty else counts > 0
     return localize(contributions, counts, culprits, np.array([client.num_examples for client in record.clients]))
+
+
+def _naming(record: Round, part: pd.DataFrame, faulty: set[str], suffix: str) -> dict[str, float]:
+    present = np.array([client.id in faulty for client in record.clients])
+    row = {RANK.format(client) + suffix: float("nan") for client in sorted(faulty, key=int)}
+    if not present.any():
+        return row | {name.format(suffix): float("nan") for name in FAULTY_NAMES.values()}
+    found = name_faulty(part["rank"].to_numpy(dtype=np.int64).reshape(-1, len(present)), present, len(faulty))
+    ids = [client.id for client in record.clients if client.id in faulty]
+    row |= {RANK.format(client) + suffix: rank for client, rank in zip(ids, found.ranks.tolist(), strict=True)}
+    return row | {name.format(suffix): getattr(found, key) for key, name in FAULTY_NAMES.items()}

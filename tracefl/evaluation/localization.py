@@ -59,6 +59,40 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
     )
 
 
+@dataclass(frozen=True)
+class FaultNaming:
+    """How well a ranking names all faulty clients. Means over a round's traced inputs; NaN where there were none.
+
+    Of F faulty clients in the federation, M among the K participants, the F ranked first (at most K) are named: whoever
+    looks for them knows how many there are, not how many take part.
+
+    precision     faulty ones among the named / named;                     chance M / K
+    recall        faulty ones among the named / M;                         chance min(F, K) / K
+    ranks         mean rank, from 1, of each faulty participant [M];       chance (K + 1) / 2
+    """
+
+    precision: float
+    precision_chance: float
+    recall: float
+    recall_chance: float
+    ranks: Array
+    rank_chance: float
+
+
+def name_faulty(ranks: Array, faulty: Array, count: int) -> FaultNaming:
+    """Judge `ranks`, int [N, K] from 1, where `faulty`, bool [K], are M >= 1 of the `count` faulty clients."""
+    K, M, named = len(faulty), faulty.sum(), min(count, len(faulty))
+    hits = (ranks[:, faulty] <= named).sum(axis=1).mean() if len(ranks) else float("nan")
+    return FaultNaming(
+        precision=hits / named,
+        precision_chance=M / K,
+        recall=hits / M,
+        recall_chance=named / K,
+        ranks=ranks[:, faulty].mean(axis=0) if len(ranks) else np.full(M, float("nan")),
+        rank_chance=(K + 1) / 2,
+    )
+
+
 def _mean_spearman(contributions: Array, label_counts: Array) -> float:
     """Mean over the inputs whose label counts differ between participants."""
     pairs = [

@@ -10,8 +10,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from tracefl.data.examples import Examples, load_examples
-from tracefl.data.faults import client_seed, flip_labels
+from tracefl.data.examples import load_examples
+from tracefl.data.faults import client_seed, faulty_examples, opposite
 from tracefl.models import build_model, exchanged_state, load_exchanged_state
 from tracefl.training import train
 
@@ -36,30 +36,28 @@ def train_round(message: Message, context: Context) -> Message:
     torch.backends.cudnn.deterministic = True
 
     examples = load_examples(Path(task["data"]) / "clients" / f"{partition}.safetensors")
-    if partition in task["faulty_clients_ids"]:
-        examples = _with_faults(examples, task, partition)
+    fault = task["fault"] if partition in task["faulty_clients_ids"] else {"kind": None}
+    if fault["kind"]:
+        examples = faulty_examples(examples, fault, client_seed(task["seed"], 0, partition))
     model = build_model(task["model"])
-    load_exchanged_state(model, message.content.array_records["arrays"].to_torch_state_dict())
-    loss = train(
-        model.to(task["device"]),
-        examples,
-        epochs=task["epochs"],
-        lr=task["lr"],
-        batch_size=task["batch_size"],
-        seed=seed,
-        proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
-    )
+    received = message.content.array_records["arrays"].to_torch_state_dict()
+    load_exchanged_state(model, received)
+    loss = float("nan")
+    if fault["kind"] != "free_rider":
+        loss = train(
+            model.to(task["device"]),
+            examples,
+            epochs=task["epochs"],
+            lr=task["lr"],
+            batch_size=task["batch_size"],
+            seed=seed,
+            proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+        )
+    state = exchanged_state(model)
     content = RecordDict(
         {
-            "arrays": ArrayRecord(exchanged_state(model)),
+            "arrays": ArrayRecord(opposite(received, state) if fault["kind"] == "sign_flip" else state),
             "metrics": MetricRecord({"num-examples": len(examples), "train-loss": loss}),
         }
     )
     return Message(content, reply_to=message)
-
-
-def _with_faults(examples: Examples, task: dict, partition: int) -> Examples:
-    label2flip = {int(label): target for label, target in task["label2flip"].items()}
-    rates = {int(label): rate for label, rate in task["flip_rates"].items()}
-    flipped = flip_labels(examples.labels, label2flip, rates, client_seed(task["seed"], 0, partition))
-    return Examples(examples.inputs, flipped)

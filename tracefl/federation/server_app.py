@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from tracefl.config import Config, client_threads, flip_rates
+from tracefl.config import Config, client_threads, fault_settings
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
@@ -72,8 +72,7 @@ def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
         "device": config.device,
         "threads": client_threads(config),
         "faulty_clients_ids": config.faulty_clients_ids,
-        "label2flip": config.label2flip,
-        "flip_rates": flip_rates(config),
+        "fault": fault_settings(config, data.num_classes),
     }
 
 

@@ -118,5 +118,40 @@ def print_summary(rounds: pd.DataFrame, methods: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
+def print_faulty(rounds: pd.DataFrame, methods: list[str], faulty: set[str]) -> None:
+    """One line per method that looked for the faulty clients: means over the rounds in which it could.
+
+    What FedDebug names is as many suspects as there are faulty participants, so that its accuracy, the share of them
+    that it found, is its precision and its recall.
+    """
+    table = Table(title="Naming the faulty clients: mean over rounds (by chance), precision and recall in %")
+    several = ("precision", "recall") if len(faulty) > 1 else ()
+    for header in ("method", "rounds", "accuracy", *several, "rank", "seconds per\nlocalization"):
+        table.add_column(header, justify="left" if header == "method" else "right")
+
+    def add(name: str, judged: pd.Series, accuracy: str, *rest: str) -> None:
+        seconds = f"seconds_{name.lower()}"
+        took = f"{rounds[seconds].iloc[0]:.3g}" if seconds in rounds else "-"
+        table.add_row(name, str(judged.notna().sum()), accuracy, *rest, took)
+
+    for method in methods:
+        suffix = "" if method == methods[0] else f"_{method}"
+        mean = rounds.mean()
+        pairs = [(f"faulty_{name}{suffix}", f"faulty_{name}_chance") for name in several]
+        pairs = [(f"localization_accuracy{suffix}", "chance_accuracy"), *pairs]
+        rank = mean[[f"rank_of_c{client}{suffix}" for client in faulty]].mean()
+        add(
+            method,
+            rounds[f"localization_accuracy{suffix}"],
+            *(f"{_percent(mean[name])} ({_percent(mean[chance])})" for name, chance in pairs),
+            "-" if pd.isna(rank) else f"{rank:.1f} ({mean['faulty_rank_chance']:.1f})",
+        )
+    if "feddebug_accuracy" in rounds:
+        mean = rounds[["feddebug_accuracy", "feddebug_chance"]].mean()
+        found = f"{_percent(mean['feddebug_accuracy'])} ({_percent(mean['feddebug_chance'])})"
+        add("FedDebug", rounds["feddebug_accuracy"], *[found] * (len(several) + 1), "-")
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
 def _percent(share: float) -> str:
     return "-" if pd.isna(share) else f"{100 * share:.1f}"

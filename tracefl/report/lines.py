@@ -16,8 +16,8 @@ def provenance_lines(rounds: pd.DataFrame, provenance: pd.DataFrame, faulty: set
         first = part[part["method"] == part["method"].iloc[0]] if len(part) else part
         for _, answer in first.groupby("input", sort=False):
             yield from _input_lines(answer, faulty)
-        yield from _round_lines(row)
-    yield from _closing_lines(rounds)
+        yield from _round_lines(row, faulty)
+    yield from _closing_lines(rounds, faulty)
 
 
 def _input_lines(answer: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
@@ -30,9 +30,11 @@ def _input_lines(answer: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
     yield f"TraceFL Clients Contributions Rank:     {scores}"
 
 
-def _round_lines(row: dict) -> Iterator[str]:
+def _round_lines(row: dict, faulty: set[str]) -> Iterator[str]:
     number, inputs = int(row["round"]), int(row["num_inputs"])
     model = f"GM_(loss, acc) ({row['loss']:.2f},{row['accuracy']:.2f})"
+    if not math.isnan(row.get("feddebug_accuracy", float("nan"))):
+        yield f"[Round {number}] {_feddebug(row)}"
     if inputs == 0:
         yield f"[Round {number}] TraceFL found no input to trace || Total Inputs Used In Prov: 0 || {model}"
         return
@@ -41,14 +43,20 @@ def _round_lines(row: dict) -> Iterator[str]:
         f"Total Inputs Used In Prov: {inputs} || {model}"
     )
     yield f"[Round {number}] {_chance(row)}"
+    if naming := _naming(row, faulty):
+        yield f"[Round {number}] {naming}"
 
 
-def _closing_lines(rounds: pd.DataFrame) -> Iterator[str]:
+def _closing_lines(rounds: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
     mean = rounds.mean(numeric_only=True)
     traced = int((rounds["num_inputs"] > 0).sum())
     yield f"Total Rounds: {len(rounds)}"
     yield f"TraceFL Average Localization Accuracy: {_percent(mean['localization_accuracy'])}"
     yield f"Average over the {traced} of {len(rounds)} rounds with inputs to trace: {_chance(mean)}"
+    if naming := _naming(mean.to_dict(), faulty):
+        yield f"Average over the {traced} of {len(rounds)} rounds with inputs to trace: {naming}"
+    if "feddebug_accuracy" in rounds:
+        yield f"Average over {rounds['feddebug_accuracy'].notna().sum()} rounds: {_feddebug(mean)}"
 
 
 def _chance(row: dict | pd.Series) -> str:
@@ -64,6 +72,26 @@ def _chance(row: dict | pd.Series) -> str:
             f"Top Holder = {_percent(row['top_holder_accuracy_influence'])}, Spearman = {row['spearman_influence']:.2f}"
         )
     return text
+
+
+def _naming(row: dict, faulty: set[str]) -> str:
+    """How well the rankings name all faulty clients; empty where nothing was traced for them."""
+    texts = []
+    for method, suffix in (("Faulty Clients", ""), ("Influence", "_influence")):
+        if math.isnan(row.get(f"faulty_precision{suffix}", float("nan"))):
+            continue
+        means = {f"c{client}": row[f"rank_of_c{client}{suffix}"] for client in sorted(faulty, key=int)}
+        ranks = {client: round(rank, 1) for client, rank in means.items() if not math.isnan(rank)}
+        text = f"{method}: Rank = {ranks} (chance {row['faulty_rank_chance']:.1f})"
+        for name in ("precision", "recall") if len(faulty) > 1 else ():
+            share, chance = row[f"faulty_{name}{suffix}"], row[f"faulty_{name}_chance"]
+            text += f", {name.capitalize()} = {_percent(share)} (chance {_percent(chance)})"
+        texts.append(text)
+    return " || ".join(texts)
+
+
+def _feddebug(row: dict | pd.Series) -> str:
+    return f"FedDebug: Localization = {_percent(row['feddebug_accuracy'])} (chance {_percent(row['feddebug_chance'])})"
 
 
 def _percent(share: float) -> str:

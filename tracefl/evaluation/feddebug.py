@@ -1,0 +1,144 @@
+"""FedDebug (ICSE 2023), the rival: find faulty clients by differential testing of their models on random images.
+
+In every Conv2d and Linear layer a neuron z of client k is active on an image if relu(z), scaled to [0, 1] by the
+layer's minimum and maximum on that image, exceeds a threshold. Neurons active in all clients say nothing. Of the
+subsets of K - 1 clients the one with the most neurons active in common is taken for the benign one; the client left out
+is the suspect. With c_j the number of clients in which neuron j is active, the subset without k has in common
+
+    A_k = #{j : c_j = K - 1 and j is not active in k},
+
+so one pass over the clients gives all K agreements. For F faults the suspect leaves and the rest is searched again.
+Suspects with equal A_k are drawn from at random, instead of blaming the first.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
+from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.models import load_exchanged_state
+from tracefl.runs import Run
+
+IMAGES = 10  # one vote each
+PICKY_FROM, SAME_CLASS = 10, 3  # with so many clients, so many have to agree on an image's class
+CANDIDATES = 30  # from which such images are picked
+COLUMNS = ["round", "image", "vote", "client"]  # vote 1 is the first suspect of F
+
+Array = np.ndarray
+State = Mapping[str, Tensor]
+
+
+def debug_round(
+    run: Run, number: int, model: nn.Module, faulty: set[str], threshold: float, *, picky: bool, watch: Stopwatch
+) -> pd.DataFrame:
+    """One row per (image, vote) of round `number`: the suspects. No rows if no faulty client took part.
+
+    Args:
+        model: of the run's architecture, on the device to compute on; its weights are overwritten.
+        threshold: above which a neuron is active.
+        picky: with ten clients or more, pick images on whose class at least three agree.
+    """
+    view = run.round(number)
+    clients = {client.id: view.client_state(client.id) for client in view.clients}
+    faults = len(faulty & clients.keys())
+    if faults == 0:
+        return pd.DataFrame(columns=COLUMNS)
+    for state in clients.values():
+        len(state)  # compares the file with its hash, before the clock runs
+    seed = [run["seed"], number]
+    with watch.measure("FedDebug", IMAGES):
+        active = observe(
+            model, list(clients.values()), threshold, picky=picky and len(clients) >= PICKY_FROM, seed=seed
+        )
+        rng = np.random.default_rng(seed)
+        ids = list(clients)
+        rows = [
+            (number, image, vote, ids[k])
+            for image in range(IMAGES)
+            for vote, k in enumerate(suspects(np.unpackbits(active[:, image], axis=1), faults, rng), start=1)
+        ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
+    """The `faults` clients that agree least with the others, first one first. active: 0 or 1 [K, neurons]."""
+    left, found = list(range(len(active))), []
+    count = active.sum(axis=0, dtype=np.int32)
+    for _ in range(faults):
+        lonely = count == len(left) - 1  # active in all but one of those left
+        agreement = np.array([(lonely & (active[k] == 0)).sum() for k in left])
+        k = left[rng.choice(np.flatnonzero(agreement == agreement.max()))]
+        count -= active[k]
+        left.remove(k)
+        found.append(k)
+    return found
+
+
+def observe(model: nn.Module, states: list[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
+    """Which neurons are active in each of K clients on each image: bits, uint8 [K, IMAGES, neurons / 8 rounded up].
+
+    If `picky`, images on whose class enough clients agree come first, and others fill up: a client is read once.
+    """
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    images = random_images(CANDIDATES if picky else IMAGES, generator).to(next(model.parameters()).device)
+    bits, classes = [], []
+    for state in states:
+        load_exchanged_state(model, dict(state))
+        active, predicted = active_neurons(model, images, threshold)
+        bits.append(np.packbits(active.cpu().numpy(), axis=1))
+        classes.append(predicted)
+    agreeing = F.one_hot(torch.stack(classes)).sum(0).amax(1)  # the most clients that give an image the same class
+    chosen = (agreeing < SAME_CLASS).to(torch.uint8).argsort(stable=True)[:IMAGES].cpu().numpy()
+    return np.stack([client[chosen] for client in bits])
+
+
+def random_images(count: int, generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform noise through the dataset's normalisation, [count, 3, 32, 32]."""
+    noise = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE)
+    for image in noise:
+        nn.init.kaiming_uniform_(image, generator=generator)
+    return (noise - MEAN) / STD
+
+
+@torch.no_grad()
+def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Active neurons, bool [N, neurons], and the predicted classes [N]. A constant layer has none active."""
+    model.eval()
+    with _outputs(model) as outputs:
+        predicted = model(images).argmax(1)
+    active = []
+    for output in outputs:
+        z = output.flatten(1).relu()
+        low, high = z.amin(1, keepdim=True), z.amax(1, keepdim=True)
+        active.append((z - low > threshold * (high - low)) & (high > low))
+    return torch.cat(active, 1), predicted
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of every Conv2d and Linear in the order in which they run; copies, as a ReLU may work in place."""
+    outputs: list[Tensor] = []
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def judge_rounds(run: Run, votes: pd.DataFrame, faulty: set[str]) -> pd.DataFrame:
+    """Per round with a faulty participant: the mean over images of the share of them found, and what chance finds."""
+    rows = []
+    for number, part in votes.groupby("round"):
+        clients = [client.id for client in run.round(int(str(number))).clients]
+        faults = len(faulty.intersection(clients))
+        hits = part["client"].isin(faulty).sum()
+        rows.append((number, hits / (IMAGES * faults), faults / len(clients)))
+    return pd.DataFrame(rows, columns=["round", "feddebug_accuracy", "feddebug_chance"]).astype({"round": "int64"})
