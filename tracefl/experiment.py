@@ -31,7 +31,7 @@ from tracefl.report.files import (
     write_csv,
     write_events,
 )
-from tracefl.report.lines import provenance_lines
+from tracefl.report.lines import fusion_lines, provenance_lines
 from tracefl.runs import ClientInfo, Run, State, locked, write_atomically
 
 LOG_FILE = "TraceFL_clients_contributions.log"
@@ -68,6 +68,10 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
                 write_csv(folder / "provenance.csv", provenance)
             for line in provenance_lines(rounds, provenance, faulty):
                 log.info(line)
+        for line in fusion_lines(run, config.strategy.name):
+            log.info(line)
+        if config.strategy.noise_multiplier != -1:
+            log.info(_privacy_line(config, len(run.rounds)))
         if config.do_provenance or not (folder / "rounds.csv").exists():
             write_csv(folder / "rounds.csv", rounds)
             write_events(folder / "tensorboard", rounds)
@@ -157,6 +161,7 @@ def _trace(config: Config, data: PreparedData, run: Run) -> pd.DataFrame:
         faulty=[str(client) for client in config.faulty_clients_ids],
         fault=config.fault.kind,
         target=config.fault.target,
+        noise=max(config.strategy.noise_multiplier, 0) * config.strategy.clipping_norm,
     )
     key = _key(run, {**asdict(settings), "label2flip": sorted(settings.label2flip.items())})
     if config.check_prov_cache and (cached := read_answers(run.path / PROVENANCE, key)) is not None:
@@ -190,6 +195,17 @@ def _debug(config: Config, data: PreparedData, run: Run, faulty: set[str]) -> pd
     write_answers(run.path / FEDDEBUG, votes, key)
     update_timings(run.path, watch.table())
     return votes
+
+
+def _privacy_line(config: Config, rounds: int) -> str:
+    from tracefl.federation.privacy import TARGET_DELTA, epsilon
+
+    strategy = config.strategy
+    spent = epsilon(strategy.noise_multiplier, rounds, strategy.clients_per_round, config.data_dist.num_clients)
+    return (
+        f"Differential privacy of the parameters after {rounds} rounds: epsilon = {spent:.4g} at delta = "
+        f"{TARGET_DELTA:g} (add or remove one client); running statistics of BatchNorm are released as they are"
+    )
 
 
 def _key(run: Run, settings: dict[str, Any]) -> dict[str, str]:

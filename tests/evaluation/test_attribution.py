@@ -11,6 +11,7 @@ from tracefl.errors import TraceFLError
 from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
 from tracefl.evaluation.selection import with_trigger
 from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.federation.noise import gaussian_noise
 from tracefl.models import exchanged_state
 from tracefl.runs import ClientInfo, Participant, Run, client_file
 
@@ -145,3 +146,21 @@ def test_every_method_is_timed(recorded):
     table = watch.table()
     assert table[["method", "localizations"]].to_numpy().tolist() == [["neuron", 10], ["influence", 10]]
     assert (table["seconds_per_localization"] * 10 == table["seconds"]).all()
+
+
+def test_the_ledger_finds_the_noise_of_differential_privacy_again(recorded):
+    run, model, examples = recorded
+    states = [run.round(1).client_state(str(k)) for k in (0, 1)]
+    mean = {name: 0.75 * states[0][name] + 0.25 * states[1][name] for name in states[0]}
+    noisy = {name: value + gaussian_noise(name, value, 0.4 / 2, run["seed"], 2) for name, value in mean.items()}
+    run.record_client(2, "0", states[0])
+    run.record_client(2, "1", states[1])
+    run.record_round(2, run.round(1).clients, noisy, examples.labels, 0.1, 1.0, {})
+    table = trace_round(run, 2, model, examples, settings(methods=["influence"], noise=0.4))
+    assert (table["noise"].abs() > 1e-3).all()
+    np.testing.assert_allclose(table["server"], table["noise"], rtol=1e-5)
+    row = evaluate_rounds(run, table.assign(round=2), ["influence"], faulty=set()).iloc[1]
+    assert 0 < row["noise_share"] == pytest.approx(row["server_share"], rel=1e-5)
+    quiet = trace_round(run, 2, model, examples, settings(methods=["influence"]))
+    assert (quiet["noise"] == 0).all()
+    assert (quiet["server"] == table["server"]).all()

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from tracefl.data.examples import Examples
+from tracefl.data.examples import Examples, Inputs
 from tracefl.errors import TraceFLError
 from tracefl.evaluation.localization import Localization, localize, name_faulty
 from tracefl.evaluation.selection import (
@@ -21,6 +21,7 @@ from tracefl.evaluation.selection import (
     with_trigger,
 )
 from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.federation.noise import gaussian_noise
 from tracefl.models import load_exchanged_state
 from tracefl.provenance import Provenance, trace
 from tracefl.runs import Round, Run
@@ -39,6 +40,7 @@ class Settings:
     faulty: list[str]  # ids of the faulty clients
     fault: str = "label_flip"  # what they do
     target: int = 0  # of a backdoor
+    noise: float = 0.0  # z C of differential privacy: the noise's standard deviation times the number of participants
 
 
 def trace_round(
@@ -80,7 +82,12 @@ def trace_round(
         for method in settings.methods:
             with watch.measure(method, len(rows)):
                 answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
-            frames.append(_frame(run, number, method, answer, rows, examples.labels[rows], predicted))
+            frame = _frame(run, number, method, answer, rows, examples.labels[rows], predicted)
+            if method == "influence" and answer.residual is not None:
+                noise = _noise_share(run, number, model, inputs, targets, settings.noise)
+                frame["server"] = np.repeat(answer.residual.cpu().numpy(), len(answer.client_ids))
+                frame["noise"] = np.repeat(noise.cpu().numpy(), len(answer.client_ids))
+            frames.append(frame)
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be traced: {error}") from error
     return pd.concat(frames, ignore_index=True)
@@ -103,6 +110,22 @@ def _select(run: Run, number: int, model: nn.Module, examples: Examples, setting
     return select_wrong(predictions, labels, limit, seed)
 
 
+def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, targets: Tensor, noise: float) -> Tensor:
+    """[N] share of the round's noise in each prediction, < noise, dy/dW >: the noise is drawn once more."""
+    released, buffers = run.global_state(number), dict(model.named_buffers())
+    if not noise:
+        return torch.zeros(len(targets))
+    std = noise / len(run.round(number).clients)
+    noisy = {
+        name: value if name in buffers else value + gaussian_noise(name, value, std, run["seed"], number)
+        for name, value in released.items()
+    }
+    weights = {"noise": 1.0}
+    return trace(model, {"noise": noisy}, inputs, targets=targets, weights=weights, method="influence").contributions[
+        :, 0
+    ]
+
+
 def _frame(
     run: Run, number: int, method: str, answer: Provenance, rows: Tensor, labels: Tensor, predicted: Tensor
 ) -> pd.DataFrame:
@@ -123,6 +146,8 @@ def _frame(
             "label_examples": [
                 label_counts[c].get(label, 0) for label in predicted.tolist() for c in answer.client_ids
             ],
+            "server": np.nan,
+            "noise": np.nan,
         },
         columns=COLUMNS,
     )
@@ -139,6 +164,8 @@ COLUMNS = [
     "score",
     "rank",
     "label_examples",
+    "server",
+    "noise",
 ]
 
 
@@ -164,8 +191,8 @@ RANK = "rank_of_c{}"
 
 
 def evaluate_rounds(run: Run, provenance: pd.DataFrame, methods: list[str], faulty: set[str]) -> pd.DataFrame:
-    """One row per round: loss, accuracy, inputs traced, every metric of `Localization` and, with faulty clients, of
-    `FaultNaming`.
+    """One row per round: loss, accuracy, inputs traced, every metric of `Localization`, with faulty clients those of
+    `FaultNaming`, and the server's own part in the influence.
 
     What no method changes (number of inputs, chance levels) stands once.
     """
@@ -179,6 +206,8 @@ def evaluate_rounds(run: Run, provenance: pd.DataFrame, methods: list[str], faul
             row |= {NAMES[key].format(suffix): value for key, value in judged.items()}
             if faulty:
                 row |= _naming(record, part, faulty, suffix)
+            if method == "influence":
+                row |= _ledger(part)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -200,3 +229,13 @@ def _naming(record: Round, part: pd.DataFrame, faulty: set[str], suffix: str) ->
     ids = [client.id for client in record.clients if client.id in faulty]
     row |= {RANK.format(client) + suffix: rank for client, rank in zip(ids, found.ranks.tolist(), strict=True)}
     return row | {name.format(suffix): getattr(found, key) for key, name in FAULTY_NAMES.items()}
+
+
+def _ledger(part: pd.DataFrame) -> dict[str, float]:
+    """What the server added to the fusion (clipping, noise, momentum, a median), and its noise alone.
+
+    Mean over inputs of |server| and |noise| as shares of sum_k |contribution_k| + |server|.
+    """
+    inputs = part.assign(size=part["contribution"].abs()).groupby("input")
+    gross = inputs["size"].sum() + inputs["server"].first().abs()
+    return {f"{name}_share": (inputs[name].first().abs() / gross).mean() for name in ("server", "noise")}

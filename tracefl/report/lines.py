@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from tracefl.runs import Run
+
+SHOWN_CLIENTS = 20
+
 
 def provenance_lines(rounds: pd.DataFrame, provenance: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
     """Lines of the first method in `provenance`, round by round, and the averages at the end."""
@@ -43,6 +47,8 @@ def _round_lines(row: dict, faulty: set[str]) -> Iterator[str]:
         f"Total Inputs Used In Prov: {inputs} || {model}"
     )
     yield f"[Round {number}] {_chance(row)}"
+    if ledger := _ledger(row):
+        yield f"[Round {number}] {ledger}"
     if naming := _naming(row, faulty):
         yield f"[Round {number}] {naming}"
 
@@ -57,6 +63,24 @@ def _closing_lines(rounds: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
         yield f"Average over the {traced} of {len(rounds)} rounds with inputs to trace: {naming}"
     if "feddebug_accuracy" in rounds:
         yield f"Average over {rounds['feddebug_accuracy'].notna().sum()} rounds: {_feddebug(mean)}"
+
+
+def fusion_lines(run: Run, strategy: str) -> Iterator[str]:
+    """Which p_k the contributions of the last round were weighed with."""
+    if run.rounds:
+        last = run.rounds[-1]
+        shares = {f"c{client.id}": round(client.weight, 3) for client in last.clients[:SHOWN_CLIENTS]}
+        more = f" and {len(last.clients) - SHOWN_CLIENTS} more" if len(last.clients) > SHOWN_CLIENTS else ""
+        yield f"Weights p_k with which {strategy} took the updates of round {last.number}: {shares}{more}"
+
+
+def _ledger(row: dict) -> str:
+    """The server's own part in the influence, where it did more than average."""
+    share = row.get("server_share", float("nan"))
+    if not share > 1e-3:
+        return ""
+    noise = f", noise alone {_percent(row['noise_share'])}" if row["noise_share"] else ""
+    return f"Server's own share of the influence = {_percent(share)}{noise} (plain averaging: 0)"
 
 
 def _chance(row: dict | pd.Series) -> str:
