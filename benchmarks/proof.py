@@ -1,0 +1,86 @@
+"""The proof table of the README: four model families, on images and texts, clean, with a faulty client, and private.
+
+    python benchmarks/proof.py ../shared/data [key=value ...]
+
+Each row is one command, printed first; a finished run is not trained again. Then the table in Markdown.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+IMAGES = ["client.epochs=1", "num_rounds=4"]
+TEXTS = ["dataset.path={data}/dbpedia_14", "dataset.max_tokens=32", "client.lr=0.002", "num_rounds=10"]
+BERT = "num_hidden_layers=2 hidden_size=64 num_attention_heads=2 intermediate_size=256"
+GPT = "n_layer=2 n_embd=64 n_head=2"
+MNIST = ["dataset.path={data}/mnist", "data_dist.max_per_client_data_size=400", "model.name=resnet18"]
+FAMILIES = {
+    "ResNet-18, MNIST": [*IMAGES, *MNIST],
+    "DenseNet-121, digits": [*IMAGES, "model.name=densenet121"],
+    "BERT (2 x 64), DBpedia": [
+        *TEXTS,
+        "model.name=google-bert/bert-base-cased",
+        *(f"model.config.{x}" for x in BERT.split()),
+    ],
+    "GPT (2 x 64), DBpedia": [
+        *TEXTS,
+        "model.name=openai-community/openai-gpt",
+        *(f"model.config.{x}" for x in GPT.split()),
+    ],
+}
+SETTINGS = {
+    "clean": [],
+    "faulty": ["dirichlet_alpha=0.7", "faulty_clients_ids=[0]", "label2flip={" + ",".join(f"{x}:0" for x in range(1, 14)) + "}"],
+    "private": ["noise_multiplier=0.003", "clipping_norm=15"],
+}  # fmt: skip
+
+
+def row(family: str, setting: str, logs: Path, data: str, extra: list[str]) -> dict[str, str]:
+    words = [word.format(data=data) if "{data}" in word else word for word in FAMILIES[family]] + SETTINGS[setting]
+    key = f"{family.split(',')[0].split()[0].lower()}-{setting}"
+    print(
+        "python -m tracefl.main", *(f"'{word}'" if "{" in word or "[" in word else word for word in words), flush=True
+    )
+    command = [sys.executable, "-m", "tracefl.main", f"storage.dir={logs}", f"exp_key={key}", *words, *extra]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (folder,) = logs.glob(f"{key}-*")
+    rounds, timings = pd.read_csv(folder / "rounds.csv"), pd.read_csv(folder / "timings.csv").set_index("method")
+    mean, seconds = rounds.mean(), timings["seconds_per_localization"]
+    pair = "{:.1f} / {:.1f}"
+    found = pair.format(100 * mean["localization_accuracy"], 100 * mean["localization_accuracy_influence"])
+    top = pair.format(100 * mean["top_holder_accuracy"], 100 * mean["top_holder_accuracy_influence"])
+    return {
+        "model, data": family,
+        "setting": setting,
+        "global accuracy": f"{100 * rounds['accuracy'].iloc[-1]:.1f}",
+        "localization (neuron / influence)": found,
+        "by chance": f"{100 * mean['chance_accuracy']:.1f}",
+        "top holder (neuron / influence)": top,
+        "top holder by chance": f"{100 * mean['top_holder_chance']:.1f}",
+        "FedDebug": f"{100 * mean['feddebug_accuracy']:.1f}" if "feddebug_accuracy" in mean else "-",
+        "seconds per input": f"{seconds['neuron']:.3f} / {seconds['influence']:.3f}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="the folder of real datasets")
+    parser.add_argument("--logs", type=Path, default=Path("logs/proof"))
+    parser.add_argument("--only", default="", help="rows whose family or setting holds this word")
+    arguments, extra = parser.parse_known_args()
+    rows = [
+        row(family, setting, arguments.logs, arguments.data, extra)
+        for family in FAMILIES
+        for setting in SETTINGS
+        if arguments.only in f"{family} {setting}"
+    ]
+    print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for cells in rows:
+        print("| " + " | ".join(cells.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
