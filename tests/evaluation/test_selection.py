@@ -1,10 +1,13 @@
 """Which inputs are traced."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch import nn
 
 from tracefl.data.examples import Examples
+from tracefl.data.faults import TRIGGER_TOKEN
 from tracefl.evaluation.selection import (
     select_correct,
     select_flipped,
@@ -75,3 +78,23 @@ def test_triggered_inputs_are_those_that_the_trigger_misleads():
     few = select_triggered(Gullible(), predictions, examples, target=2, limit=5, seed=[0, 1])
     assert torch.equal(found[:5], few)
     assert len(select_triggered(Gullible(), predictions, examples, target=1, limit=5, seed=[0, 1])) == 0
+
+
+class Reader(nn.Module):
+    """A text classifier that answers 1 where it sees the trigger token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, attention_mask):
+        seen = ((input_ids == TRIGGER_TOKEN) & (attention_mask == 1)).any(1)
+        return SimpleNamespace(logits=nn.functional.one_hot(seen.long(), 2).float())
+
+
+def test_texts_get_a_trigger_too():
+    lengths = torch.tensor([2, 5, 3, 4])
+    mask = (torch.arange(6) < lengths[:, None]).long()
+    texts = Examples({"input_ids": torch.full((4, 6), 77) * mask, "attention_mask": mask}, torch.tensor([0, 0, 1, 0]))
+    found = select_triggered(Reader(), torch.zeros(4, dtype=torch.int64), texts, target=1, limit=9, seed=[0, 1])
+    assert sorted(found.tolist()) == [0, 1, 3]

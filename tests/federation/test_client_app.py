@@ -5,30 +5,26 @@ import json
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from tracefl.data.faults import opposite
 from tracefl.data.prepare import prepare
 from tracefl.federation.client_app import train_round
 from tracefl.federation.server_app import client_task
-from tracefl.models import build_model, exchanged_state
+from tracefl.models import build_model, exchanged_state, model_spec
 
 SMALL = ["num_clients=3", "clients_per_round=3", "client.epochs=1", "data_dist.max_per_client_data_size=12",
          "dirichlet_alpha=100", "data_dist.max_server_data_size=4", "batch_size=6"]  # fmt: skip
 
 
 @pytest.fixture
-def sent(config, monkeypatch):
+def sent(config):
     """`sent(*overrides)`: the initial model, and what client 1 sends in the first round: its model and metrics."""
-
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
 
     def send(*overrides: str):
         c = config(*SMALL, *overrides)
         data = prepare(c)
         torch.manual_seed(0)
-        initial = {k: v.clone() for k, v in exchanged_state(build_model("resnet18", data.num_classes)).items()}
+        initial = {k: v.clone() for k, v in exchanged_state(build_model(model_spec(c, data))).items()}
         settings = ConfigRecord({"server-round": 1, "task": json.dumps(client_task(c, data))})
         content = RecordDict({"arrays": ArrayRecord(dict(initial)), "config": settings})
         message = Message(content, message_type="train", dst_node_id=1)
