@@ -6,6 +6,7 @@ Each row is one command, printed first; a finished run is not trained again. The
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +42,7 @@ SETTINGS = {
 def row(family: str, setting: str, logs: Path, data: str, extra: list[str]) -> dict[str, str]:
     words = [word.format(data=data) if "{data}" in word else word for word in FAMILIES[family]] + SETTINGS[setting]
     key = f"{family.split(',')[0].split()[0].lower()}-{setting}"
-    print(
-        "python -m tracefl.main", *(f"'{word}'" if "{" in word or "[" in word else word for word in words), flush=True
-    )
+    print("python -m tracefl.main", shlex.join(words), flush=True)
     command = [sys.executable, "-m", "tracefl.main", f"storage.dir={logs}", f"exp_key={key}", *words, *extra]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (folder,) = logs.glob(f"{key}-*")

@@ -11,6 +11,7 @@ from tracefl.config import (
     MIRRORED,
     NOT_TRAINING,
     Config,
+    data_settings,
     fault_settings,
     flip_rates,
     run_folder,
@@ -84,8 +85,11 @@ TRAINING = [
     "client.epochs=1", "client.lr=0.01", "model.name=resnet34", "model.pretrained=true", "dataset.name=mnist",
     "dataset.path=.", "dataset.num_classes=12", "dataset.channels=3", "client_resources.cpus=2",
     "data_dist.max_per_client_data_size=100", "data_dist.max_server_data_size=100", "dataset.label_column=label",
-    "data_dist.dist_type=sharded-non-iid-1", "device=cuda", "strategy.name=fedadam", "strategy.options={eta: 0.01}",
-    "model.config={hidden_size: 64}", "dataset.max_tokens=64", "model.tokenizer=trained",
+    "data_dist.dist_type=sharded-non-iid-1", "device=cuda", "strategy.name=fedadam", "strategy.name=fedavgm",
+]  # fmt: skip
+OF_TEXT = [
+    "model.config={hidden_size: 64}", "dataset.max_tokens=64", "model.tokenizer=own", "model.name=gpt2",
+    "model.pretrained=true", "model.path=.",
 ]  # fmt: skip
 OTHER = [
     "do_provenance=false", "do_training=false", "plotting=true", "enable_beta=false", "provenance.inputs_per_label=5",
@@ -97,6 +101,17 @@ OTHER = [
 @pytest.mark.parametrize("override", TRAINING)
 def test_a_training_setting_gives_another_run(config, override):
     assert run_folder(config(override)) != run_folder(config())
+
+
+@pytest.mark.parametrize("override", OF_TEXT)
+def test_a_training_setting_of_a_text_model_gives_another_run_and_other_tokens(config, override):
+    bert = "model.name=google-bert/bert-base-cased"
+    assert run_folder(config(bert, override)) != run_folder(config(bert))
+    assert data_settings(config(bert, override)) != data_settings(config(bert))
+
+
+def test_images_do_not_depend_on_what_concerns_texts(config):
+    assert run_folder(config("dataset.max_tokens=64")) == run_folder(config())
 
 
 def test_fault_settings_give_another_run(config):

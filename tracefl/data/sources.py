@@ -55,9 +55,7 @@ def load_source(config: DatasetConfig) -> Source:
             f"dataset.name={config.name} has neither an image nor a text column among {train.column_names}: "
             "name it with dataset.input_columns=[NAME]."
         )
-    readable = {*_columns(train, datasets.Image)[:1], *_text_columns(train)}
-    if len(inputs) > 1:  # texts are joined, images are not
-        readable -= {*_columns(train, datasets.Image)}
+    readable = _text_columns(train) + (_columns(train, datasets.Image) if len(inputs) == 1 else [])
     if wrong := [name for name in inputs if name not in readable]:
         raise TraceFLError(
             f"dataset.input_columns={wrong[0]} is neither an image nor a text to join, but {train.features[wrong[0]]}: "
