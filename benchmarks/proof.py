@@ -32,11 +32,12 @@ FAMILIES = {
         *(f"model.config.{x}" for x in GPT.split()),
     ],
 }
+ALL_TO_ZERO = ",".join(f"{label}:0" for label in range(1, 14))
 SETTINGS = {
     "clean": [],
-    "faulty": ["dirichlet_alpha=0.7", "faulty_clients_ids=[0]", "label2flip={" + ",".join(f"{x}:0" for x in range(1, 14)) + "}"],
+    "faulty": ["dirichlet_alpha=0.7", "faulty_clients_ids=[0]", f"label2flip={{{ALL_TO_ZERO}}}"],
     "private": ["noise_multiplier=0.003", "clipping_norm=15"],
-}  # fmt: skip
+}
 
 
 def row(family: str, setting: str, logs: Path, data: str, extra: list[str]) -> dict[str, str]:
