@@ -119,12 +119,15 @@ class Outer:
         S = torch.empty(N, len(thetas), dtype=torch.float64, device=g.device)
         block = max(1, _TILE // g.nbytes)
         z = g.new_empty(min(block, len(thetas)), N * positions, R)
-        moved = None if base is None else torch.empty_like(base, memory_format=torch.contiguous_format)
+        moved = torch.empty(R, x.shape[1], dtype=x.dtype, device=x.device).view(thetas[0].shape)
         for first in range(0, len(thetas), block):
             some = thetas[first : first + block]
             for theta, out in zip(some, z.unbind(), strict=False):
-                theta = theta if base is None else torch.sub(theta, base, out=moved)
-                torch.mm(x, theta.reshape(R, -1).T, out=out)
+                if base is not None:
+                    theta = torch.sub(theta, base, out=moved)
+                elif not theta.is_contiguous():
+                    theta = moved.copy_(theta)
+                torch.mm(x, theta.view(R, -1).T, out=out)
             by_input = z[: len(some)].view(len(some), N, -1).transpose(0, 1)
             S[:, first : first + block] = torch.bmm(by_input, g)[:, :, 0]
         return S
@@ -187,7 +190,7 @@ def _through_outputs(N: int, K: int, S: int) -> bool:
     the gradient: 2 S + 6 once for writing it, then one for every client? Products of few rows, and those with but N x K
     results, are slow by the measured factors.
     """
-    return S + 15 / N <= (2 * S + 6) / K + 1 + 35 / min(N, K)
+    return (2 * S + 6) / K + 1 + 35 / min(N, K) >= S + 15 / N
 
 
 def _products(g: Tensor, theta: Tensor) -> Tensor:

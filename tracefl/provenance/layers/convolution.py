@@ -5,6 +5,7 @@ A transposed convolution swaps input and output: dy/dW = Σ_s x_s patch_s(g)ᵀ 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import cast
 
@@ -60,20 +61,20 @@ def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[i
         taps = tuple(slice(0, size) for size in conv.kernel_size)  # scattered reads cost more than the products
         select = whole
 
-    padded = padded.contiguous()
-    strides = padded.stride()[2:]
-    patches = padded.as_strided(  # [N, channels, *taps, *positions]
-        (*padded.shape[:2], *(tap.stop - tap.start for tap in taps), *positions),
-        (
-            *padded.stride()[:2],
-            *(step * dilation for step, dilation in zip(strides, conv.dilation, strict=True)),
-            *(step * stride for step, stride in zip(strides, conv.stride, strict=True)),
-        ),
-        sum(t.start * d * step for t, d, step in zip(taps, conv.dilation, strides, strict=True)),
-    )
-    N, groups = len(left), conv.groups
+    N, groups, channels = len(left), conv.groups, padded.shape[1]
+    padded = padded.movedim(1, -1).contiguous()  # channels last: whole runs of them are copied
+    windows = [
+        [slice(t * dilation, t * dilation + (size - 1) * stride + 1, stride) for t in range(tap.start, tap.stop)]
+        for tap, (_, size, _, stride, dilation) in zip(taps, axes, strict=True)
+    ]
+    if all(len(window) == 1 for window in windows):
+        patches = padded[(slice(None), *(window[0] for window in windows))]
+    else:
+        patches = padded.new_empty(N, *positions, channels, math.prod(map(len, windows)))
+        for i, window in enumerate(itertools.product(*windows)):
+            patches[..., i] = padded[(slice(None), *window)]
     left = left.reshape(N * groups, left.shape[1] // groups, -1).mT
-    right = patches.reshape(N * groups, -1, left.shape[1]).mT
+    right = patches.reshape(N, left.shape[1], groups, -1).transpose(1, 2).reshape(N * groups, left.shape[1], -1)
     if groups == 1:
         return Outer(left, right, select)
     return Dense(torch.bmm(left.mT, right).view(N, groups * left.shape[2], -1))
