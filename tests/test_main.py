@@ -39,6 +39,25 @@ def test_a_documented_command_line_resolves(command, tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} <= {"logs", "multirun.yaml"}
 
 
+TINY = [
+    "client.epochs=1", "data_dist.max_per_client_data_size=30", "data_dist.max_server_data_size=80", "num_clients=4",
+    "clients_per_round=3", "num_rounds=2",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [COMMANDS[0], COMMANDS[1], COMMANDS[2], COMMANDS[4]])
+def test_the_main_ones_run_on_small_data(command, tmp_path, request):
+    data = []
+    if "dataset.name=mnist" in command:
+        data = [f"dataset.path={request.getfixturevalue('real_data') / 'mnist'}"]
+    kept = [word for word in command if word.split("=")[0] not in {"num_clients", "clients_per_round", "num_rounds"}]
+    done = tracefl(*kept, *TINY, *data, cwd=tmp_path, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "INFO - Total Rounds: 2" in done.stdout
+    assert "INFO - TraceFL Average Localization Accuracy: " in done.stdout
+
+
 def test_a_sweep_resolves_every_job(tmp_path):
     done = tracefl("--multirun", "dirichlet_alpha=0.1,0.2,0.3,0.4,1", "dry_run=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
