@@ -172,8 +172,11 @@ class Run:
         return cls(path, header)
 
     @classmethod
-    def create(cls, path: Path, *, initial: Mapping[str, Tensor], clients: list[ClientInfo], **header: Any) -> "Run":
+    def create(
+        cls, path: str | Path, *, initial: Mapping[str, Tensor], clients: list[ClientInfo], **header: Any
+    ) -> "Run":
         """Start a run at `path` with the initial global model; `header` is kept in run.json as it is."""
+        path = Path(path)
         sha256 = write_state(path / "rounds" / "0000" / "global.safetensors", initial)
         start = {
             "schema": SCHEMA,

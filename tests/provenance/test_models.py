@@ -7,6 +7,7 @@ import torch
 import torchvision
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tests.provenance import reference
 from tracefl.provenance import trace
@@ -19,6 +20,22 @@ SMALL = {"num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddin
 def bert(**changes):
     config = transformers.BertConfig(hidden_size=16, num_attention_heads=2, **SMALL, **TEXT, **changes)
     return transformers.BertForSequenceClassification(config)
+
+
+def minilm():
+    """MiniLM-L12-H384 in small: twelve layers and heads, the inner layer four times as wide."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 96}
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**sizes, max_position_embeddings=20, **TEXT)
+    )
+
+
+def tinybert():
+    """TinyBERT in small: four layers, twelve heads, an inner layer of 1200 to 312."""
+    sizes = {"hidden_size": 36, "num_attention_heads": 12, "num_hidden_layers": 4, "intermediate_size": 138}
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**sizes, max_position_embeddings=20, **TEXT)
+    )
 
 
 def distilbert():
@@ -79,7 +96,9 @@ def images(size=32):
 
 
 MODELS = {
-    "bert": (bert, text),  # MiniLM and TinyBERT are BERTs of other sizes
+    "bert": (bert, text),
+    "minilm": (minilm, text),
+    "tinybert": (tinybert, text),
     "distilbert": (distilbert, text),
     "squeezebert": (squeezebert, text),
     "openai_gpt": (openai_gpt, text),
@@ -95,15 +114,37 @@ def doubled(x):
     return {k: v.double() if v.is_floating_point() else v for k, v in x.items()} if isinstance(x, dict) else x.double()
 
 
+class Kinks(TorchFunctionMode):
+    """On which side of its kink every ReLU is while a batch of 3 passes, and which entries max-pooling picks."""
+
+    def __init__(self):
+        super().__init__()
+        self.sides = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.relu, torch.relu_):
+            self.sides.append((args[0] > 0).flatten(1))
+        elif func is torch.max_pool2d:
+            self.sides.append(torch.ops.aten.max_pool2d_with_indices(*args, **(kwargs or {}))[1].flatten(1))
+        return func(*args, **(kwargs or {}))
+
+    def differ(self, other):
+        """[N] how many of each input's differ."""
+        pairs = zip(self.sides, other.sides, strict=True)
+        return sum(((a != b).sum(1) for a, b in pairs if len(a) == 3), torch.zeros(3))
+
+
 @pytest.mark.parametrize(("make", "inputs"), MODELS.values(), ids=MODELS)
 def test_every_entry_of_the_state(make, inputs):
     torch.manual_seed(0)
     model, x = make(), inputs()
     states, weights = reference.perturbed(model)
-    single = trace(model, states, x, method="influence", weights=weights)
+    with Kinks() as rounded:
+        single = trace(model, states, x, method="influence", weights=weights)
     model, x = model.double(), doubled(x)
     states = {who: doubled(state) for who, state in states.items()}
-    found = trace(model, states, x, method="influence", weights=weights, targets=single.targets)
+    with Kinks() as exact:
+        found = trace(model, states, x, method="influence", weights=weights, targets=single.targets)
     rows = [reference.row(x, n) for n in range(3)]
     slow = torch.stack([
         reference.influence(model, states, weights, row, target)
@@ -113,8 +154,13 @@ def test_every_entry_of_the_state(make, inputs):
     assert (found.contributions - slow).abs().max() <= 1e-9 * size
     alone = trace(model, states, rows[1], method="influence", weights=weights, targets=found.targets[1:2])
     assert (alone.contributions[0] - found.contributions[1]).abs().max() <= 1e-9 * size
-    # in float32 a ReLU may flip on a pre-activation that is 0 within rounding: a rare input, hence the median
-    assert (single.contributions - found.contributions).abs().amax(1).median() <= 1e-4 * size
+    # float32 rounds a pre-activation of about 0 to the other side, now and then: a ReLU flips and the gradient jumps,
+    # by 1e-4 to 1e-2 of the size for a single flip. That is the derivative of a kink, not an error of the engine
+    flipped = rounded.differ(exact) > 0
+    off = (single.contributions - found.contributions).abs().amax(1)
+    assert (~flipped).any()
+    assert off[~flipped].max() <= 1e-5 * size
+    assert off.max() <= 0.05 * size
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "squeezebert", "openai_gpt", "gpt2", "resnet18"])

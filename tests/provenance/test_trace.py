@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from tests.provenance import reference
@@ -295,3 +296,17 @@ def test_integrated_is_exact_where_the_output_is_quadratic():
     found = trace(model, states, x, method="integrated", weights=weights, reference=incoming, steps=1)
     close(found.contributions.sum(1) + found.residual, found.change)
     assert found.residual.abs().max() > 1e-3  # the global model is not the mean of these clients
+
+
+def test_integrated_resnet18():
+    """Of real shape, BatchNorm's statistics moving along: below 1 % at the default number of steps."""
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32)
+    incoming = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 32, 32))
+    states, weights = reference.perturbed(model)
+    model.load_state_dict(reference.fused(states, weights))
+    found = trace(model, states, x, method="integrated", weights=weights, reference=incoming)
+    assert found.change.abs().min() > 0.1
+    assert found.completeness_error.mean() < 0.01

@@ -1,0 +1,74 @@
+"""A Flower app of your own, recorded and traced: your model, your data, your training; any strategy of Flower."""
+
+import sys
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+from torch import nn
+
+from tracefl import Run, trace
+from tracefl.data.examples import Examples
+from tracefl.federation.client_app import identify
+from tracefl.federation.server_app import identify_nodes
+from tracefl.federation.strategy import Recorder
+from tracefl.runs import ClientInfo
+from tracefl.training import evaluate
+
+FOLDER, CLIENTS, ROUNDS = sys.argv[1] if len(sys.argv) > 1 else "logs/own-app", 4, 3
+client_app, server_app = ClientApp(), ServerApp()
+client_app.query()(identify)  # so that the server learns once which node is which client
+
+
+def new_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, CLIENTS))
+
+
+def blob(label: int) -> Examples:
+    """Client k holds points around the k-th corner, and no other class."""
+    corner = torch.tensor([label % 2, label // 2]) * 4.0 - 2.0
+    points = corner + torch.randn(50, 2, generator=torch.Generator().manual_seed(label))
+    return Examples(points, torch.full((50,), label))
+
+
+@client_app.train()
+def train(message: Message, context) -> Message:
+    model, data = new_model(), blob(int(context.node_config["partition-id"]))
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data.inputs), data.labels).backward()
+        optimizer.step()
+    reply = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": len(data)})}
+    return Message(RecordDict(reply), reply_to=message)
+
+
+@server_app.main()
+def serve(grid, context) -> None:
+    torch.manual_seed(0)
+    model, test = new_model(), [blob(label) for label in range(CLIENTS)]
+    test = Examples(torch.cat([part.inputs for part in test]), torch.cat([part.labels for part in test]))
+
+    def score(state):
+        model.load_state_dict(state)
+        return evaluate(model, test)
+
+    nodes = identify_nodes(grid, CLIENTS)
+    clients = [ClientInfo(client, {int(client): 50}) for client in sorted(nodes.values())]
+    run = Run.create(FOLDER, initial=model.state_dict(), clients=clients, seed=0)
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=CLIENTS, min_available_nodes=CLIENTS)
+    recorder = Recorder(strategy, run, nodes, clients_per_round=CLIENTS, seed=0, evaluate=score)
+    recorder.start(grid, ArrayRecord(model.state_dict()), ROUNDS, train_config=ConfigRecord())
+
+
+if __name__ == "__main__":
+    run_simulation(server_app, client_app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1}})
+    last, model = Run.open(FOLDER).round(ROUNDS), new_model()
+    model.load_state_dict(dict(Run.open(FOLDER).global_state(ROUNDS)))
+    states = {client.id: last.client_state(client.id) for client in last.clients}
+    weights = {client.id: client.weight for client in last.clients}
+    print(trace(model, states, torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), weights=weights, method="influence"))
