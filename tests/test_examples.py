@@ -16,8 +16,8 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_three_state_dicts():
-    out = run("three_state_dicts.py")
-    assert out in (EXAMPLES.parent / "README.md").read_text()
+    answer = "\n".join(run("three_state_dicts.py").splitlines()[:3])
+    assert answer in (EXAMPLES.parent / "README.md").read_text()
 
 
 @pytest.mark.slow

