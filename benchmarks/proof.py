@@ -35,7 +35,7 @@ FAMILIES = {
 ALL_TO_ZERO = ",".join(f"{label}:0" for label in range(1, 14))
 SETTINGS = {
     "clean": [],
-    "faulty": ["dirichlet_alpha=0.7", "faulty_clients_ids=[0]", f"label2flip={{{ALL_TO_ZERO}}}"],
+    "faulty": ["dirichlet_alpha=0.7", "faulty_clients_ids=[9]", f"label2flip={{{ALL_TO_ZERO}}}"],
     "private": ["noise_multiplier=0.003", "clipping_norm=15"],
 }
 
@@ -49,9 +49,10 @@ def row(family: str, setting: str, logs: Path, data: str, extra: list[str]) -> d
     (folder,) = logs.glob(f"{key}-*")
     rounds, timings = pd.read_csv(folder / "rounds.csv"), pd.read_csv(folder / "timings.csv").set_index("method")
     mean, seconds = rounds.mean(), timings["seconds_per_localization"]
-    pair = "{:.1f} / {:.1f}"
-    found = pair.format(100 * mean["localization_accuracy"], 100 * mean["localization_accuracy_influence"])
-    top = pair.format(100 * mean["top_holder_accuracy"], 100 * mean["top_holder_accuracy_influence"])
+    found, top = (
+        f"{100 * mean[metric]:.1f} / {100 * mean[metric + '_influence']:.1f}"
+        for metric in ("localization_accuracy", "top_holder_accuracy")
+    )
     return {
         "model, data": family,
         "setting": setting,
@@ -61,7 +62,9 @@ def row(family: str, setting: str, logs: Path, data: str, extra: list[str]) -> d
         "top holder (neuron / influence)": top,
         "top holder by chance": f"{100 * mean['top_holder_chance']:.1f}",
         "FedDebug": f"{100 * mean['feddebug_accuracy']:.1f}" if "feddebug_accuracy" in mean else "-",
-        "seconds per input": f"{seconds['neuron']:.3f} / {seconds['influence']:.3f}",
+        "seconds per input": " / ".join(
+            f"{seconds.get(method, float('nan')):.3f}" for method in ("neuron", "influence")
+        ),
     }
 
 
