@@ -3,9 +3,10 @@
     python benchmarks/influence_ground_truth.py --data ../shared/data/mnist --model resnet18
     python benchmarks/influence_ground_truth.py --data ../shared/data/cifar10 --model densenet121
     python benchmarks/influence_ground_truth.py --data ../shared/data/dbpedia_14 --model bert --rounds 6
+    python benchmarks/influence_ground_truth.py --run logs/<a recorded run>
 
-Trains by plain FedAvg (clients by Dirichlet, Adam at 1e-3, 2 epochs, batch 32) and then, for the last `--judged`
-rounds, explains test inputs that the released model gets right. Mean over inputs of
+Without a recorded run, trains by plain FedAvg (clients by Dirichlet, Adam at 1e-3, 2 epochs, batch 32). For the last
+`--judged` rounds, explains test inputs that the released model gets right. Mean over inputs of
   client-LDS   Spearman, over coalitions, of the sum of the members' scores with the log-odds of the coalition's model
   rho loo      Spearman, over clients, with exact leave-one-out;   rho Shapley: with exact Shapley values
   top holder   how often the best score is that of the client with the most examples of the label (chance: 1 / K)
@@ -18,15 +19,21 @@ import copy
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
+from tracefl.checks import load
+from tracefl.data.prepare import prepare
 from tracefl.evaluation import coalitions
+from tracefl.models import build_model, load_exchanged_state, model_spec
 from tracefl.provenance import trace
+from tracefl.runs import Run
 
 Inputs = Tensor | dict[str, Tensor]
 
@@ -40,7 +47,7 @@ def logits(model: nn.Module, inputs: Inputs) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def load(folder: Path, split: str, limit: int, seed: int) -> pd.DataFrame:
+def examples_of(folder: Path, split: str, limit: int, seed: int) -> pd.DataFrame:
     return pd.read_parquet(next(folder.glob(f"{split}-*.parquet"))).sample(limit, random_state=seed)
 
 
@@ -133,9 +140,37 @@ def judge(
     return lines
 
 
+def report(model: nn.Module, *given: Any) -> None:
+    lines = judge(model, *given)
+    print(lines[0])
+    print("| scores | client-LDS | rho loo | rho Shapley | top holder |\n|---|---|---|---|---|")
+    print("\n".join(lines[1:]), flush=True)
+
+
+def judge_recorded(folder: Path, judged: int, inputs: int) -> None:
+    run, config = Run.open(folder), load(OmegaConf.load(folder / "config.yaml"))
+    data = prepare(config)
+    model, examples = build_model(model_spec(config, data)), data.server()
+    labels = {client.id: client.label_counts for client in run.clients}
+    for record in run.rounds[-judged:]:
+        view = run.round(record.number)
+        load_exchanged_state(model, dict(run.global_state(record.number)))
+        states = {client.id: dict(view.client_state(client.id)) for client in view.clients}
+        weights = {client.id: client.weight for client in view.clients}
+        right = (run.predictions(record.number) == examples.labels).nonzero()[:inputs, 0]
+        chosen = examples[right]
+        held = torch.tensor([[labels[who].get(label, 0) for label in range(data.num_classes)] for who in states])
+        print(f"round {record.number}: accuracy {record.accuracy:.2f} on {len(examples)} examples of the server")
+        if len(right):
+            incoming = dict(run.global_state(record.number - 1))
+            report(model, states, weights, incoming, chosen.inputs, chosen.labels, held)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train-*.parquet and test-*.parquet")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder with train-*.parquet and test-*.parquet")
+    source.add_argument("--run", type=Path, help="folder of a recorded run")
     parser.add_argument("--model", default="resnet18", help="bert, or any classifier of torchvision")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--alpha", type=float, default=0.3)
@@ -145,8 +180,11 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.run:
+        judge_recorded(options.run, options.judged, options.inputs)
+        return
     seed = options.seed
-    frames = [load(options.data, "train", options.examples, seed), load(options.data, "test", 500, seed)]
+    frames = [examples_of(options.data, "train", options.examples, seed), examples_of(options.data, "test", 500, seed)]
     label = next(name for name in ("label", "fine_label", "topic") if name in frames[0])
     y, y_test = (torch.tensor(frame[label].to_numpy()) for frame in frames)
     x, x_test = texts(frames) if options.model == "bert" else [images(frame) for frame in frames]
@@ -176,10 +214,7 @@ def main() -> None:
         print(f"round {number}: accuracy {len(right) / len(y_test):.2f} on {len(y_test)} test examples", flush=True)
         if number > options.rounds - options.judged and len(right):
             chosen = right[: options.inputs]
-            lines = judge(model, states, weights, incoming, rows(x_test, chosen), y_test[chosen], held)
-            print(lines[0])
-            print("| scores | client-LDS | rho loo | rho Shapley | top holder |\n|---|---|---|---|---|")
-            print("\n".join(lines[1:]), flush=True)
+            report(model, states, weights, incoming, rows(x_test, chosen), y_test[chosen], held)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from torch import Tensor
 
 Select = Callable[[Tensor], Tensor]
 
-_TILE = 1 << 22  # bytes of one tile of stacked client weights: in cache between the copy and the product
-_BLOCK = 1 << 23  # bytes of written-out gradient at a time on the route through `Outer.dense`
+_TILE = 1 << 23  # bytes of one tile of stacked client weights: in cache between the copy and the product
+_BLOCK = 1 << 25  # bytes of written-out gradient at a time on the route through `Outer.dense`
 
 
 def whole(theta: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 
 Contracted with W_g - W_ref the integral is y(W_g) - y(W_ref), so the error of the sum is known. Networks of ReLUs are
 not smooth along the path: the error falls as 1 / steps for every rule, and this one keeps its points when refined.
+ResNet-18, first round from random weights, 4, 8, 16, 32 points: 14, 4.7, 2.5, 0.7 % by this rule, 7.3, 4.6, 3.1, 1.2 %
+by Gauss and Legendre's; points crowded at the start, where the variances move most, gain nothing either.
 """
 
 from __future__ import annotations
