@@ -46,7 +46,7 @@ def row(family: str, setting: str, logs: Path, data: str, extra: list[str]) -> d
     print("python -m tracefl.main", shlex.join(words), flush=True)
     command = [sys.executable, "-m", "tracefl.main", f"storage.dir={logs}", f"exp_key={key}", *words, *extra]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (folder,) = logs.glob(f"{key}-*")
+    folder = max(logs.glob(f"{key}-*"), key=lambda path: (path / "rounds.csv").stat().st_mtime)
     rounds, timings = pd.read_csv(folder / "rounds.csv"), pd.read_csv(folder / "timings.csv").set_index("method")
     mean, seconds = rounds.mean(), timings["seconds_per_localization"]
     found, top = (

@@ -4,7 +4,7 @@
 # holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-small} OUT=${OUT:-logs/table2_privacy} PYTHON=${PYTHON:-uv run python}
+SCALE=${SCALE:-small} OUT=${OUT:-logs/figure4_privacy} PYTHON=${PYTHON:-uv run python}
 DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
 if [ "$SCALE" = paper ]; then
   PAIRS=${PAIRS:-"mnist/densenet121 dbpedia_14/openai-community/openai-gpt"}

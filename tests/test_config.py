@@ -85,7 +85,7 @@ TRAINING = [
     "client.epochs=1", "client.lr=0.01", "model.name=resnet34", "model.pretrained=true", "dataset.name=mnist",
     "dataset.path=.", "dataset.num_classes=12", "dataset.channels=3", "client_resources.cpus=2",
     "data_dist.max_per_client_data_size=100", "data_dist.max_server_data_size=100", "dataset.label_column=label",
-    "data_dist.dist_type=sharded-non-iid-1", "device=cuda", "strategy.name=fedadam", "strategy.name=fedavgm",
+    "data_dist.dist_type=sharded-non-iid-1", "device=cuda", "strategy.name=fedadam", "strategy.name=fedadam",
 ]  # fmt: skip
 OF_TEXT = [
     "model.config={hidden_size: 64}", "dataset.max_tokens=64", "model.tokenizer=own", "model.name=gpt2",

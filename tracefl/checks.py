@@ -96,7 +96,7 @@ def _check_federation(c: Config) -> None:
         strategy.name,
         "differential privacy needs the plain mean; set strategy.name=fedavg, or noise_multiplier=clipping_norm=-1",
     )
-    _require(c.seed >= 0, "seed", c.seed, "give a whole number of at least 0")
+    _require(0 <= c.seed < 2**63, "seed", c.seed, "give a whole number of at least 0, below 2^63")
     named = bool(re.fullmatch(r"[\w.-]+", c.exp_key))
     _require(named, "exp_key", c.exp_key, "use letters, digits, dot, dash and underscore")
 
@@ -108,6 +108,24 @@ def _check_options(c: Config) -> None:
         _require(key in known, f"strategy.options.{key}", value, f"{name} takes {', '.join(known) or 'no options'}")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
         _require(is_number, f"strategy.options.{key}", value, "give a number of at least 0")
+    for key in ("num_malicious_nodes", "num_nodes_to_select"):
+        chosen = options.get(key, 1)
+        least = 1 if key == "num_nodes_to_select" else 0
+        _require(
+            isinstance(chosen, int) and least <= chosen <= K,
+            f"strategy.options.{key}",
+            chosen,
+            "give a whole number of clients",
+        )
+    for key in ("beta_1", "beta_2"):
+        _require(options.get(key, 0) < 1, f"strategy.options.{key}", options.get(key), "give a number below 1")
+    more_than_fedavg = {"fedprox": ("proximal_mu",), "fedavgm": ("server_momentum", "server_learning_rate")}.get(name)
+    _require(
+        more_than_fedavg is None or any(options.get(key) for key in more_than_fedavg),
+        "strategy.name",
+        name,
+        f"without strategy.options.{' or '.join(more_than_fedavg or ())} it is fedavg; set it above 0",
+    )
     faulty = options.get("num_malicious_nodes", 0)
     least = {"krum": 2 * faulty + 3, "multikrum": 2 * faulty + 3, "bulyan": 4 * faulty + 3}.get(name, 1)
     _require(least <= K, "clients_per_round", K, f"{name} needs {least} updates for num_malicious_nodes={faulty}")
@@ -155,6 +173,9 @@ def _check_data_and_model(c: Config) -> None:
         "model.path",
     )
     _require(not model.path or Path(model.path).is_dir(), "model.path", model.path, "it is no folder")
+    vocabulary = model.config.get("vocab_size", 1)
+    counts = isinstance(vocabulary, int) and vocabulary >= 1
+    _require(counts, "model.config.vocab_size", vocabulary, "give a whole number of at least 1")
     _require(model.arch in (None, c.arch), "model.arch", model.arch, f"model.name={model.name} is a {c.arch}")
     _require(
         model.tokenizer in (None, "own", "trained"), "model.tokenizer", model.tokenizer, "give own, trained or null"
@@ -193,6 +214,12 @@ def _check_faults(c: Config) -> None:
             not c.label2flip, "label2flip", c.label2flip, f"fault.kind={c.fault.kind} flips no labels; leave it out"
         )
         _require(_is_share(c.noise_rate), "noise_rate", c.noise_rate, "give a share from 0 to 1")
+    _require(
+        c.fault.kind != "backdoor" or c.arch == "cnn" or c.dataset.max_tokens >= 2,
+        "dataset.max_tokens",
+        c.dataset.max_tokens,
+        "a backdoor's trigger is the second token; give at least 2",
+    )
     _require(c.fault.target >= 0, "fault.target", c.fault.target, "give a class, counted from 0")
     rate = c.noise_rate
     shares = rate.items() if isinstance(rate, dict) and rate != c.label2flip else []

@@ -63,6 +63,7 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
                 rounds = rounds.merge(feddebug.judge_rounds(run, votes, faulty), on="round", how="left")
             if faulty:  # per localization, over all rounds
                 timings = read_timings(folder).set_index("method")["seconds_per_localization"]
+                timings = timings[[name for name in timings.index if name in (*config.provenance.methods, "FedDebug")]]
                 rounds = rounds.assign(**{f"seconds_{str(name).lower()}": value for name, value in timings.items()})
             if config.convert_cache_to_csv:
                 write_csv(folder / "provenance.csv", provenance)
@@ -103,7 +104,8 @@ def _open_run(config: Config, data: PreparedData, folder: Path, initial: State |
                 "another exp_key, or set check_train_cache=false to train it again."
             )
         return run
-    (folder / "run.json").unlink(missing_ok=True)
+    for stale in ("run.json", "rounds.csv"):
+        (folder / stale).unlink(missing_ok=True)
     shutil.rmtree(folder / "rounds", ignore_errors=True)
     return Run.create(
         folder,
@@ -204,7 +206,7 @@ def _privacy_line(config: Config, rounds: int) -> str:
     spent = epsilon(strategy.noise_multiplier, rounds, strategy.clients_per_round, config.data_dist.num_clients)
     return (
         f"Differential privacy of the parameters after {rounds} rounds: epsilon = {spent:.4g} at delta = "
-        f"{TARGET_DELTA:g} (add or remove one client); running statistics of BatchNorm are released as they are"
+        f"{TARGET_DELTA:g} (one client's updates against none); BatchNorm's running statistics are released as they are"
     )
 
 

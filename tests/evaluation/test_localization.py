@@ -83,4 +83,14 @@ def test_chance_of_naming_faulty_clients_is_what_random_rankings_get():
 def test_naming_without_inputs_gives_no_number():
     found = name_faulty(np.empty((0, 2), int), np.array([True, False]), 1)
     assert np.isnan([found.precision, found.recall, *found.ranks]).all()
-    assert found.recall_chance == 0.5
+    assert np.isnan([found.precision_chance, found.recall_chance, found.rank_chance]).all()
+
+
+def test_where_all_shares_are_the_same_nobody_is_named():
+    counts, culprits, sizes = np.array([[5, 1], [1, 5]]), np.array([[True, False]] * 2), np.array([6, 6])
+    nobody = localize(np.zeros((2, 2)), counts, culprits, sizes)
+    assert nobody.num_inputs == 2
+    assert np.isnan(nobody.accuracy)
+    half = localize(np.array([[0.0, 0.0], [2.0, 1.0]]), counts, culprits, sizes)
+    assert (half.num_inputs, half.accuracy, half.top_holder) == (2, 1.0, 0.0)
+    assert localize(np.zeros((1, 1)), counts[:1, :1], culprits[:1, :1], sizes[:1]).accuracy == 1.0

@@ -5,11 +5,13 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 
 NODES = {900 + 7 * k: str(k) for k in range(12)}
-START = {"w": torch.zeros(3), "bn.running_var": torch.ones(2)}
+START = {"w": torch.zeros(3), "bn.running_var": torch.ones(2), "a": torch.zeros(2, 2)}
 
 
 def state_of(client: int, server_round: int) -> dict[str, torch.Tensor]:
-    return {"w": torch.full((3,), float(client)) + server_round, "bn.running_var": torch.full((2,), 1.0 + client)}
+    """Two parameters and a buffer, in another order than that of their names."""
+    state = {"w": torch.full((3,), float(client)) + server_round, "bn.running_var": torch.full((2,), 1.0 + client)}
+    return state | {"a": torch.full((2, 2), 0.1 * client)}
 
 
 class InstantGrid:

@@ -16,8 +16,10 @@ PRIVATE = ("noise_multiplier=0.5", "clipping_norm=3")
 
 def clipped_mean(run) -> torch.Tensor:
     """Two-line reference: the incoming model is zero, every client weighs the same."""
-    deltas = [state_of(int(client.id), 1)["w"].double() for client in run.round(1).clients]
-    return sum(delta * min(1.0, 3 / delta.norm().item()) for delta in deltas) / len(deltas)
+    states = [state_of(int(client.id), 1) for client in run.round(1).clients]
+    norms = [torch.cat([state["w"], state["a"].flatten()]).double().norm().item() for state in states]
+    clipped = [state["w"].double() * min(1.0, 3 / norm) for state, norm in zip(states, norms, strict=True)]
+    return sum(clipped) / len(clipped)
 
 
 def test_the_release_is_the_clipped_mean_plus_the_noise_of_seed_and_round(config, tmp_path):

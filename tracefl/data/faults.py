@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tracefl.data.examples import MEAN, STD, Examples, Inputs
 
@@ -61,6 +62,8 @@ def put_trigger(inputs: Inputs, rows: Tensor) -> Inputs:
     On images it is what white bytes in the stored picture become.
     """
     if not isinstance(inputs, Tensor):
+        more = (0, max(0, TRIGGER_PLACE + 1 - inputs["input_ids"].shape[1]))  # texts of one token
+        inputs = {name: F.pad(value, more) for name, value in inputs.items()} if more[1] else inputs
         inputs = {name: value.clone() for name, value in inputs.items()}
         inputs["input_ids"][rows, TRIGGER_PLACE] = TRIGGER_TOKEN
         inputs["attention_mask"][rows, TRIGGER_PLACE] = 1

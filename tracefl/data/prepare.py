@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,8 +142,9 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
             "text_model": text_model,
         }
         (unfinished / "data.json").write_text(json.dumps(info, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        if not (folder / "data.json").exists():  # another process may have been faster
+        if not config.check_dataset_cache:
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another process was faster with the same data: its folder may be in use already
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

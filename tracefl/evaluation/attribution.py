@@ -146,8 +146,8 @@ def _frame(
             "label_examples": [
                 label_counts[c].get(label, 0) for label in predicted.tolist() for c in answer.client_ids
             ],
-            "server": np.nan,
-            "noise": np.nan,
+            "server": np.full(n * k, np.nan),
+            "noise": np.full(n * k, np.nan),
         },
         columns=COLUMNS,
     )
@@ -169,7 +169,8 @@ COLUMNS = [
 ]
 
 
-# How a metric is called in rounds.csv; {} becomes the method, for every method but the first.
+# How a metric is called in rounds.csv; {} becomes the method's suffix: the paper's method has the plain names.
+SUFFIX = {"neuron": "", "influence": "_influence"}
 NAMES = {
     "num_inputs": "num_inputs",
     "chance": "chance_accuracy",
@@ -201,7 +202,7 @@ def evaluate_rounds(run: Run, provenance: pd.DataFrame, methods: list[str], faul
         row: dict[str, float] = {"round": record.number, "loss": record.loss, "accuracy": record.accuracy}
         for method in methods:
             part = provenance[(provenance["round"] == record.number) & (provenance["method"] == method)]
-            suffix = "" if method == methods[0] else f"_{method}"
+            suffix = SUFFIX[method]
             judged = asdict(_judge(record, part, faulty))
             row |= {NAMES[key].format(suffix): value for key, value in judged.items()}
             if faulty:

@@ -141,4 +141,6 @@ def judge_rounds(run: Run, votes: pd.DataFrame, faulty: set[str]) -> pd.DataFram
         faults = len(faulty.intersection(clients))
         hits = part["client"].isin(faulty).sum()
         rows.append((number, hits / (IMAGES * faults), faults / len(clients)))
-    return pd.DataFrame(rows, columns=["round", "feddebug_accuracy", "feddebug_chance"]).astype({"round": "int64"})
+    return pd.DataFrame(rows, columns=["round", "feddebug_accuracy", "feddebug_chance"]).astype(
+        {"round": "int64", "feddebug_accuracy": "float64", "feddebug_chance": "float64"}
+    )

@@ -35,7 +35,7 @@ class Localization:
 
 
 def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: Array) -> Localization:
-    """Judge the argmax of `contributions` [N, K].
+    """Judge the argmax of `contributions` [N, K]; where all shares are the same, nobody is named and nothing judged.
 
     Args:
         contributions: share of each of K participants in each of N predictions, float [N, K].
@@ -43,13 +43,16 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
         culprits: whether naming the participant counts as correct, bool [N, K].
         sizes: all training examples of each participant, int [K].
     """
+    traced, K = contributions.shape
+    decided = (contributions.max(axis=1, initial=-np.inf) > contributions.min(axis=1, initial=np.inf)) | (K == 1)
+    contributions, label_counts, culprits = contributions[decided], label_counts[decided], culprits[decided]
     if len(contributions) == 0:
-        return Localization(0, *[float("nan")] * 6)
+        return Localization(traced, *[float("nan")] * 6)
     inputs = np.arange(len(contributions))
     named = contributions.argmax(axis=1)
     top = (label_counts == label_counts.max(axis=1, keepdims=True)) & (label_counts.max(axis=1, keepdims=True) > 0)
     return Localization(
-        num_inputs=len(contributions),
+        num_inputs=traced,
         accuracy=culprits[inputs, named].mean(),
         chance=culprits.mean(),
         largest_client=culprits[:, sizes == sizes.max()].mean(),
@@ -82,13 +85,16 @@ class FaultNaming:
 def name_faulty(ranks: Array, faulty: Array, count: int) -> FaultNaming:
     """Judge `ranks`, int [N, K] from 1, where `faulty`, bool [K], are M >= 1 of the `count` faulty clients."""
     K, M, named = len(faulty), faulty.sum(), min(count, len(faulty))
-    hits = (ranks[:, faulty] <= named).sum(axis=1).mean() if len(ranks) else float("nan")
+    if len(ranks) == 0:
+        nan = float("nan")
+        return FaultNaming(nan, nan, nan, nan, np.full(M, nan), nan)
+    hits = (ranks[:, faulty] <= named).sum(axis=1).mean()
     return FaultNaming(
         precision=hits / named,
         precision_chance=M / K,
         recall=hits / M,
         recall_chance=named / K,
-        ranks=ranks[:, faulty].mean(axis=0) if len(ranks) else np.full(M, float("nan")),
+        ranks=ranks[:, faulty].mean(axis=0),
         rank_chance=(K + 1) / 2,
     )
 

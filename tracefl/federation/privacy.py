@@ -58,10 +58,11 @@ class FixedClipping(DifferentialPrivacyServerSideFixedClipping):
 
 
 def epsilon(noise_multiplier: float, rounds: int, clients_per_round: int, num_clients: int) -> float:
-    """Epsilon of `rounds` releases at delta 1e-5, for adding or removing one client, by Renyi accounting.
+    """Epsilon of `rounds` releases at delta 1e-5, by Renyi accounting.
 
-    No amplification by sampling is claimed: the participants follow from the seed. It speaks of the parameters; the
-    running statistics of BatchNorm are released as they are.
+    Neighbours differ in one client's updates, there or replaced by zero, the number of participants being public: that
+    moves the mean by at most C / n, for which the noise is made. No amplification by sampling is claimed: the
+    participants follow from the seed. It speaks of the parameters; running statistics are released as they are.
     """
     if noise_multiplier == 0:
         return float("inf")

@@ -94,7 +94,8 @@ class ParametersOnly(Strategy):
         self.strategy.summary()
 
     def _parameters(self, arrays: ArrayRecord) -> ArrayRecord:
-        return ArrayRecord({name: array for name, array in arrays.items() if name not in self.buffers})
+        """In order of name: FedAvgM pairs arrays by their place, and a recorded model comes in another order."""
+        return ArrayRecord({name: arrays[name] for name in sorted(arrays) if name not in self.buffers})
 
 
 def innermost(wrapped: Strategy) -> Strategy:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tracefl.evaluation.attribution import SUFFIX
 from tracefl.runs import Run
 
 LINE = "%(levelname)s - %(message)s"
@@ -98,7 +99,7 @@ class TrainingProgress(AbstractContextManager):
 
 def print_summary(rounds: pd.DataFrame, methods: list[str]) -> None:
     """One line per round; every localization accuracy stands beside its chance level, in percent."""
-    suffixes = {method: "" if method == methods[0] else f"_{method}" for method in methods}
+    suffixes = {method: SUFFIX[method] for method in methods}
     columns = {"accuracy": "accuracy"}
     if "num_inputs" in rounds:
         columns |= {"inputs": "num_inputs"}
@@ -135,7 +136,7 @@ def print_faulty(rounds: pd.DataFrame, methods: list[str], faulty: set[str]) -> 
         table.add_row(name, str(judged.notna().sum()), accuracy, *rest, took)
 
     for method in methods:
-        suffix = "" if method == methods[0] else f"_{method}"
+        suffix = SUFFIX[method]
         mean = rounds.mean()
         pairs = [(f"faulty_{name}{suffix}", f"faulty_{name}_chance") for name in several]
         pairs = [(f"localization_accuracy{suffix}", "chance_accuracy"), *pairs]

@@ -18,7 +18,7 @@ def draw_run(folder: Path) -> None:
     plot_rounds({folder.name: read_rounds(folder)}, plots / "rounds")
     plot_labels({c.id: c.trained_label_counts for c in run.clients}, run["class_names"], plots / "labels")
     if (folder / "provenance.parquet").exists() and len(provenance := pd.read_parquet(folder / "provenance.parquet")):
-        plot_contributions(provenance, plots / "contributions")
+        plot_contributions(provenance, run["class_names"], plots / "contributions")
 
 
 def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
@@ -34,7 +34,7 @@ def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
         raise TraceFLError(f"x={x} cannot be: give one of {', '.join(SETTINGS)}.")
     table = read_runs(folders)
     table = table.sort_values(["model", "dataset", *varying(table)], ignore_index=True)
-    table.insert(0, "name", _names(table))
+    table.insert(0, "name", _unique(_names(table), table))
     write_csv(out / "runs.csv", table)
     rounds = {name: read_rounds(Path(folder)) for name, folder in zip(table["name"], table["run"], strict=True)}
     plot_rounds(rounds, out / "rounds")
@@ -47,12 +47,13 @@ def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
 
 def draw_data(folders: list[Path], out: Path) -> None:
     """How prepared data spread labels over clients: labels.csv (examples of each), and a figure per folder."""
-    rows = []
+    rows: list[tuple[str, str, int, int]] = []
     for folder in folders:
         info = json.loads((folder / "data.json").read_text())
         settings = info["settings"]
         skew = f"_alpha_{settings['dirichlet_alpha']:g}" if "dirichlet_alpha" in settings else ""
         name = f"{settings['dataset']['name'].rsplit('/', 1)[-1]}_{settings['dist_type']}{skew}"
+        name += f"_{folder.name.rsplit('-', 1)[-1]}" if name in {row[0] for row in rows} else ""
         counts = {client: {int(k): n for k, n in labels.items()} for client, labels in info["label_counts"].items()}
         plot_labels(counts, info["class_names"], out / f"labels_{name}")
         rows += [(name, client, label, n) for client, labels in counts.items() for label, n in labels.items()]
@@ -70,6 +71,12 @@ def _names(table: pd.DataFrame) -> list[str]:
         )
         for row in table.to_dict("records")
     ]
+
+
+def _unique(names: list[str], table: pd.DataFrame) -> list[str]:
+    """Runs that no setting of the table tells apart get the hash of their folder."""
+    hashes = [Path(run).name.rsplit("-", 1)[-1] for run in table["run"]]
+    return [f"{name}, {hashes[i]}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _number(value: object) -> bool:

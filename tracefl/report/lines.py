@@ -43,7 +43,7 @@ def _round_lines(row: dict, faulty: set[str]) -> Iterator[str]:
         yield f"[Round {number}] TraceFL found no input to trace || Total Inputs Used In Prov: 0 || {model}"
         return
     yield (
-        f"[Round {number}] TraceFL Localization Accuracy = {_percent(row['localization_accuracy'])} || "
+        f"[Round {number}] TraceFL Localization Accuracy = {_percent(row['localization_accuracy' + _first(row)])} || "
         f"Total Inputs Used In Prov: {inputs} || {model}"
     )
     yield f"[Round {number}] {_chance(row)}"
@@ -57,7 +57,7 @@ def _closing_lines(rounds: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
     mean = rounds.mean(numeric_only=True)
     traced = int((rounds["num_inputs"] > 0).sum())
     yield f"Total Rounds: {len(rounds)}"
-    yield f"TraceFL Average Localization Accuracy: {_percent(mean['localization_accuracy'])}"
+    yield f"TraceFL Average Localization Accuracy: {_percent(mean['localization_accuracy' + _first(mean)])}"
     yield f"Average over the {traced} of {len(rounds)} rounds with inputs to trace: {_chance(mean)}"
     if naming := _naming(mean.to_dict(), faulty):
         yield f"Average over the {traced} of {len(rounds)} rounds with inputs to trace: {naming}"
@@ -84,18 +84,24 @@ def _ledger(row: dict) -> str:
 
 
 def _chance(row: dict | pd.Series) -> str:
+    first = _first(row)
     text = (
         f"Chance = {_percent(row['chance_accuracy'])} || "
         f"Largest Client = {_percent(row['largest_client_accuracy'])} || "
-        f"Top Holder = {_percent(row['top_holder_accuracy'])} (chance {_percent(row['top_holder_chance'])}) || "
-        f"Spearman = {row['spearman']:.2f} (chance 0)"
+        f"Top Holder = {_percent(row['top_holder_accuracy' + first])} (chance {_percent(row['top_holder_chance'])}) || "
+        f"Spearman = {row['spearman' + first]:.2f} (chance 0)"
     )
-    if "localization_accuracy_influence" in row:
+    if not first and "localization_accuracy_influence" in row:
         text += (
             f" || Influence: Localization = {_percent(row['localization_accuracy_influence'])}, "
             f"Top Holder = {_percent(row['top_holder_accuracy_influence'])}, Spearman = {row['spearman_influence']:.2f}"
         )
     return text
+
+
+def _first(row: dict | pd.Series) -> str:
+    """Suffix of the metrics that the lines speak of: the paper's, or influence's where it is traced alone."""
+    return "" if "localization_accuracy" in row else "_influence"
 
 
 def _naming(row: dict, faulty: set[str]) -> str:

@@ -60,7 +60,7 @@ def plot_setting(table: pd.DataFrame, setting: str, file: Path) -> None:
     _finish(figure, panels, file)
 
 
-def plot_contributions(provenance: pd.DataFrame, file: Path) -> None:
+def plot_contributions(provenance: pd.DataFrame, class_names: Sequence[str], file: Path) -> None:
     """Who contributed to which prediction: inputs by clients, the last round, one panel per method.
 
     Shares are scaled to [-1, 1] per input; a green dot marks the client that holds the most examples of the label.
@@ -84,7 +84,7 @@ def plot_contributions(provenance: pd.DataFrame, file: Path) -> None:
         axes.plot(x, y, "o", ms=4, mfc=GREEN, mec="white", mew=0.6)
         axes.set(xlabel="client", title=f"{method}, round {int(last['round'].max())}")
         axes.set_xticks(range(len(clients)), clients, fontsize=7, rotation=90 if len(clients) > 12 else 0)
-        axes.set_yticks(range(len(rows)), [f"{p}" for p in rows["predicted"]], fontsize=7)
+        axes.set_yticks(range(len(rows)), [class_names[p].replace("$", r"\$") for p in rows["predicted"]], fontsize=7)
     figure.axes[0].set_ylabel("predicted class of the input")
     figure.colorbar(image, ax=figure.axes, label="share, scaled per input", shrink=0.8)
     _save(figure, file)
@@ -98,6 +98,7 @@ def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[s
     figure = Figure(figsize=(width, 2.2 + 0.2 * len(class_names) + 2.2), layout="constrained")
     heat, bars = figure.subplots(2, 1, sharex=True, height_ratios=(0.2 * len(class_names) + 0.6, 2.2))
     image = heat.imshow(table.T, cmap="cividis", aspect="auto", interpolation="nearest")
+    class_names = [name.replace("$", r"\$") for name in class_names]  # not to be read as mathematics
     heat.set_yticks(range(len(class_names)), class_names, fontsize=7)
     heat.set_ylabel("label")
     figure.colorbar(image, ax=heat, label="examples")
@@ -123,7 +124,7 @@ def plot_times(table: pd.DataFrame, file: Path) -> None:
         ("TraceFL (influence)", "seconds_influence", "localization_accuracy_influence", VERMILION, "//"),
         ("FedDebug", "seconds_feddebug", "feddebug_accuracy", PURPLE, ".."),
     ]
-    methods = [entry for entry in methods if entry[1] in table]
+    methods = [entry for entry in methods if entry[1] in table and entry[2] in table]
     place = np.arange(len(table))
     for shift, (label, seconds, accuracy, colour, hatch) in enumerate(methods):
         x = place + (shift - (len(methods) - 1) / 2) * 0.25
