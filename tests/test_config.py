@@ -65,6 +65,8 @@ def test_the_paper_method_always_comes_first(config):
 def test_a_folder_gives_its_name_and_the_usual_learning_rate(config, tmp_path):
     c = config(f"dataset.path={tmp_path}")
     assert (c.dataset.name, c.client.lr, config().client.lr) == (tmp_path.name, 0.001, 0.0003)
+    tuned = config("dataset.name=dbpedia_14", "model.name=google-bert/bert-base-cased", "model.pretrained=true")
+    assert tuned.client.lr == 0.00005
 
 
 def test_noise_rate_is_a_share_for_all_labels_or_per_label(config):

@@ -82,7 +82,7 @@ def load_source(config: DatasetConfig) -> Source:
 
 
 def _load(config: DatasetConfig) -> datasets.DatasetDict:
-    if config.name in MEDMNIST:
+    if config.name in MEDMNIST and not (config.path and list(Path(config.path).rglob("*.parquet"))):
         return load_medmnist(config)
     if config.path:
         try:
