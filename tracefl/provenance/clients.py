@@ -40,7 +40,9 @@ class Clients:
     def tensors(self, name: str, first: int, last: int) -> list[Tensor]:
         """The tensor `name` of clients first to last - 1, on the model's device and in its precision."""
         names, like = self.aliases[name], self.expected[name]
-        return [read(self.ids[k], self.states[k], names, like) for k in range(first, last)]
+        found = (read(self.ids[k], self.states[k], names, like) for k in range(first, last))
+        # a small tensor mapped from a file holds pages around it, a thousand of them gigabytes: copy and let go
+        return list(found) if self.resident else [tensor.clone() for tensor in found]
 
     def blame(self) -> None:
         """Raise for the first tensor that is not finite, if there is one."""
