@@ -29,7 +29,9 @@ from tracefl.errors import TraceFLError
 def job(composed: DictConfig) -> None:
     """One configuration from start to end. In a sweep, a failed job lets the others run."""
     try:
-        config, resolved = load(composed), OmegaConf.to_yaml(composed, resolve=True)
+        config = load(composed)
+        composed.dataset.name = config.dataset.name  # a folder gives its own
+        resolved = OmegaConf.to_yaml(composed, resolve=True)
         if config.dry_run:
             print(f"dry run, nothing is trained; the run would be {run_folder(config)}:\n\n{resolved}")
             return

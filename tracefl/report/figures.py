@@ -62,7 +62,7 @@ def draw_data(folders: list[Path], out: Path) -> None:
 
 def _names(table: pd.DataFrame) -> list[str]:
     """What tells each run from the others: model and dataset, and the settings that vary."""
-    told = [name for name in ("model", "dataset", *SETTINGS) if table[name].astype(str).nunique() > 1]
+    told = [name for name in ("model", "dataset", *SETTINGS) if table[name].nunique() > 1]
     told = told or ["model", "dataset"]
     return [
         ", ".join(

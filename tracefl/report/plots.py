@@ -4,6 +4,7 @@ Okabe and Ito's colours, told apart by the colour-blind; in grey print line styl
 Localization is never drawn without its chance level.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def plot_rounds(tables: Mapping[str, pd.DataFrame], file: Path) -> None:
     figure, panels = _panels(len(tables))
     for axes, (title, rounds) in zip(panels, tables.items(), strict=True):
         _curves(axes, rounds, "round")
-        axes.set_title(title, fontsize=9)
+        axes.set_title(_wrapped(title), fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(figure, panels, file)
 
@@ -94,7 +95,7 @@ def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[s
     """Training examples per client and label, as a heat map and as stacked bars (figure 1 of the paper)."""
     clients = list(counts)
     table = np.array([[counts[client].get(label, 0) for label in range(len(class_names))] for client in clients])
-    width = max(4.5, 0.3 * len(clients) + 1.5)
+    width = max(4.5, 0.3 * len(clients) + 1.5) + 0.12 * max(len(name) for name in class_names)
     figure = Figure(figsize=(width, 2.2 + 0.2 * len(class_names) + 2.2), layout="constrained")
     heat, bars = figure.subplots(2, 1, sharex=True, height_ratios=(0.2 * len(class_names) + 0.6, 2.2))
     image = heat.imshow(table.T, cmap="cividis", aspect="auto", interpolation="nearest")
@@ -111,7 +112,7 @@ def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[s
             title="label", fontsize=6, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True
         )
     bars.set_xticks(range(len(clients)), clients, fontsize=7, rotation=90 if len(clients) > 12 else 0)
-    bars.set(xlabel="client", ylabel="examples", ymargin=0.05)
+    bars.set(xlabel="client", ylabel="examples", ylim=(0, 1.05 * table.sum(axis=1).max()))
     _save(figure, file)
 
 
@@ -145,8 +146,12 @@ def _curves(axes: Axes, table: pd.DataFrame, x: str) -> None:
     for column, label, style in CURVES:
         if column in table and table[column].notna().any():
             axes.plot(table[x], 100 * table[column], label=label, ms=4, lw=1.4, **style)
-    axes.set(xlabel=x, ylabel="accuracy (%)", ylim=(-3, 103))
+    axes.set(xlabel=x, ylim=(-3, 103))
     axes.grid(alpha=0.3)
+
+
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title, 40)
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -154,6 +159,8 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     rows = -(-count // columns)
     figure = Figure(figsize=(max(PANEL[0] * columns, 6), PANEL[1] * rows + 0.7), layout="constrained")
     panels = list(np.atleast_1d(figure.subplots(rows, columns, sharey=True, squeeze=False)).ravel())
+    for first in panels[::columns]:
+        first.set_ylabel("accuracy (%)")
     for unused in panels[count:]:
         unused.set_visible(False)
     return figure, panels[:count]

@@ -58,6 +58,8 @@ def _row(folder: Path) -> dict[str, Any]:
     assert isinstance(config, DictConfig)
     settings = {name: OmegaConf.select(config, key) for name, key in SETTINGS.items()}
     settings["faulty_clients"] = len(settings["faulty_clients"])
+    if settings["noise_multiplier"] == -1:  # no differential privacy
+        settings |= {"noise_multiplier": 0.0, "clipping_norm": float("nan")}
     means = rounds.drop(columns=["round", "loss", "accuracy"]).mean().to_dict()
     return {
         "run": str(folder),
