@@ -4,8 +4,8 @@
 # holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-small} OUT=${OUT:-logs/figure1_label_distribution} PYTHON=${PYTHON:-uv run python}
-DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
+OUT=${OUT:-logs/figure1_label_distribution}
+source scripts/pairs.bash
 if [ "$SCALE" = paper ]; then
   PAIRS=${PAIRS:-"mnist/resnet18"}
   ALPHAS=${ALPHAS:-0.1,0.3,0.7,1}
@@ -14,10 +14,5 @@ else
   ALPHAS=${ALPHAS:-0.1,0.3,1}
 fi
 
-for pair in $PAIRS; do # dataset/model
-  dataset=${pair%%/*} model=${pair#*/}
-  $PYTHON -m tracefl.main --multirun +scale="$SCALE" exp_key=figure1 storage.dir="$OUT" \
-    dataset.name="$dataset" ${DATA:+dataset.path="$DATA/$dataset"} model.name="$model" dirichlet_alpha="$ALPHAS" do_training=false do_provenance=false \
-    "$@"
-done
+run_pairs figure1 dirichlet_alpha="$ALPHAS" do_training=false do_provenance=false "$@"
 $PYTHON -m tracefl.report data="$OUT/data/*" out="$OUT"

@@ -4,17 +4,13 @@
 # holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-small} OUT=${OUT:-logs/figure2_accuracy} PYTHON=${PYTHON:-uv run python}
-DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
+OUT=${OUT:-logs/figure2_accuracy}
+source scripts/pairs.bash
 if [ "$SCALE" = paper ]; then
   PAIRS=${PAIRS:-"mnist/resnet18 mnist/densenet121 cifar10/resnet18 cifar10/densenet121 pathmnist/resnet18 pathmnist/densenet121 organamnist/resnet18 organamnist/densenet121 dbpedia_14/google-bert/bert-base-cased dbpedia_14/openai-community/openai-gpt yahoo_answers_topics/google-bert/bert-base-cased yahoo_answers_topics/openai-community/openai-gpt"}
 else
   PAIRS=${PAIRS:-"digits/resnet18 digits/densenet121"}
 fi
 
-for pair in $PAIRS; do # dataset/model
-  dataset=${pair%%/*} model=${pair#*/}
-  $PYTHON -m tracefl.main --multirun +scale="$SCALE" exp_key=figure2 storage.dir="$OUT" \
-    dataset.name="$dataset" ${DATA:+dataset.path="$DATA/$dataset"} model.name="$model"  "$@"
-done
+run_pairs figure2 "$@"
 $PYTHON -m tracefl.report runs="$OUT/figure2-*" out="$OUT"

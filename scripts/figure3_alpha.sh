@@ -4,8 +4,8 @@
 # holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-small} OUT=${OUT:-logs/figure3_alpha} PYTHON=${PYTHON:-uv run python}
-DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
+OUT=${OUT:-logs/figure3_alpha}
+source scripts/pairs.bash
 if [ "$SCALE" = paper ]; then
   PAIRS=${PAIRS:-"mnist/resnet18 cifar10/densenet121 dbpedia_14/google-bert/bert-base-cased"}
   ALPHAS=${ALPHAS:-0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1}
@@ -14,9 +14,5 @@ else
   ALPHAS=${ALPHAS:-0.1,0.3,1}
 fi
 
-for pair in $PAIRS; do # dataset/model
-  dataset=${pair%%/*} model=${pair#*/}
-  $PYTHON -m tracefl.main --multirun +scale="$SCALE" exp_key=figure3 storage.dir="$OUT" \
-    dataset.name="$dataset" ${DATA:+dataset.path="$DATA/$dataset"} model.name="$model" dirichlet_alpha="$ALPHAS" "$@"
-done
+run_pairs figure3 dirichlet_alpha="$ALPHAS" "$@"
 $PYTHON -m tracefl.report runs="$OUT/figure3-*" x=dirichlet_alpha out="$OUT"

@@ -4,8 +4,8 @@
 # holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-small} OUT=${OUT:-logs/figure5_many_rounds} PYTHON=${PYTHON:-uv run python}
-DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
+OUT=${OUT:-logs/figure5_many_rounds}
+source scripts/pairs.bash
 if [ "$SCALE" = paper ]; then
   PAIRS=${PAIRS:-"mnist/densenet121"}
   CLIENTS=${CLIENTS:-400}
@@ -16,9 +16,5 @@ else
   ROUNDS=${ROUNDS:-10}
 fi
 
-for pair in $PAIRS; do # dataset/model
-  dataset=${pair%%/*} model=${pair#*/}
-  $PYTHON -m tracefl.main --multirun +scale="$SCALE" exp_key=figure5 storage.dir="$OUT" \
-    dataset.name="$dataset" ${DATA:+dataset.path="$DATA/$dataset"} model.name="$model" num_clients="$CLIENTS" num_rounds="$ROUNDS" "$@"
-done
+run_pairs figure5 num_clients="$CLIENTS" num_rounds="$ROUNDS" "$@"
 $PYTHON -m tracefl.report runs="$OUT/figure5-*" out="$OUT"

@@ -4,8 +4,8 @@
 # holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-small} OUT=${OUT:-logs/figure6_time} PYTHON=${PYTHON:-uv run python}
-DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
+OUT=${OUT:-logs/figure6_time}
+source scripts/pairs.bash
 if [ "$SCALE" = paper ]; then
   PAIRS=${PAIRS:-"mnist/resnet18 mnist/densenet121 cifar10/resnet18 cifar10/densenet121"}
   ALPHAS=${ALPHAS:-0.7}
@@ -16,10 +16,5 @@ else
   FAULTY=${FAULTY:-[0]}
 fi
 
-for pair in $PAIRS; do # dataset/model
-  dataset=${pair%%/*} model=${pair#*/}
-  $PYTHON -m tracefl.main --multirun +scale="$SCALE" exp_key=figure6 storage.dir="$OUT" \
-    dataset.name="$dataset" ${DATA:+dataset.path="$DATA/$dataset"} model.name="$model" dirichlet_alpha="$ALPHAS" num_clients=10 \
-    faulty_clients_ids="$FAULTY" 'label2flip={1:0,2:0,3:0,4:0,5:0,6:0,7:0,8:0,9:0,10:0,11:0,12:0,13:0}' "$@"
-done
+run_pairs figure6 dirichlet_alpha="$ALPHAS" num_clients=10 faulty_clients_ids="$FAULTY" 'label2flip={1:0,2:0,3:0,4:0,5:0,6:0,7:0,8:0,9:0,10:0,11:0,12:0,13:0}' "$@"
 $PYTHON -m tracefl.report runs="$OUT/figure6-*" out="$OUT"

@@ -4,8 +4,8 @@
 # holds what all scripts share. Further settings may follow as key=value. Run again, it goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-small} OUT=${OUT:-logs/table3_clients} PYTHON=${PYTHON:-uv run python}
-DATA=${DATA:-} # a folder with copies of the datasets in the hub's layout, instead of the hub
+OUT=${OUT:-logs/table3_clients}
+source scripts/pairs.bash
 if [ "$SCALE" = paper ]; then
   PAIRS=${PAIRS:-"dbpedia_14/openai-community/openai-gpt"}
   COUNTS=${COUNTS:-200,400,600,800,1000}
@@ -16,9 +16,5 @@ else
   PER_ROUND=${PER_ROUND:-5}
 fi
 
-for pair in $PAIRS; do # dataset/model
-  dataset=${pair%%/*} model=${pair#*/}
-  $PYTHON -m tracefl.main --multirun +scale="$SCALE" exp_key=table3 storage.dir="$OUT" \
-    dataset.name="$dataset" ${DATA:+dataset.path="$DATA/$dataset"} model.name="$model" num_clients="$COUNTS" clients_per_round="$PER_ROUND" "$@"
-done
+run_pairs table3 num_clients="$COUNTS" clients_per_round="$PER_ROUND" "$@"
 $PYTHON -m tracefl.report runs="$OUT/table3-*" x=num_clients out="$OUT"
