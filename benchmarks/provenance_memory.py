@@ -27,7 +27,7 @@ from tracefl.runs import LazyState, write_state
 def opened(file: Path) -> LazyState:
     with file.open("rb") as content:
         state = LazyState(file, hashlib.file_digest(content, "sha256").hexdigest())
-    len(state)  # compares the file with its hash, before the clock runs
+    state.check()  # before the clock runs
     return state
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 
+from tracefl.evaluation.attribution import COLUMNS
 from tracefl.runs import ClientInfo, Participant, Run, client_file
 
 
@@ -30,22 +31,9 @@ def record(
             for row, label in ((4, 0), (7, 1)):
                 values = rng.normal(size=3)
                 for client, value, rank in zip(clients, values, (-values).argsort().argsort() + 1, strict=True):
-                    rows.append(
-                        (t, method, row, client.id, label, label, value, 1 / 3, rank, client.label_counts[label])
-                    )
-    columns = [
-        "round",
-        "method",
-        "input",
-        "client",
-        "label",
-        "predicted",
-        "contribution",
-        "score",
-        "rank",
-        "label_examples",
-    ]
-    pd.DataFrame(rows, columns=columns).to_parquet(folder / "provenance.parquet")
+                    held = client.label_counts[label]
+                    rows.append((t, method, row, client.id, label, label, value, 1 / 3, rank, held, None, None))
+    pd.DataFrame(rows, columns=COLUMNS).to_parquet(folder / "provenance.parquet")
     table = pd.DataFrame(rounds)
     if faulty:
         table = table.assign(feddebug_accuracy=0.5, seconds_neuron=0.01, seconds_influence=0.02, seconds_feddebug=1.0)

@@ -78,7 +78,7 @@ def trace_round(
         inputs, targets = chosen.to(device).inputs, predicted.to(device)
         clients = {client.id: view.client_state(client.id) for client in view.clients}
         for state in clients.values():
-            len(state)  # compares the file with its hash, before the clock runs
+            state.check()  # before the clock runs
         for method in settings.methods:
             with watch.measure(method, len(rows)):
                 answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
@@ -112,9 +112,9 @@ def _select(run: Run, number: int, model: nn.Module, examples: Examples, setting
 
 def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, targets: Tensor, noise: float) -> Tensor:
     """[N] share of the round's noise in each prediction, < noise, dy/dW >: the noise is drawn once more."""
-    released, buffers = run.global_state(number), dict(model.named_buffers())
     if not noise:
         return torch.zeros(len(targets))
+    released, buffers = run.global_state(number), dict(model.named_buffers())
     std = noise / len(run.round(number).clients)
     noisy = {
         name: value if name in buffers else value + gaussian_noise(name, value, std, run["seed"], number)

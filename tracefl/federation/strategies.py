@@ -48,7 +48,24 @@ def build_strategy(config: Config, buffers: frozenset[str] = frozenset()) -> Str
     return ParametersOnly(inner, buffers) if isinstance(inner, SERVER_OPTIMIZERS) else inner
 
 
-class ParametersOnly(Strategy):
+class Wrapper(Strategy):
+    """A strategy around another one. No evaluation on clients: the server evaluates what it releases."""
+
+    strategy: Strategy
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return None
+
+    def summary(self) -> None:
+        self.strategy.summary()
+
+
+class ParametersOnly(Wrapper):
     """Shows the inner strategy the parameters alone; the model's buffers are averaged, weighted by num-examples."""
 
     def __init__(self, inner: Strategy, buffers: frozenset[str]) -> None:
@@ -81,17 +98,6 @@ class ParametersOnly(Strategy):
         return ArrayRecord(
             {name: _array(averaged[name]) if name in averaged else released[name] for name in whole[0]}
         ), metrics
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return None
-
-    def summary(self) -> None:
-        self.strategy.summary()
 
     def _parameters(self, arrays: ArrayRecord) -> ArrayRecord:
         """In order of name: FedAvgM pairs arrays by their place, and a recorded model comes in another order."""

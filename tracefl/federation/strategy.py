@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tracefl.errors import TraceFLError
 from tracefl.federation.grid import ParticipantsGrid, WatchedGrid
-from tracefl.federation.strategies import innermost, load_optimizer_state, optimizer_state
+from tracefl.federation.strategies import Wrapper, innermost, load_optimizer_state, optimizer_state
 from tracefl.runs import Participant, Run, client_file
 from tracefl.training import Evaluation
 
@@ -27,7 +27,7 @@ State = Mapping[str, Tensor]
 BLIND_TO_SIZES = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 
 
-class Recorder(Strategy):
+class Recorder(Wrapper):
     """Any Flower strategy, recorded into a run.
 
     Args:
@@ -135,18 +135,6 @@ class Recorder(Strategy):
         )
         self.on_round(self.run)
         return ArrayRecord(released), metrics
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """No evaluation on clients: the server evaluates what it releases."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return None
-
-    def summary(self) -> None:
-        self.strategy.summary()
 
     def _receive(self, reply: Message, number: int | None = None) -> None:
         """Check one reply and write it down; the client is the one that the server knows behind the node."""
