@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.provenance import reference
 from tracefl.provenance import Dense, Outer, Rows, gradients, register, trace
+from tracefl.provenance.gradients import Workspace
 from tracefl.provenance.layers.registry import _RULES
 
 torch.set_num_threads(2)
@@ -40,7 +41,9 @@ def test_outer(route, N, S, R, C, K, centred):
         if route is not None:
             patch.setattr(gradients, "_through_outputs", lambda N, K, S: route)
         for gradient in (Outer(left, right), gradients.compact(Outer(left, right)), Dense(Outer(left, right).dense())):
-            assert (gradient.contract(list(theta), base) - slow).abs().max() <= 1e-9 * (1 + slow.abs().max())
+            assert (gradient.contract(list(theta), base, Workspace()) - slow).abs().max() <= 1e-9 * (
+                1 + slow.abs().max()
+            )
 
 
 @pytest.mark.usefixtures("tiny_tiles")
@@ -51,12 +54,14 @@ def test_rows(N, S, V, C, K, centred):
     base = random(V, C) if centred else None
     looked_up = (theta - (base if centred else 0))[:, index]  # [K, N, S, C]
     slow = torch.einsum("nsc,knsc->nk", values, looked_up)
-    found = Rows(index, values).contract(list(theta), base)
+    found = Rows(index, values).contract(list(theta), base, Workspace())
     assert (found - slow).abs().max() <= 1e-9 * (1 + slow.abs().max())
 
 
 def test_scalar_tensor():
-    found = Dense(torch.tensor([2.0, 3.0])).contract([torch.tensor(5.0), torch.tensor(7.0)], torch.tensor(1.0))
+    found = Dense(torch.tensor([2.0, 3.0])).contract(
+        [torch.tensor(5.0), torch.tensor(7.0)], torch.tensor(1.0), Workspace()
+    )
     assert found.tolist() == [[8, 12], [12, 18]]
 
 

@@ -6,7 +6,7 @@ Calls are paired with their gradients through the autograd graph, never by the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,25 +44,18 @@ class Call:
     shape: torch.Size
     version: int
     sum: Sum | None = None
-    shared: bool = False  # all inputs of the batch use this one output, as with position embeddings
-    g: Tensor | None = None  # dy/dz, or dy/d(sum) of a shared call; None: y does not depend on it
 
 
 @dataclass
 class Pass:
-    """What one pass over a batch leaves behind."""
+    """A forward pass over a batch, and what its backward pass needs."""
 
     calls: list[Call] = field(default_factory=list)
     started: dict[nn.Module, int] = field(default_factory=dict)  # module -> order of its first start
-    y: Tensor | None = None
-    targets: Tensor | None = None
-    loose: dict[str, Tensor | None] = field(default_factory=dict)  # tensors used outside of rules -> dy/dθ
-
-    @property
-    def nbytes(self) -> int:
-        """Inputs and output gradients of the calls, shared storage counted once."""
-        inputs = {call.x.data_ptr(): call.x.nbytes for call in self.calls}
-        return sum(inputs.values()) + sum(call.shape.numel() * call.x.element_size() for call in self.calls)
+    starts: list[Tensor] = field(default_factory=list)  # leaves put where nothing traced comes before
+    y: Tensor = field(default_factory=lambda: torch.empty(0))
+    targets: Tensor = field(default_factory=lambda: torch.empty(0))
+    loose: list[str] = field(default_factory=list)  # tensors used outside of rules
 
     @property
     def disturbed(self) -> bool:
@@ -70,35 +63,64 @@ class Pass:
         return any(call.x._version != call.version for call in self.calls)
 
 
-def run(
+def forward(
     model: nn.Module, state: TracedState, batch: Batch, targets: Tensor | None, explain: Explain,
-    *, probe: Pass | None = None,
+    *, keep_inputs: bool = False,
 ) -> Pass:  # fmt: skip
-    """Forward and differentiate a batch. Without `probe`, that of a single input, nothing is differentiated."""
+    """Run a batch, recording every call of a layer with a rule; `keep_inputs` copies what goes into them."""
     done = Pass()
-    with _hooks(model, state, done, keep_inputs=probe is not None and probe.disturbed):
+    with _hooks(model, state, done, keep_inputs):
         logits = logits_of(model, batch)
-    y, done.targets = explain(logits, targets)
-    done.y = y.detach()
-    if probe is None:
-        used = find_sums(done, y)
-        done.loose = {name: None for name, tensor in state.tensors.items() if id(tensor) in used}
-        return done
-    pairs = list(zip(done.calls, probe.calls, strict=False))
-    alike = [(call.shape, call.x.shape) == (probed.shape, probed.x.shape) for call, probed in pairs]
-    if len(y) > 1 and any(alike):
-        find_sums(done, y)
-        for (call, probed), same in zip(pairs, alike, strict=True):
-            call.shared = same and call.sum is not None and probed.sum is not None
-    if y.requires_grad:
-        ends = [call.sum.edge if call.shared and call.sum else call.edge for call in done.calls]
-        inputs: list[Any] = [*ends, *state.tensors.values()]
-        grads = torch.autograd.grad(y.sum(), inputs, allow_unused=True)
-        for call, g in zip(done.calls, grads, strict=False):
-            call.g = g
-        by_tensor = zip(state.tensors, grads[len(ends) :], strict=True)
-        done.loose = {name: g for name, g in by_tensor if g is not None}
+    done.y, done.targets = explain(logits, targets)
+    used, consumers = _graph(done.y)
+    for call in done.calls:
+        call.sum = _only_sum(consumers.get((call.edge.node, call.edge.output_nr), []))
+    done.loose = [name for name, tensor in state.tensors.items() if id(tensor) in used]
     return done
+
+
+def backward(
+    done: Pass, state: TracedState, arrive: Callable[[int, Tensor], None], shared: set[int]
+) -> dict[str, Tensor]:
+    """Differentiate sum_n y_n, handing call i's dy/dz to `arrive(i, g)` when it is known and keeping none of them.
+
+    Of the calls in `shared` dy/d(sum) is handed over. Returns dy/dθ of the loose tensors; `done` is used up.
+    """
+    handles = []
+    for i, call in enumerate(done.calls):
+        edge = call.sum.edge if i in shared and call.sum else call.edge
+
+        def reach(grads: Sequence[Tensor | None], i: int = i, output: int = edge.output_nr) -> None:
+            g = grads[output]
+            if g is not None:
+                arrive(i, g)
+
+        handles.append(edge.node.register_prehook(reach))
+    y, done.y = done.y, done.y.detach()
+    ends = [*(state.tensors[name] for name in done.loose), *done.starts]
+    try:
+        grads = torch.autograd.grad(y.sum(), ends, allow_unused=True) if ends and y.requires_grad else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: g for name, g in zip(done.loose, grads, strict=False) if g is not None}
+
+
+def measured(model: nn.Module, work: Callable[[], Pass]) -> tuple[Pass, int]:
+    """`work()`, a forward pass, and the bytes that it leaves behind for its backward pass, the model's own apart."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        done = work()
+    for call in done.calls:
+        pack(call.x)
+    return done, sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 @contextmanager
@@ -147,7 +169,8 @@ def _hooks(model: nn.Module, state: TracedState, done: Pass, keep_inputs: bool) 
         x = args[0] if args else next(iter(kwargs.values()))
         replaced = None
         if not out.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
-            out = replaced = out.detach().requires_grad_().clone()
+            done.starts.append(out.detach().requires_grad_())
+            out = replaced = done.starts[-1].clone()
         index = counts[module] = counts.get(module, -1) + 1
         x = x.detach().clone() if keep_inputs else x.detach()
         done.calls.append(Call(module, index, next(orders), x, get_gradient_edge(out), out.shape, x._version))
@@ -187,14 +210,6 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 Consumers = dict[tuple[Any, int], list[tuple[Any, int]]]
-
-
-def find_sums(done: Pass, y: Tensor) -> set[int]:
-    """Note every call whose output is but a term of a sum; ids of the leaf tensors that y depends on."""
-    used, consumers = _graph(y)
-    for call in done.calls:
-        call.sum = _only_sum(consumers.get((call.edge.node, call.edge.output_nr), []))
-    return used
 
 
 def _graph(y: Tensor) -> tuple[set[int], Consumers]:

@@ -1,19 +1,22 @@
-"""Inputs -> per-input gradients of every traced tensor, call by call, in as few passes as memory allows."""
+"""Inputs -> per-input gradients of every traced tensor, call by call, in as few passes as memory allows.
+
+Where one pass holds all inputs, each layer's gradients meet the clients while the backward pass goes on and are gone
+before the next layer's come; else gradients of several passes wait, so that clients are read once for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tracefl.errors import TraceFLError
-from tracefl.provenance.capture import Batch, Call, Explain, Pass, run
+from tracefl.provenance.capture import Batch, Call, Explain, Pass, backward, forward, measured
+from tracefl.provenance.contraction import Ledger
 from tracefl.provenance.gradients import Dense, Gradient, compact
 from tracefl.provenance.state import TracedState
-
-LayerGradients = dict[str, dict[str, Gradient]]  # layer -> tensor -> gradient, layers in execution order
 
 
 class InseparableError(Exception):
@@ -22,40 +25,30 @@ class InseparableError(Exception):
 
 @dataclass
 class Group:
-    """Gradients of inputs first to last - 1, held together so that clients are read once for all of them."""
+    """Gradients of inputs `first` to `last` - 1 that wait for the clients: layer -> tensor -> gradient."""
 
     first: int
-    targets: Tensor
-    y: Tensor
-    layers: LayerGradients = field(default_factory=dict)
-
-    @property
-    def last(self) -> int:
-        return self.first + len(self.targets)
+    last: int
+    layers: dict[str, dict[str, Gradient]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         return sum(gradient.nbytes for layer in self.layers.values() for gradient in layer.values())
 
-    def fits(self, other: Group) -> bool:
-        """The same layers with gradients of the same shapes: always so unless the model routes its inputs."""
-        return self._form() == other._form()
-
-    def _form(self) -> list[tuple[object, ...]]:
-        return [(name, *((t, *g.form) for t, g in layer.items())) for name, layer in self.layers.items()]
+    @property
+    def form(self) -> dict[str, dict[str, tuple[object, ...]]]:
+        """Equal for groups that go together: always so unless the model routes its inputs."""
+        return {name: {tensor: g.form for tensor, g in layer.items()} for name, layer in self.layers.items()}
 
 
-def joined(groups: list[Group]) -> Group:
-    first = groups[0]
-    layers = {
-        name: {
-            tensor: gradient.join([group.layers[name].pop(tensor) for group in groups[1:]])
-            for tensor, gradient in layer.items()
-        }
-        for name, layer in first.layers.items()
-    }
-    targets, y = torch.cat([g.targets for g in groups]), torch.cat([g.y for g in groups])
-    return Group(first.first, targets, y, layers)
+def settle(groups: list[Group], ledger: Ledger, factor: float) -> None:
+    """Enter groups that follow one another as if they were one."""
+    first, last = groups[0].first, groups[-1].last
+    for name, layer in groups[0].layers.items():
+        others = [group.layers.pop(name) for group in groups[1:]]
+        joined = {tensor: gradient.join([o.pop(tensor) for o in others]) for tensor, gradient in layer.items()}
+        layer.clear()  # each tensor's parts go before the next is joined
+        ledger.enter(name, joined, first, last, factor)
 
 
 def collect(
@@ -64,35 +57,60 @@ def collect(
     inputs: Batch,
     targets: Tensor | None,
     explain: Explain,
+    ledger: Ledger,
+    factor: float,
     scratch: int,
-) -> Iterator[Group]:
-    """Groups of inputs whose gradients take at most `scratch` bytes (a single input may take more)."""
+) -> Tensor:
+    """Enter `factor` times the shares of all inputs into `ledger`; the targets [N] that they were explained as.
+
+    What passes leave behind and gradients that wait take at most `scratch` bytes (a single input may take more).
+    """
     N = batch_size(inputs)
-    probe = run(model, state, take(inputs, 0, 1), take_targets(targets, 0, 1), explain)
-    chunk = 1 if alone(model, probe) else max(1, scratch // max(1, probe.nbytes))
+    some = take(inputs, 0, 1), take_targets(targets, 0, 1), explain
+    probe, nbytes = measured(model, lambda: forward(model, state, *some))
+    chunk = scratch // max(1, nbytes)
+    if chunk < N:
+        chunk = max(1, chunk // 2)  # the other half is for gradients that wait
+    if alone(model, probe):
+        chunk = 1
+    explained: list[Tensor] = []
     waiting: list[Group] = []
     first = 0
     while first < N:
         last = min(N, first + chunk)
-        done = run(
-            model, state, take(inputs, first, last), take_targets(targets, first, last), explain, probe=probe
-        )  # fmt: skip
-        assert done.y is not None
-        assert done.targets is not None
+        batch, own = take(inputs, first, last), take_targets(targets, first, last)
+        done = forward(model, state, batch, own, explain, keep_inputs=probe.disturbed)
         if not torch.isfinite(done.y).all():
             bad = first + int((~torch.isfinite(done.y)).nonzero()[0])
             raise TraceFLError(f"the model's output for input {bad} is not finite; check model and input")
         try:
-            group = Group(first, done.targets, done.y, gradients(state, done, probe))
+            shared = shared_calls(done, probe) if last - first > 1 else set()
         except InseparableError:
             chunk = 1
             continue
-        if waiting and (sum(g.nbytes for g in waiting) + group.nbytes > scratch or not waiting[0].fits(group)):
-            yield joined(waiting)
+        group = Group(first, last)
+        ledger.open(layer_names(state, done), N)
+        explained.append(done.targets)
+
+        def arrive(layer: str, gradients: dict[str, Gradient], group: Group = group) -> None:
+            if group.last - group.first == N:
+                ledger.enter(layer, gradients, 0, N, factor)
+            else:
+                held = group.layers.setdefault(layer, {})
+                held |= {name: compact(gradient) for name, gradient in gradients.items()}
+
+        differentiate(state, done, probe, shared, arrive)
+        first = last
+        if not group.layers:
+            continue
+        full = sum(g.nbytes for g in waiting) + group.nbytes > scratch - scratch // 2
+        if waiting and (full or waiting[0].form != group.form):
+            settle(waiting, ledger, factor)
             waiting = []
         waiting.append(group)
-        first = last
-    yield joined(waiting)
+    if waiting:
+        settle(waiting, ledger, factor)
+    return torch.cat(explained)
 
 
 def alone(model: nn.Module, probe: Pass) -> bool:
@@ -103,53 +121,81 @@ def alone(model: nn.Module, probe: Pass) -> bool:
     )
 
 
-@torch.no_grad()
-def gradients(state: TracedState, done: Pass, probe: Pass) -> LayerGradients:
-    """Every call's gradients by its rule, and those of loose tensors as they came, in execution order."""
-    assert done.targets is not None
+def differentiate(
+    state: TracedState,
+    done: Pass,
+    probe: Pass,
+    shared: set[int],
+    arrive: Callable[[str, dict[str, Gradient]], None],
+) -> None:
+    """Hand every call's gradients, by its rule, and those of loose tensors as they come to `arrive`."""
     n = len(done.targets)
-    found: list[tuple[tuple[int, int], str, dict[str, Gradient]]] = []
-    if n > 1 and (done.loose or [_which(c) for c in done.calls] != [_which(c) for c in probe.calls]):
+
+    @torch.no_grad()
+    def by_rule(i: int, g: Tensor) -> None:
+        call = done.calls[i]
+        x, g = (call.x, g) if n == 1 else _by_input(call, probe.calls[i], n, i in shared, g)
+        del call.x  # it is needed no more
+        local = state.local(call.module)
+        found = state.rules[call.module](call.module, x, g)
+        arrive(_layer(state, call), {local[own]: gradient.merge(n) for own, gradient in found.items() if own in local})
+
+    for tensor, gradient in backward(done, state, by_rule, shared).items():
+        arrive(_loose_layer(state, done, tensor), {tensor: Dense(gradient[None])})
+
+
+def layer_names(state: TracedState, done: Pass) -> list[str]:
+    """Names of the layers in execution order."""
+    order = {_layer(state, call): (call.order, 0) for call in done.calls}
+    for i, tensor in enumerate(done.loose):
+        order.setdefault(_loose_layer(state, done, tensor), (_started(state, done, tensor), i + 1))
+    return sorted(order, key=order.__getitem__)
+
+
+def _layer(state: TracedState, call: Call) -> str:
+    return state.names[call.module] + (f"#{call.index + 1}" if call.index else "")
+
+
+def _loose_layer(state: TracedState, done: Pass, tensor: str) -> str:
+    """The owner's name, unless a rule speaks for the owner's other tensors."""
+    owner = state.owners[tensor]
+    ruled = any(call.module is owner for call in done.calls)
+    return tensor if ruled else state.names[owner] or tensor
+
+
+def shared_calls(done: Pass, probe: Pass) -> set[int]:
+    """Of n inputs in one pass, the calls that all of them use alike, as with position embeddings.
+
+    Raises InseparableError unless every call shows by its growth since the probe which entries are whose.
+    """
+    n = len(done.targets)
+    if done.loose or [_which(c) for c in done.calls] != [_which(c) for c in probe.calls]:
         raise InseparableError
-    for i, call in enumerate(done.calls):
-        rule, local = state.rules[call.module], state.local(call.module)
-        name = state.names[call.module] + (f"#{call.index + 1}" if call.index else "")
-        layer: dict[str, Gradient] = {}
-        if call.g is not None:
-            x, g = (call.x, call.g) if n == 1 else _by_input(call, probe.calls[i], n)
-            for own, gradient in rule(call.module, x, g).items():
-                if own in local:
-                    layer[local[own]] = compact(gradient.merge(n))
-            call.g = None
-        found.append(((call.order, 0), name, layer))
-    ruled = {state.names[call.module] for call in done.calls}
-    loose: dict[str, tuple[tuple[int, int], dict[str, Gradient]]] = {}
-    for i, (tensor, by_tensor) in enumerate(done.loose.items()):
-        owner = state.names[state.owners[tensor]]
-        name = owner if owner and owner not in ruled else tensor
-        key = (_started(state, done, owner), i + 1)
-        if by_tensor is not None:
-            loose.setdefault(name, (key, {}))[1][tensor] = Dense(by_tensor[None])
-    found += [(key, name, layer) for name, (key, layer) in loose.items()]
-    return {name: layer for _, name, layer in sorted(found, key=lambda entry: entry[0])}
+    shared = set()
+    for i, (call, probed) in enumerate(zip(done.calls, probe.calls, strict=True)):
+        alike = (call.shape, call.x.shape) == (probed.shape, probed.x.shape)
+        if alike and call.sum is not None and probed.sum is not None and call.x.ndim:
+            shared.add(i)
+            _grown(call.sum.shape, probed.sum.shape, n)
+        else:
+            _grown(call.x.shape, probed.x.shape, n)
+            _grown(call.shape, probed.shape, n)
+    return shared
 
 
 def _which(call: Call) -> tuple[nn.Module, int]:
     return call.module, call.index
 
 
-def _by_input(call: Call, probed: Call, n: int) -> tuple[Tensor, Tensor]:
+def _by_input(call: Call, probed: Call, n: int, shared: bool, g: Tensor) -> tuple[Tensor, Tensor]:
     """x and g with the axis of the inputs in front, told by having grown from 1 to n since the probe."""
-    assert call.g is not None
-    if not call.shared or call.sum is None or probed.sum is None:
+    if not shared or call.sum is None or probed.sum is None:
         of_x, of_g = _grown(call.x.shape, probed.x.shape, n), _grown(call.shape, probed.shape, n)
-        return call.x.movedim(of_x, 0), call.g.movedim(of_g, 0)
-    if not call.x.ndim:
-        raise InseparableError
+        return call.x.movedim(of_x, 0), g.movedim(of_g, 0)
     # every input's own dy/d(sum), summed over the axes along which z was spread
     axis = _grown(call.sum.shape, probed.sum.shape, n)
-    place = axis - (call.g.ndim - len(call.shape))
-    g = call.g.movedim(axis, 0) * call.sum.factor
+    place = axis - (g.ndim - len(call.shape))
+    g = g.movedim(axis, 0) * call.sum.factor
     g = g if place < 0 else g.unsqueeze(place + 1)
     extra = g.ndim - 1 - len(call.shape)
     g = g.sum(tuple(range(1, 1 + extra))) if extra else g
@@ -163,8 +209,10 @@ def _grown(now: torch.Size, before: torch.Size, n: int) -> int:
     return grown[0]
 
 
-def _started(state: TracedState, done: Pass, owner: str) -> int:
+def _started(state: TracedState, done: Pass, tensor: str) -> int:
+    """When the tensor's owner started, or the nearest module around it that did."""
     modules = {name: module for module, name in state.names.items()}
+    owner = state.names[state.owners[tensor]]
     while owner and modules[owner] not in done.started:
         owner = owner.rpartition(".")[0]
     return done.started.get(modules[owner], 0)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tracefl.provenance.clients import Clients, State, read
-from tracefl.provenance.collect import Group
-from tracefl.provenance.gradients import Dense, Gradient, written_out
+from tracefl.provenance.gradients import Dense, Gradient, Workspace, written_out
 
 
 class Ledger:
@@ -24,6 +23,7 @@ class Ledger:
     ):
         self.clients, self.model, self.base, self.with_global = clients, model, base, with_global
         self.scratch = scratch
+        self.workspace = Workspace()
         self.layers: dict[str, Tensor] = {}
 
     def open(self, layers: list[str], N: int) -> None:
@@ -42,25 +42,19 @@ class Ledger:
             account /= 2
 
     @torch.no_grad()
-    def add(self, group: Group, factor: float = 1.0) -> None:
-        """Enter `factor` times the shares of one group of inputs."""
-        uses_of: dict[str, list[tuple[str, Gradient]]] = {}
-        for layer, own in group.layers.items():
-            for name, gradient in own.items():
-                uses_of.setdefault(name, []).append((layer, gradient))
-        vectors: dict[str, dict[str, Dense]] = {}  # layer -> its vectors that no other layer uses
-        for name, uses in uses_of.items():
-            layer, gradient = uses[0]
-            if len(uses) == 1 and isinstance(gradient, Dense) and gradient.values.ndim == 2:
-                vectors.setdefault(layer, {})[name] = gradient
+    def enter(self, layer: str, gradients: Mapping[str, Gradient], first: int, last: int, factor: float) -> None:
+        """Enter `factor` times one layer's shares in inputs first to last - 1; its vectors go end to end as one."""
+        vectors: dict[str, Tensor] = {}
+        account = self.layers[layer][first:last]
+        for name, gradient in gradients.items():
+            if isinstance(gradient, Dense) and gradient.values.ndim == 2:
+                vectors[name] = gradient.values
             else:
-                self._enter([name], uses, group, factor)
-        for layer, dense in vectors.items():
-            values = [gradient.values for gradient in dense.values()]
-            self._enter(list(dense), [(layer, Dense(torch.cat(values, 1)))], group, factor)
+                self._enter([name], gradient, account, factor)
+        if vectors:
+            self._enter(list(vectors), Dense(torch.cat(list(vectors.values()), 1)), account, factor)
 
-    def _enter(self, names: list[str], uses: list[tuple[str, Gradient]], group: Group, factor: float) -> None:
-        """The shares of one tensor through every layer that uses it; vectors of one layer go end to end as one."""
+    def _enter(self, names: list[str], gradient: Gradient, account: Tensor, factor: float) -> None:
         K, theta = len(self.clients.ids), _end_to_end([[self.model[name] for name in names]])[0]
         base = None
         if self.base is not None:
@@ -68,16 +62,15 @@ class Ledger:
             base = _end_to_end([[read(None, self.base, aliases[name], self.model[name]) for name in names]])[0]
         block = K if self.clients.resident else max(1, self.scratch // max(1, theta.nbytes))
         if block < K:  # what every block would compute again
-            uses = [(layer, written_out(gradient, self.scratch)) for layer, gradient in uses]
+            gradient = written_out(gradient, self.scratch)
         for first in range(0, K, block):
             last = min(K, first + block)
             columns = zip(*(self.clients.tensors(name, first, last) for name in names), strict=True)
             thetas = _end_to_end(list(columns))
             if self.with_global and last == K:
                 thetas.append(theta)
-            for layer, gradient in uses:
-                account = self.layers[layer][group.first : group.last, first : first + len(thetas)]
-                account += gradient.contract(thetas, base).cpu() * factor
+            shares = gradient.contract(thetas, base, self.workspace)
+            account[:, first : first + len(thetas)] += shares.cpu() * factor
             del thetas, columns  # before the next block is read
 
 

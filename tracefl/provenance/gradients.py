@@ -7,7 +7,9 @@ merges, joins and contracts them without knowing the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +20,21 @@ Select = Callable[[Tensor], Tensor]
 
 _TILE = 1 << 23  # bytes of one tile of stacked client weights: in cache between the copy and the product
 _BLOCK = 1 << 25  # bytes of written-out gradient at a time on the route through `Outer.dense`
+
+
+class Workspace:
+    """Memory that is written over again and again: fresh memory costs more than the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def empty(self, purpose: str, like: Tensor, *shape: int) -> Tensor:
+        """Unset [*shape] of the type and device of `like`, valid until the next call for the same purpose."""
+        key, size = (purpose, like.dtype, like.device), math.prod(shape)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[key] = like.new_empty(size)
+        return buffer[:size].view(shape)
 
 
 def whole(theta: Tensor) -> Tensor:
@@ -40,7 +57,7 @@ class Gradient(Protocol):
     def join(self, others: Sequence[Gradient]) -> Gradient:
         """The same tensor's gradients for further inputs: [N1, ...], [N2, ...] -> [N1 + N2, ...]."""
 
-    def contract(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    def contract(self, thetas: Sequence[Tensor], base: Tensor | None, work: Workspace) -> Tensor:
         """<θ_k - base, G_n> as float64 [N, K]."""
 
 
@@ -63,10 +80,10 @@ class Dense:
     def join(self, others: Sequence[Gradient]) -> Dense:
         return Dense(torch.cat([self.values, *(o.values for o in others)])) if others else self  # type: ignore[attr-defined]
 
-    def contract(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    def contract(self, thetas: Sequence[Tensor], base: Tensor | None, work: Workspace) -> Tensor:
         G = self.values.reshape(len(self.values), -1)
         S = torch.zeros(len(G), len(thetas), dtype=torch.float64, device=G.device)
-        for first, tile in _tiles(thetas, base):
+        for first, tile in _tiles(thetas, base, work):
             S += _products(G[:, first : first + tile.shape[1]], tile)
         return S
 
@@ -94,32 +111,35 @@ class Outer:
         right = torch.cat([self.right, *(o.right for o in others)])  # type: ignore[attr-defined]
         return Outer(left, right, self.select)
 
-    def dense(self, rows: slice = slice(None)) -> Tensor:
-        """The gradient written out for some rows: [N, rows, C]."""
-        return torch.bmm(self.left[:, :, rows].mT, self.right)
+    def dense(self) -> Tensor:
+        """The gradient written out: [N, R, C]."""
+        return torch.bmm(self.left.mT, self.right)
 
-    def contract(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    def contract(self, thetas: Sequence[Tensor], base: Tensor | None, work: Workspace) -> Tensor:
         N, positions, R = self.left.shape
         thetas = [self.select(t) for t in thetas]
         base = None if base is None else self.select(base)
         if _through_outputs(N, len(thetas), positions):
-            return self._by_outputs(thetas, base)
+            return self._by_outputs(thetas, base, work)
         S = torch.zeros(N, len(thetas), dtype=torch.float64, device=self.left.device)
+        C = self.right.shape[2]
         rows = max(1, _BLOCK // (N * self.right[0, 0].nbytes))
         for first in range(0, R, rows):
-            part = slice(first, first + rows)
-            S += Dense(self.dense(part)).contract([t[part] for t in thetas], None if base is None else base[part])
+            part = slice(first, min(R, first + rows))
+            left = self.left[:, :, part].mT
+            G = torch.bmm(left, self.right, out=work.empty("gradient", left, N, left.shape[1], C))
+            S += Dense(G).contract([t[part] for t in thetas], None if base is None else base[part], work)
         return S
 
-    def _by_outputs(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    def _by_outputs(self, thetas: Sequence[Tensor], base: Tensor | None, work: Workspace) -> Tensor:
         """Every client's own outputs z = (θ_k - base) x, times g; its tensor is read where it lies."""
         N, positions, R = self.left.shape
         x = self.right.reshape(N * positions, -1)
         g = self.left.reshape(N, -1, 1)
         S = torch.empty(N, len(thetas), dtype=torch.float64, device=g.device)
         block = max(1, _TILE // g.nbytes)
-        z = g.new_empty(min(block, len(thetas)), N * positions, R)
-        moved = torch.empty(R, x.shape[1], dtype=x.dtype, device=x.device).view(thetas[0].shape)
+        z = work.empty("outputs", g, min(block, len(thetas)), N * positions, R)
+        moved = work.empty("moved", x, *thetas[0].shape)
         for first in range(0, len(thetas), block):
             some = thetas[first : first + block]
             for theta, out in zip(some, z.unbind(), strict=False):
@@ -153,7 +173,7 @@ class Rows:
         index = torch.cat([self.index, *(o.index for o in others)])  # type: ignore[attr-defined]
         return Rows(index, torch.cat([self.values, *(o.values for o in others)]))  # type: ignore[attr-defined]
 
-    def contract(self, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    def contract(self, thetas: Sequence[Tensor], base: Tensor | None, work: Workspace) -> Tensor:
         N, index = len(self.index), self.index.flatten()
         g = self.values.reshape(N, -1, 1)
         origin = None if base is None else base.index_select(0, index)
@@ -198,26 +218,21 @@ def _products(g: Tensor, theta: Tensor) -> Tensor:
     return g @ theta.T if len(theta) >= len(g) else (theta @ g.T).T
 
 
-def _tiles(thetas: Sequence[Tensor], base: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """(first entry, θ_k - base of the next entries as [K, entries]), in a buffer that is written over.
+def _tiles(thetas: Sequence[Tensor], base: Tensor | None, work: Workspace) -> Iterator[tuple[int, Tensor]]:
+    """(first entry, θ_k - base of the next entries as [K, entries]), in memory that the next tile overwrites.
 
     Tiles hold an odd number of rows of θ: strides of many powers of two would fall into the same sets of the cache.
     """
     first, K = thetas[0], len(thetas)
     rows = max(1, _TILE * len(first) // (K * first.nbytes)) if first.ndim and first.numel() else 1
     rows -= (rows + 1) % 2
-    if first.ndim == 0 or len(first) <= rows:
-        tile = torch.stack(list(thetas))
-        yield 0, (tile if base is None else tile.sub_(base)).view(K, -1)
-        return
-    width = first[0].numel()
-    buffer = first.new_empty(K * rows * width)
-    # unsafe_split: split without its bookkeeping for autograd, which is off here
-    pieces = zip(*(theta.unsafe_split(rows) for theta in thetas), strict=True)
-    bases = iter(()) if base is None else iter(base.unsafe_split(rows))
-    for i, piece in enumerate(pieces):
-        tile = buffer[: K * piece[0].numel()].view(K, *piece[0].shape)
-        torch.stack(piece, out=tile)
-        if base is not None:
-            tile -= next(bases)
-        yield i * rows * width, tile.view(K, -1)
+    pieces: Iterable[tuple[Sequence[Tensor], Tensor | None]] = [(thetas, base)]
+    if first.ndim and len(first) > rows:
+        # unsafe_split: split without its bookkeeping for autograd, which is off here
+        bases = itertools.repeat(None) if base is None else base.unsafe_split(rows)
+        pieces = zip(zip(*(theta.unsafe_split(rows) for theta in thetas), strict=True), bases, strict=False)
+    start = 0
+    for piece, origin in pieces:
+        tile = torch.stack(list(piece), out=work.empty("tile", first, K, *piece[0].shape))
+        yield start, (tile if origin is None else tile.sub_(origin)).view(K, -1)
+        start += piece[0].numel()

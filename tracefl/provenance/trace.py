@@ -90,13 +90,9 @@ def trace(
     def enter(points: Iterable[tuple[float, nn.Module]]) -> Tensor:
         for factor, at in points:
             there = state if at is model else traced_state(at, layers, statistics=True)
-            explained = []
             with tracing(at, there):
-                for group in collect(at, there, inputs, targets, explain, held):
-                    ledger.open(list(group.layers), N)
-                    ledger.add(group, factor)
-                    explained.append(group.targets)
-        return torch.cat(explained)
+                explained = collect(at, there, inputs, targets, explain, ledger, factor, held)
+        return explained
 
     if change is None or reference is None:
         explained_as = enter([(1.0, model)])
