@@ -123,13 +123,19 @@ def judge(
     start = time.perf_counter()
     influence = trace(model, states, x, method="influence", **given).contributions
     traced = time.perf_counter() - start
+    start = time.perf_counter()
+    whole = trace(model, states, x, method="integrated", reference=incoming, **given)
+    along = time.perf_counter() - start
     scores = {
         "paper (raw weights, decay 0.9)": trace(model, states, x, targets=y, layers="paper").contributions,
         "p_k * update, no decay": trace(model, states, x, reference=incoming, layer_decay=1, **given).contributions,
         "influence": influence,
         **exact,
     }
-    lines = [f"played {len(v)} coalitions in {played:.0f} s, influence in {traced:.2f} s"]
+    lines = [
+        f"played {len(v)} coalitions in {played:.0f} s, influence in {traced:.2f} s; integrated in {along:.1f} s, "
+        f"its shares miss the change of y by {float(whole.completeness_error.abs().mean()):.2%}"
+    ]
     for name, s in scores.items():
         cells = [
             coalitions.client_lds(v, s).mean().item(),

@@ -155,6 +155,31 @@ def test_chunks_do_not_matter(block, x, scratch):
     close(alone, trace(block, states, x).contributions)
 
 
+class Wide(nn.Module):
+    """Autograd keeps far more for its backward pass than goes into its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.batches: list[int] = []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        wide = self.first(x).repeat(1, 25_000).sin()  # 100,000 floats an input are kept
+        return self.last(wide.view(len(x), -1, 4).mean(1))
+
+
+def test_scratch_counts_what_autograd_keeps():
+    torch.manual_seed(0)
+    model, x = Wide(), torch.randn(64, 4)
+    trace(model, {"a": Wide().state_dict()}, x)
+    assert model.batches == [1, 64]
+    del model.batches[:]
+    trace(model, {"a": Wide().state_dict()}, x, scratch_bytes=32 << 20)
+    assert sum(model.batches) == 1 + 64
+    assert max(model.batches) * 400_000 <= 32 << 20
+
+
 def test_the_model_is_left_as_it_was(block, x):
     states, _ = reference.perturbed(block)
     expected = trace(block, states, x).contributions

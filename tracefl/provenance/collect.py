@@ -70,7 +70,7 @@ def collect(
     probe, nbytes = measured(model, lambda: forward(model, state, *some))
     chunk = scratch // max(1, nbytes)
     if chunk < N:
-        chunk = max(1, chunk // 2)  # the other half is for gradients that wait
+        chunk = max(1, chunk // 5)  # the other four fifths are for gradients that wait
     if alone(model, probe):
         chunk = 1
     explained: list[Tensor] = []
@@ -103,7 +103,7 @@ def collect(
         first = last
         if not group.layers:
             continue
-        full = sum(g.nbytes for g in waiting) + group.nbytes > scratch - scratch // 2
+        full = sum(g.nbytes for g in waiting) + group.nbytes > scratch - scratch // 5
         if waiting and (full or waiting[0].form != group.form):
             settle(waiting, ledger, factor)
             waiting = []

@@ -85,7 +85,8 @@ def trace(
     if method == "integrated" and reference is not None:
         change, targets = change_of_output(model, reference, inputs, targets, explain)
 
-    held = scratch_bytes // 4 * (3 if who.resident else 2)  # for gradients; the rest is for clients and tiles
+    # what passes and their gradients may take; the rest is for tiles, and for clients where they load lazily
+    held = scratch_bytes - scratch_bytes // 16 if who.resident else scratch_bytes // 2
 
     def enter(points: Iterable[tuple[float, nn.Module]]) -> Tensor:
         for factor, at in points:
