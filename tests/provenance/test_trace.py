@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Mapping
+from typing import ClassVar
 
 import pytest
 import torch
@@ -178,6 +181,36 @@ def test_scratch_counts_what_autograd_keeps():
     trace(model, {"a": Wide().state_dict()}, x, scratch_bytes=32 << 20)
     assert sum(model.batches) == 1 + 64
     assert max(model.batches) * 400_000 <= 32 << 20
+
+
+class Mapped(Mapping):
+    """A lazy state: what it gives out is not kept by anybody for long."""
+
+    given: ClassVar[list[weakref.ref]] = []
+    most = 0
+
+    def __init__(self, state):
+        self.state = state
+
+    def __getitem__(self, name):
+        tensor = self.state[name].clone()
+        Mapped.given.append(weakref.ref(tensor))
+        Mapped.most = max(Mapped.most, sum(ref() is not None for ref in Mapped.given))
+        return tensor
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
+
+
+def test_lazy_states_are_let_go(block, x):
+    states, _ = reference.perturbed(block)
+    many = {f"{who}-{i}": Mapped(state) for who, state in states.items() for i in range(10)}
+    trace(block, many, x)
+    assert len(Mapped.given) >= len(many)
+    assert Mapped.most <= 2
 
 
 def test_the_model_is_left_as_it_was(block, x):
