@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tracefl import Run
+from tracefl import Run, runs
 from tracefl.errors import TraceFLError
 from tracefl.runs import ClientInfo, Participant, client_file, locked, write_state
 
@@ -104,3 +105,17 @@ def test_the_same_state_gives_the_same_bytes(tmp_path):
     b = write_state(tmp_path / "b", {"y": torch.zeros(3), "x": torch.ones(2)})
     assert a == b
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_lazy_states_read_what_safetensors_reads(tmp_path):
+    state = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in runs._DTYPES.values()}
+    state |= {"scalar": torch.tensor(3), "none": torch.empty(0, 4)}
+    lazy = runs.LazyState(tmp_path / "a.safetensors", runs.write_state(tmp_path / "a.safetensors", state))
+    expected = load_file(tmp_path / "a.safetensors")
+    assert set(lazy) == set(expected) == set(state)
+    for name, tensor in expected.items():
+        assert lazy[name].dtype == tensor.dtype
+        assert torch.equal(lazy[name], tensor)
+        assert torch.equal(lazy[name], state[name])
+    with pytest.raises(KeyError):
+        lazy["other"]
