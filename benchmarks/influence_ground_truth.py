@@ -150,7 +150,7 @@ def judge(
     }
     lines = [
         f"played {len(v)} coalitions in {played:.0f} s, influence in {traced:.2f} s; integrated in {along:.1f} s, "
-        f"its shares miss the change of y by {float(whole.completeness_error.abs().mean()):.2%}"
+        f"its shares miss the change of y by {float(whole.completeness_error.mean()):.2%}"
     ]
     for name, s in scores.items():
         cells = [

@@ -97,12 +97,12 @@ class LazyState(Mapping[str, Tensor]):
             raise TraceFLError(f"{self._file} is missing from the run: restore it or train the run again.")
         with self._file.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
-        if found != self._sha256:
-            raise TraceFLError(
-                f"{self._file} is not the file that was recorded (SHA-256 {found[:12]}, run.json says "
-                f"{self._sha256[:12]}): restore it or train the run again."
-            )
-        with self._file.open("rb") as content:
+            if found != self._sha256:
+                raise TraceFLError(
+                    f"{self._file} is not the file that was recorded (SHA-256 {found[:12]}, run.json says "
+                    f"{self._sha256[:12]}): restore it or train the run again."
+                )
+            content.seek(0)
             size = int.from_bytes(content.read(8), "little")
             header = json.loads(content.read(size))
         header.pop("__metadata__", None)

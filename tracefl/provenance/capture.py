@@ -53,9 +53,9 @@ class Pass:
     calls: list[Call] = field(default_factory=list)
     started: dict[nn.Module, int] = field(default_factory=dict)  # module -> order of its first start
     starts: list[Tensor] = field(default_factory=list)  # leaves put where nothing traced comes before
-    y: Tensor = field(default_factory=lambda: torch.empty(0))
-    targets: Tensor = field(default_factory=lambda: torch.empty(0))
-    loose: list[str] = field(default_factory=list)  # tensors used outside of rules
+    y: Tensor = field(init=False)
+    targets: Tensor = field(init=False)
+    loose: list[str] = field(init=False)  # tensors used outside of rules
 
     @property
     def disturbed(self) -> bool:
@@ -107,20 +107,22 @@ def backward(
 
 
 def measured(model: nn.Module, work: Callable[[], Pass]) -> tuple[Pass, int]:
-    """`work()`, a forward pass, and the bytes that it leaves behind for its backward pass, the model's own apart."""
+    """`work()`, a forward pass, and the bytes that its backward pass would need, the model's own apart.
+
+    They are let go: the pass cannot be differentiated any more.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        kept[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         done = work()
     for call in done.calls:
-        pack(call.x)
-    return done, sum(size for pointer, size in kept.items() if pointer not in own)
+        keep(call.x)
+    return done, sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 
 
 @contextmanager

@@ -37,16 +37,13 @@ class Clients:
     def tensors(self, name: str, first: int, last: int) -> list[Tensor]:
         """The tensor `name` of clients first to last - 1, on the model's device and in its precision."""
         names, like = self.aliases[name], self.expected[name]
-        form = like.shape, like.dtype, like.device
-        # a tensor mapped from a file holds pages around it, a thousand of them gigabytes: copy and let go
-        own = _itself if self.resident else torch.clone
-        try:  # a thousand clients of hundreds of tensors: as little as possible for each
-            found = [own(state[names[0]]) for state in self.states[first:last]]
-        except KeyError:
-            found = [own(_first(state, names)[1]) for state in self.states[first:last]]
-        for k, tensor in enumerate(found, first):
+        form, found = (like.shape, like.dtype, like.device), []
+        for k in range(first, last):
+            used, tensor = _first(self.states[k], names)
             if (tensor.shape, tensor.dtype, tensor.device) != form:
-                found[k - first] = _fitting(self.ids[k], name, tensor, like)
+                tensor = _fitting(self.ids[k], used, tensor, like)
+            # a tensor mapped from a file holds pages around it, a thousand of them gigabytes: copy and let go
+            found.append(tensor if self.resident else tensor.clone())
         return found
 
     def blame(self) -> None:
@@ -87,10 +84,6 @@ def _fitting(who: str | None, name: str, tensor: Tensor, like: Tensor) -> Tensor
             f"{tuple(like.shape)}; {_REMEDY}"
         )
     return tensor.to(like.device, like.dtype)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _first(state: State, names: Sequence[str]) -> tuple[str, Tensor]:

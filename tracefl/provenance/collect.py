@@ -44,11 +44,12 @@ class Group:
 def settle(groups: list[Group], ledger: Ledger, factor: float) -> None:
     """Enter groups that follow one another as if they were one."""
     first, last = groups[0].first, groups[-1].last
-    for name, layer in groups[0].layers.items():
-        others = [group.layers.pop(name) for group in groups[1:]]
-        joined = {tensor: gradient.join([o.pop(tensor) for o in others]) for tensor, gradient in layer.items()}
-        layer.clear()  # each tensor's parts go before the next is joined
-        ledger.enter(name, joined, first, last, factor)
+    for name in list(groups[0].layers):
+        layer, *others = (group.layers.pop(name) for group in groups)
+        if others:
+            layer = {tensor: gradient.join([other[tensor] for other in others]) for tensor, gradient in layer.items()}
+            others.clear()  # the parts go before the whole is entered
+        ledger.enter(name, layer, first, last, factor)
 
 
 def collect(

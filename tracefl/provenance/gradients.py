@@ -19,7 +19,7 @@ from torch import Tensor
 Select = Callable[[Tensor], Tensor]
 
 _TILE = 1 << 23  # bytes of one tile of stacked client weights: in cache between the copy and the product
-_BLOCK = 1 << 25  # bytes of written-out gradient at a time on the route through `Outer.dense`
+_BLOCK = 1 << 25  # bytes of written-out gradient at a time where `Outer` goes through the gradient
 
 
 class Workspace:
@@ -78,7 +78,7 @@ class Dense:
         return self if len(values) == inputs else Dense(values.reshape(inputs, -1, *values.shape[1:]).sum(1))
 
     def join(self, others: Sequence[Gradient]) -> Dense:
-        return Dense(torch.cat([self.values, *(o.values for o in others)])) if others else self  # type: ignore[attr-defined]
+        return Dense(torch.cat([self.values, *(o.values for o in others)]))  # type: ignore[attr-defined]
 
     def contract(self, thetas: Sequence[Tensor], base: Tensor | None, work: Workspace) -> Tensor:
         G = self.values.reshape(len(self.values), -1)
