@@ -158,6 +158,21 @@ def test_chunks_do_not_matter(block, x, scratch):
     close(alone, trace(block, states, x).contributions)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("scratch", [1, 1 << 30])
+@pytest.mark.parametrize("method", ["neuron", "influence", "integrated"])
+def test_a_gpu_gives_what_the_cpu_gives(block, x, method, scratch):
+    """The model's device decides; states and inputs may lie elsewhere."""
+    states, weights = reference.perturbed(block)
+    options = {"method": method, "weights": weights, "reference": states["c0"], "steps": 4, "scratch_bytes": scratch}
+    expected = trace(block, states, x, **options)
+    found = trace(block.cuda(), states, x, **options)
+    assert found.contributions.device.type == found.targets.device.type == "cpu"
+    assert found.targets.equal(expected.targets)
+    close(found.by_layer, expected.by_layer)
+    close(found.residual, expected.residual)
+
+
 class Wide(nn.Module):
     """Autograd keeps far more for its backward pass than goes into its layers."""
 

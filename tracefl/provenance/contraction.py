@@ -28,13 +28,13 @@ class Ledger:
 
     def open(self, layers: list[str], N: int) -> None:
         """Accounts of layers that have none yet."""
-        K = len(self.clients.ids) + self.with_global
+        K, device = len(self.clients.ids) + self.with_global, next(iter(self.model.values())).device
         for layer in layers:
-            self.layers.setdefault(layer, torch.zeros(N, K, dtype=torch.float64))
+            self.layers.setdefault(layer, torch.zeros(N, K, dtype=torch.float64, device=device))
 
     def misses(self, change: Tensor) -> float:
         """Mean |global model's column - change of y| as a fraction of the mean |change|."""
-        total = torch.stack([account[:, -1] for account in self.layers.values()]).sum(0)
+        total = torch.stack([account[:, -1] for account in self.layers.values()]).sum(0).cpu()
         return float((total - change).abs().sum() / change.abs().sum().clamp_min(1e-300))
 
     def halve(self) -> None:
@@ -70,7 +70,7 @@ class Ledger:
             if self.with_global and last == K:
                 thetas.append(theta)
             shares = gradient.contract(thetas, base, self.workspace)
-            account[:, first : first + len(thetas)] += shares.cpu() * factor
+            account[:, first : first + len(thetas)] += shares.to(account.device) * factor
             del thetas, columns  # before the next block is read
 
 

@@ -188,12 +188,14 @@ class Rows:
 
 def compact(gradient: Gradient) -> Gradient:
     """The smaller of factors and written-out gradient, to hold as many inputs as possible at once."""
-    if isinstance(gradient, Outer) and gradient.select is whole:
-        _, S, R = gradient.left.shape
-        C = gradient.right.shape[2]
-        if R * C <= S * (R + C):
-            return Dense(gradient.dense())
-    return gradient
+    if not isinstance(gradient, Outer):
+        return gradient
+    _, S, R = gradient.left.shape
+    C = gradient.right.shape[2]
+    if gradient.select is whole and R * C <= S * (R + C):
+        return Dense(gradient.dense())
+    # factors may be parts of what the model computed, which is to be let go
+    return Outer(gradient.left.contiguous(), gradient.right.contiguous(), gradient.select)
 
 
 def written_out(gradient: Gradient, limit: int) -> Gradient:

@@ -104,7 +104,7 @@ def trace(
             ledger.halve()
             enter(between(model, reference, count))
             count *= 2
-    by_layer = torch.stack(list(ledger.layers.values()))
+    by_layer = torch.stack(list(ledger.layers.values())).cpu()
     if method == "neuron":
         age = torch.arange(len(by_layer) - 1, -1, -1, dtype=torch.float64)  # L - 1 - l
         by_layer *= (layer_decay**age)[:, None, None]

@@ -62,19 +62,20 @@ def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[i
         select = whole
 
     N, groups, channels = len(left), conv.groups, padded.shape[1]
-    padded = padded.movedim(1, -1).contiguous()  # channels last: whole runs of them are copied
     windows = [
         [slice(t * dilation, t * dilation + (size - 1) * stride + 1, stride) for t in range(tap.start, tap.stop)]
         for tap, (_, size, _, stride, dilation) in zip(taps, axes, strict=True)
     ]
+    left = left.reshape(N * groups, left.shape[1] // groups, -1).mT
     if all(len(window) == 1 for window in windows):
-        patches = padded[(slice(None), *(window[0] for window in windows))]
+        patches = padded[(slice(None), slice(None), *(window[0] for window in windows))]
+        right = patches.reshape(N * groups, channels // groups, -1).mT
     else:
+        padded = padded.movedim(1, -1).contiguous()  # channels last: whole runs of them are copied
         patches = padded.new_empty(N, *positions, channels, math.prod(map(len, windows)))
         for i, window in enumerate(itertools.product(*windows)):
             patches[..., i] = padded[(slice(None), *window)]
-    left = left.reshape(N * groups, left.shape[1] // groups, -1).mT
-    right = patches.reshape(N, left.shape[1], groups, -1).transpose(1, 2).reshape(N * groups, left.shape[1], -1)
+        right = patches.reshape(N, left.shape[1], groups, -1).transpose(1, 2).reshape(N * groups, left.shape[1], -1)
     if groups == 1:
         return Outer(left, right, select)
     return Dense(torch.bmm(left.mT, right).view(N, groups * left.shape[2], -1))
