@@ -7,7 +7,7 @@ Calls are paired with their gradients through the autograd graph, never by the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,7 @@ def forward(
 ) -> Pass:  # fmt: skip
     """Run a batch, recording every call of a layer with a rule; `keep_inputs` copies what goes into them."""
     done = Pass()
-    with _hooks(model, state, done, keep_inputs):
+    with _hooks(state, done, keep_inputs):
         logits = logits_of(model, batch)
     done.y, done.targets = explain(logits, targets)
     used, consumers = _graph(done.y)
@@ -150,7 +150,7 @@ def tracing(model: nn.Module, state: TracedState) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks(model: nn.Module, state: TracedState, done: Pass, keep_inputs: bool) -> Iterator[None]:
+def _hooks(state: TracedState, done: Pass, keep_inputs: bool) -> Iterator[None]:
     """Record calls. Inside a layer with a rule its own tensors are constants: whatever traced tensor turns up
     in the graph of y all the same is used outside of rules.
     """
@@ -178,25 +178,17 @@ def _hooks(model: nn.Module, state: TracedState, done: Pass, keep_inputs: bool) 
         done.calls.append(Call(module, index, next(orders), x, get_gradient_edge(out), out.shape, x._version))
         return replaced
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.enter_context(_removing(module.register_forward_pre_hook(start)))
-        for module in state.constants:
-            stack.enter_context(_removing(module.register_forward_hook(end, with_kwargs=True)))
-        try:
-            yield
-        except BaseException:
-            for tensor in state.tensors.values():
-                tensor.requires_grad_(True)
-            raise
-
-
-@contextmanager
-def _removing(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(start) for module in state.names]
+    handles += [module.register_forward_hook(end, with_kwargs=True) for module in state.constants]
     try:
         yield
+    except BaseException:
+        for tensor in state.tensors.values():
+            tensor.requires_grad_(True)
+        raise
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

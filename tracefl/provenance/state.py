@@ -33,10 +33,9 @@ class TracedState:
 
 def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool) -> TracedState:
     """`statistics` adds the state's floating-point buffers (BatchNorm's running mean and variance)."""
-    chosen = _chosen(model, layers)
-    entries = model.state_dict(keep_vars=True)
     modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen = _chosen(modules, layers)
+    entries = model.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {}
     names: dict[int, list[str]] = {}
     owners: dict[str, nn.Module] = {}
@@ -44,7 +43,7 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
     for name, tensor in entries.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        if name not in parameters and not statistics:
+        if not isinstance(tensor, nn.Parameter) and not statistics:
             continue
         names.setdefault(id(tensor), []).append(name)
         owner = modules[name.rpartition(".")[0]]
@@ -54,7 +53,10 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
     aliases = {name: names[id(tensor)] for name, tensor in tensors.items()}
     rules: dict[nn.Module, Rule] = {}
     constants: dict[nn.Module, list[Tensor]] = {}
-    for module in model.modules():
+    paths: dict[nn.Module, str] = {}
+    for path, module in modules.items():
+        paths.setdefault(module, path)
+    for module in paths:
         own = [*module._parameters.values(), *module._buffers.values()]
         held = [t for t in own if t is not None and id(t) in first]
         rule = rule_for(module)
@@ -63,13 +65,10 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
         constants[module] = held
         if rule is not None and module in chosen:
             rules[module] = rule
-    return TracedState(
-        tensors, first, aliases, owners, {m: name for name, m in model.named_modules()}, rules, constants
-    )
+    return TracedState(tensors, first, aliases, owners, paths, rules, constants)
 
 
-def _chosen(model: nn.Module, layers: str | Sequence[str]) -> set[nn.Module]:
-    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+def _chosen(modules: Mapping[str, nn.Module], layers: str | Sequence[str]) -> set[nn.Module]:
     if layers == "all":
         return set(modules.values())
     if layers == "paper":
