@@ -332,6 +332,23 @@ def test_states_may_hold_floating_point_entries_alone(block, x):
     close(found.contributions, trace(block, states, x, method="influence", weights=weights).contributions)
 
 
+class Stateful(nn.Sequential):
+    """Its state begins with an entry that is no tensor."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_states_may_hold_entries_that_are_no_tensors(block, x):
+    model = Stateful(block)
+    assert next(iter(model.state_dict())) == "_extra_state"
+    found = trace(model, {"a": model.state_dict()}, x)
+    close(found.by_layer, trace(block, {"a": block.state_dict()}, x).by_layer)
+
+
 def test_inputs_and_outputs_that_are_none(block, x):
     states, _ = reference.perturbed(block)
     with pytest.raises(TraceFLError, match="at least 1"):

@@ -28,9 +28,10 @@ class Ledger:
 
     def open(self, layers: list[str], N: int) -> None:
         """Accounts of layers that have none yet."""
-        K, device = len(self.clients.ids) + self.with_global, next(iter(self.model.values())).device
+        K, traced = len(self.clients.ids) + self.with_global, next(iter(self.clients.aliases))
         for layer in layers:
-            self.layers.setdefault(layer, torch.zeros(N, K, dtype=torch.float64, device=device))
+            if layer not in self.layers:
+                self.layers[layer] = torch.zeros(N, K, dtype=torch.float64, device=self.model[traced].device)
 
     def misses(self, change: Tensor) -> float:
         """Mean |global model's column - change of y| as a fraction of the mean |change|."""
