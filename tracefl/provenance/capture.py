@@ -21,6 +21,10 @@ from tracefl.provenance.state import TracedState
 Batch = Mapping[str, Any] | Tensor
 # (logits [N, classes], targets [N]) -> (y [N], targets [N])
 Explain = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+_CACHED = (
+    "the model uses a tensor again that an earlier forward pass computed from its parameters, where no gradient "
+    "arrives any more; make it compute that tensor in every pass"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Pass:
     y: Tensor = field(init=False)
     targets: Tensor = field(init=False)
     loose: list[str] = field(init=False)  # tensors used outside of rules
+    norms: list[Any] = field(init=False)  # PyTorch's nodes of batch and instance normalisation
 
     @property
     def disturbed(self) -> bool:
@@ -72,7 +77,7 @@ def forward(
     with _hooks(state, done, keep_inputs):
         logits = logits_of(model, batch)
     done.y, done.targets = explain(logits, targets)
-    used, consumers = _graph(done.y)
+    used, consumers, done.norms = _graph(done.y)
     for call in done.calls:
         call.sum = _only_sum(consumers.get((call.edge.node, call.edge.output_nr), []))
     done.loose = [name for name, tensor in state.tensors.items() if id(tensor) in used]
@@ -96,10 +101,15 @@ def backward(
                 arrive(i, g)
 
         handles.append(edge.node.register_prehook(reach))
+    handles += [node.register_prehook(_laid_out_like_input(node)) for node in done.norms]
     y, done.y = done.y, done.y.detach()
     ends = [*(state.tensors[name] for name in done.loose), *done.starts]
     try:
         grads = torch.autograd.grad(y.sum(), ends, allow_unused=True) if ends and y.requires_grad else ()
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise TraceFLError(_CACHED) from error
+        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -118,7 +128,10 @@ def measured(model: nn.Module, work: Callable[[], Pass]) -> tuple[Pass, int]:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+    def gone(nothing: None) -> Tensor:
+        raise TraceFLError(_CACHED)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, gone):
         done = work()
     for call in done.calls:
         keep(call.x)
@@ -203,13 +216,28 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
+def _laid_out_like_input(node: Any) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+    """On the CPU, PyTorch 2.15 differentiates batch normalisation wrongly, and says nothing, where one of input and
+    gradient lies channels last and the other does not but has an axis of length 1.
+    """
+
+    def hook(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        g, x = grads[0], node._saved_input
+        if g is not None and g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)
+        return g, *grads[1:]
+
+    return hook
+
+
 Consumers = dict[tuple[Any, int], list[tuple[Any, int]]]
 
 
-def _graph(y: Tensor) -> tuple[set[int], Consumers]:
-    """ids of the leaf tensors that y depends on, and who takes each node's output, as which argument."""
+def _graph(y: Tensor) -> tuple[set[int], Consumers, list[Any]]:
+    """ids of the leaf tensors y depends on, who takes each node's output as which argument, and normalisations."""
     leaves: set[int] = set()
     consumers: Consumers = {}
+    norms = []
     seen, stack = set(), [y.grad_fn]
     while stack:
         node = stack.pop()
@@ -219,10 +247,12 @@ def _graph(y: Tensor) -> tuple[set[int], Consumers]:
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves.add(id(variable))
+        if node.name() == "NativeBatchNormBackward0":
+            norms.append(node)
         for position, (following, output) in enumerate(node.next_functions):
             consumers.setdefault((following, output), []).append((node, position))
             stack.append(following)
-    return leaves, consumers
+    return leaves, consumers, norms
 
 
 def _only_sum(consumers: list[tuple[Any, int]]) -> Sum | None:
