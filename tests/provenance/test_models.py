@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.provenance import reference
 from tracefl.errors import TraceFLError
@@ -337,3 +339,66 @@ def test_a_model_that_keeps_what_it_computed(keep):
     model = nn.Sequential(Cached(3, 3), nn.Linear(3, 2))
     with pytest.raises(TraceFLError, match="uses a tensor again that an earlier forward pass computed"):
         trace(model, {"a": model.state_dict()}, torch.randn(2, 3))
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, way=lambda first, x: first(x).tanh()):
+        super().__init__()
+        self.first, self.way, self.head = nn.Linear(4, 4), way, nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.way(self.first, x))
+
+
+def one_by_one(model, state, x):
+    parts = [trace(model, {"a": state}, x[n : n + 1]).contributions for n in range(len(x))]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(
+    "way", [lambda first, x: first(x.roll(1, 0)).roll(-1, 0), lambda first, x: first(x - x.mean(0)).tanh()]
+)
+def test_a_model_that_mixes_the_inputs_of_a_batch_gets_them_one_by_one(way):
+    torch.manual_seed(0)
+    model, x = TwoLayers(way).double(), torch.randn(5, 4).double()
+    state = reference.perturbed(model)[0]["c0"]
+    assert torch.equal(trace(model, {"a": state}, x).contributions, one_by_one(model, state, x))
+
+
+def test_layers_under_no_grad_have_no_part():
+    @torch.no_grad()
+    def frozen(first, x):
+        return first(x)
+
+    model = TwoLayers(frozen)
+    found = trace(model, {"a": model.state_dict()}, torch.randn(2, 4), layer_decay=1.0)
+    assert found.layers == ["head"]
+
+
+def test_a_compiled_model_is_traced_as_it_was_written():
+    torch.manual_seed(0)
+    model, x = TwoLayers(), torch.randn(3, 4)
+    compiled = torch.compile(model, backend="eager")
+    expected = trace(model, {"a": model.state_dict()}, x)
+    for _ in range(2):  # before and after it was compiled
+        found = trace(compiled, {"a": compiled.state_dict()}, x)
+        assert found.layers == ["_orig_mod.first", "_orig_mod.head"]
+        assert torch.equal(found.contributions, expected.contributions)
+        compiled(x)
+
+
+def test_checkpointing():
+    """What runs again in the backward pass saves what it saved before: a weight of 4 x 4, not 4 inputs of length 4."""
+
+    def way(first, x, **options):
+        return checkpoint(first, checkpoint(lambda h: first(h.tanh()), first(x), **options), **options).tanh()
+
+    torch.manual_seed(0)
+    models = [TwoLayers(partial(way, use_reentrant=False)), TwoLayers(lambda f, x: f(f(f(x).tanh())).tanh())]
+    models[1].load_state_dict(models[0].state_dict())
+    x, states = torch.randn(4, 4), reference.perturbed(models[0])[0]
+    found, expected = (trace(model, states, x) for model in models)
+    assert found.layers == ["first", "first#2", "first#3", "head"]
+    assert torch.equal(found.contributions, expected.contributions)
+    with pytest.raises(TraceFLError, match="set use_reentrant=False"):
+        trace(TwoLayers(partial(way, use_reentrant=True)), states, x)

@@ -6,14 +6,18 @@ Calls are paired with their gradients through the autograd graph, never by the o
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from tracefl.errors import TraceFLError
 from tracefl.provenance.state import TracedState
@@ -55,6 +59,8 @@ class Pass:
     """A forward pass over a batch, and what its backward pass needs."""
 
     calls: list[Call] = field(default_factory=list)
+    counts: Counter[nn.Module] = field(default_factory=Counter)  # calls of each module so far
+    clock: Iterator[int] = field(default_factory=itertools.count)
     started: dict[nn.Module, int] = field(default_factory=dict)  # module -> order of its first start
     starts: list[Tensor] = field(default_factory=list)  # leaves put where nothing traced comes before
     y: Tensor = field(init=False)
@@ -69,13 +75,18 @@ class Pass:
 
 
 def forward(
-    model: nn.Module, state: TracedState, batch: Batch, targets: Tensor | None, explain: Explain,
+    model: nn.Module, recorder: Recorder, batch: Batch, targets: Tensor | None, explain: Explain,
     *, keep_inputs: bool = False,
 ) -> Pass:  # fmt: skip
     """Run a batch, recording every call of a layer with a rule; `keep_inputs` copies what goes into them."""
-    done = Pass()
-    with _hooks(state, done, keep_inputs):
+    done, state = Pass(), recorder.state
+    recorder.done, recorder.keep_inputs = done, keep_inputs
+    for tensor in state.tensors.values():  # a pass that failed may have left them otherwise
+        tensor.requires_grad_(True)
+    try:
         logits = logits_of(model, batch)
+    finally:
+        recorder.done = None
     done.y, done.targets = explain(logits, targets)
     used, consumers, done.norms = _graph(done.y)
     for call in done.calls:
@@ -138,70 +149,75 @@ def measured(model: nn.Module, work: Callable[[], Pass]) -> tuple[Pass, int]:
     return done, sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 
 
+class Recorder:
+    """Hooks that write every call of a layer with a rule into `done`, the pass that runs.
+
+    Inside a layer with a rule its own tensors are constants: whatever traced tensor turns up in the graph of y all the
+    same is used outside of rules. What gradient checkpointing runs again has to find it so too.
+    """
+
+    def __init__(self, state: TracedState):
+        self.state = state
+        self.done: Pass | None = None
+        self.keep_inputs = False
+
+    def hooks(self) -> list[RemovableHandle]:
+        handles = [module.register_forward_pre_hook(self._start) for module in self.state.names]
+        return handles + [module.register_forward_hook(self._end, with_kwargs=True) for module in self.state.constants]
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        if self.done:
+            self.done.started.setdefault(module, next(self.done.clock))
+        for tensor in self.state.constants.get(module, ()):
+            tensor.requires_grad_(False)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        for tensor in self.state.constants[module]:
+            tensor.requires_grad_(True)
+        if module not in self.state.rules or not torch.is_grad_enabled():  # under no_grad nothing of it reaches y
+            return None
+        replaced = start = None
+        if not out.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
+            start = out.detach().requires_grad_()
+            out = replaced = start.clone()
+        if self.done:
+            done, x = self.done, (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = x.clone() if self.keep_inputs else x
+            edge, version, index = get_gradient_edge(out), x._version, done.counts[module]
+            done.counts[module] += 1
+            done.starts += [] if start is None else [start]
+            done.calls.append(Call(module, index, next(done.clock), x, edge, out.shape, version))
+        return replaced
+
+
 @contextmanager
-def tracing(model: nn.Module, state: TracedState) -> Iterator[None]:
-    """Eval mode, gradients for traced tensors alone, no fused paths that skip hooks; restored on exit."""
+def tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
+    """Eval mode, gradients for traced tensors alone, nothing fused or compiled that skips hooks; restored on exit."""
     training = [module for module in model.modules() if module.training]
     tensors = {id(t): t for t in [*model.parameters(), *state.tensors.values()] if t.is_floating_point()}
     flags = [(t, t.requires_grad) for t in tensors.values()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    traced = {id(t) for t in state.tensors.values()}
+    recorder = Recorder(state)
+    handles: list[RemovableHandle] = []
+    # without torch's compiler nothing is compiled; to load it takes seconds
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
         if training:
             model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         for tensor, _ in flags:
-            tensor.requires_grad_(id(tensor) in traced)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+            tensor.requires_grad_(False)
+        handles = recorder.hooks()
+        with torch.inference_mode(False), torch.enable_grad(), eager:
+            yield recorder
     finally:
+        for handle in handles:
+            handle.remove()
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for tensor, flag in flags:
             tensor.requires_grad_(flag)
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _hooks(state: TracedState, done: Pass, keep_inputs: bool) -> Iterator[None]:
-    """Record calls. Inside a layer with a rule its own tensors are constants: whatever traced tensor turns up
-    in the graph of y all the same is used outside of rules.
-    """
-    counts: dict[nn.Module, int] = {}
-    orders = iter(range(1 << 62))
-
-    def start(module: nn.Module, args: Any) -> None:
-        order = next(orders)
-        done.started.setdefault(module, order)
-        for tensor in state.constants.get(module, ()):
-            tensor.requires_grad_(False)
-
-    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        for tensor in state.constants[module]:
-            tensor.requires_grad_(True)
-        if module not in state.rules:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        replaced = None
-        if not out.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
-            done.starts.append(out.detach().requires_grad_())
-            out = replaced = done.starts[-1].clone()
-        index = counts[module] = counts.get(module, -1) + 1
-        x = x.detach().clone() if keep_inputs else x.detach()
-        done.calls.append(Call(module, index, next(orders), x, get_gradient_edge(out), out.shape, x._version))
-        return replaced
-
-    handles = [module.register_forward_pre_hook(start) for module in state.names]
-    handles += [module.register_forward_hook(end, with_kwargs=True) for module in state.constants]
-    try:
-        yield
-    except BaseException:
-        for tensor in state.tensors.values():
-            tensor.requires_grad_(True)
-        raise
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -247,6 +263,11 @@ def _graph(y: Tensor) -> tuple[set[int], Consumers, list[Any]]:
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves.add(id(variable))
+        if node.name().startswith("CheckpointFunction"):
+            raise TraceFLError(
+                "the model computes parts of itself again by checkpoint(..., use_reentrant=True), which "
+                "gives gradients to nobody but .backward(); set use_reentrant=False"
+            )
         if node.name() == "NativeBatchNormBackward0":
             norms.append(node)
         for position, (following, output) in enumerate(node.next_functions):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tracefl.errors import TraceFLError
-from tracefl.provenance.capture import Batch, Call, Explain, Pass, backward, forward, measured
+from tracefl.provenance.capture import Batch, Call, Explain, Pass, Recorder, backward, forward, measured
 from tracefl.provenance.contraction import Ledger
 from tracefl.provenance.gradients import Dense, Gradient, compact
 from tracefl.provenance.state import TracedState
@@ -54,7 +54,7 @@ def settle(groups: list[Group], ledger: Ledger, factor: float) -> None:
 
 def collect(
     model: nn.Module,
-    state: TracedState,
+    recorder: Recorder,
     inputs: Batch,
     targets: Tensor | None,
     explain: Explain,
@@ -66,9 +66,9 @@ def collect(
 
     What passes leave behind and gradients that wait take at most `scratch` bytes (a single input may take more).
     """
-    N = batch_size(inputs)
+    N, state = batch_size(inputs), recorder.state
     some = take(inputs, 0, 1), take_targets(targets, 0, 1), explain
-    probe, nbytes = measured(model, lambda: forward(model, state, *some))
+    probe, nbytes = measured(model, lambda: forward(model, recorder, *some))
     chunk = scratch // max(1, nbytes)
     if chunk < N:
         chunk = max(1, chunk // 5)  # the other four fifths are for gradients that wait
@@ -80,12 +80,12 @@ def collect(
     while first < N:
         last = min(N, first + chunk)
         batch, own = take(inputs, first, last), take_targets(targets, first, last)
-        done = forward(model, state, batch, own, explain, keep_inputs=probe.disturbed)
+        done = forward(model, recorder, batch, own, explain, keep_inputs=probe.disturbed)
         if not torch.isfinite(done.y).all():
             bad = first + int((~torch.isfinite(done.y)).nonzero()[0])
             raise TraceFLError(f"the model's output for input {bad} is not finite; check model and input")
         try:
-            shared = shared_calls(done, probe) if last - first > 1 else set()
+            shared = shared_calls(done, probe, with_probed=first == 0) if last - first > 1 else set()
         except InseparableError:
             chunk = 1
             continue
@@ -164,10 +164,11 @@ def _loose_layer(state: TracedState, done: Pass, tensor: str) -> str:
     return tensor if ruled else state.names[owner] or tensor
 
 
-def shared_calls(done: Pass, probe: Pass) -> set[int]:
+def shared_calls(done: Pass, probe: Pass, with_probed: bool) -> set[int]:
     """Of n inputs in one pass, the calls that all of them use alike, as with position embeddings.
 
-    Raises InseparableError unless every call shows by its growth since the probe which entries are whose.
+    Raises InseparableError unless every call shows by its growth since the probe which entries are whose. If the first
+    input is the one probed, it must look in every call as it did alone: neither changed by the others nor moved.
     """
     n = len(done.targets)
     if done.loose or [_which(c) for c in done.calls] != [_which(c) for c in probe.calls]:
@@ -179,9 +180,18 @@ def shared_calls(done: Pass, probe: Pass) -> set[int]:
             shared.add(i)
             _grown(call.sum.shape, probed.sum.shape, n)
         else:
-            _grown(call.x.shape, probed.x.shape, n)
+            axis = _grown(call.x.shape, probed.x.shape, n)
             _grown(call.shape, probed.shape, n)
+            if with_probed and not _alike(call.x.select(axis, 0), probed.x.select(axis, 0)):
+                raise InseparableError
     return shared
+
+
+def _alike(now: Tensor, before: Tensor) -> bool:
+    """Up to rounding, which in low precision may be as much as a hundredth."""
+    if not before.is_floating_point() or not before.numel():
+        return torch.equal(now, before)
+    return bool((now - before).abs().max() <= 0.01 * before.abs().max())
 
 
 def _which(call: Call) -> tuple[nn.Module, int]:
