@@ -365,6 +365,25 @@ def test_a_model_that_mixes_the_inputs_of_a_batch_gets_them_one_by_one(way):
     assert torch.equal(trace(model, {"a": state}, x).contributions, one_by_one(model, state, x))
 
 
+def test_autocast():
+    """Around trace it counts for nothing; inside the model its rounding stays."""
+
+    def half(first, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return first(x).tanh().float()
+
+    torch.manual_seed(0)
+    model, x = TwoLayers(), torch.randn(3, 4)
+    states = reference.perturbed(model)[0]
+    expected = trace(model, states, x).contributions
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(trace(model, states, x).contributions, expected)
+    model.way = half
+    found = trace(model, states, x).contributions
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+
+
 def test_layers_under_no_grad_have_no_part():
     @torch.no_grad()
     def frozen(first, x):

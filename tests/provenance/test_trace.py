@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -315,6 +316,10 @@ def without(states, name):
         (None, {"method": "shap"}, "method='shap' is unknown"),
         (None, {"output": "loss"}, "output='loss' is unknown"),
         (None, {"layer_decay": 0}, "layer_decay=0"),
+        (None, {"steps": 0}, "steps=0"),
+        (None, {"scratch_bytes": -1}, "scratch_bytes=-1"),
+        (lambda s: list(s.values()), {}, "clients is a list: pass a dict"),
+        (lambda s: bad(s, **{"head.bias": np.zeros(4)}), {}, "'c1': 'head.bias' is a ndarray"),
         (None, {"layers": ["heads"]}, "'heads'"),
         (None, {"reference": {}}, "reference: tensor 'head.weight' is missing"),
     ],
@@ -323,6 +328,18 @@ def test_errors(block, x, change, options, message):
     states, _ = reference.perturbed(block)
     with pytest.raises(TraceFLError, match=message):
         trace(block, change(states) if change else states, x, **options)
+
+
+def test_inputs_that_are_no_tensors(block, x):
+    with pytest.raises(TraceFLError, match="inputs are a ndarray: pass a Tensor"):
+        trace(block, reference.perturbed(block)[0], x.numpy())
+
+
+def test_inputs_that_want_a_gradient_and_targets_as_a_list(block, x):
+    states, _ = reference.perturbed(block)
+    expected = trace(block, states, x, targets=torch.tensor([0, 1, 2, 3, 0])).contributions
+    assert torch.equal(trace(block, states, x.requires_grad_(), targets=[0, 1, 2, 3, 0]).contributions, expected)
+    assert x.grad is None
 
 
 def test_states_may_hold_floating_point_entries_alone(block, x):

@@ -192,11 +192,14 @@ class Recorder:
 
 @contextmanager
 def tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
-    """Eval mode, gradients for traced tensors alone, nothing fused or compiled that skips hooks; restored on exit."""
+    """Eval mode, full precision, gradients for traced tensors alone, nothing fused or compiled that skips hooks;
+    restored on exit.
+    """
     training = [module for module in model.modules() if module.training]
     tensors = {id(t): t for t in [*model.parameters(), *state.tensors.values()] if t.is_floating_point()}
     flags = [(t, t.requires_grad) for t in tensors.values()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    device = next(iter(state.tensors.values())).device.type
     recorder = Recorder(state)
     handles: list[RemovableHandle] = []
     # without torch's compiler nothing is compiled; to load it takes seconds
@@ -208,7 +211,7 @@ def tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
         for tensor, _ in flags:
             tensor.requires_grad_(False)
         handles = recorder.hooks()
-        with torch.inference_mode(False), torch.enable_grad(), eager:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), eager:
             yield recorder
     finally:
         for handle in handles:

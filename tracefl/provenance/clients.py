@@ -23,6 +23,8 @@ class Clients:
         aliases: Mapping[str, Sequence[str]],
     ):
         """`expected`: the global model's state dict; `aliases`: the names of each traced tensor."""
+        if not isinstance(states, Mapping):
+            raise TraceFLError(f"clients is a {type(states).__name__}: pass a dict from client id to state dict")
         if not states:
             raise TraceFLError("clients is empty: pass at least one client id with its state dict")
         self.ids = list(states)
@@ -40,7 +42,7 @@ class Clients:
         form, found = (like.shape, like.dtype, like.device), []
         for k in range(first, last):
             used, tensor = _first(self.states[k], names)
-            if (tensor.shape, tensor.dtype, tensor.device) != form:
+            if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != form:
                 tensor = _fitting(self.ids[k], used, tensor, like)
             # a tensor mapped from a file holds pages around it, a thousand of them gigabytes: copy and let go
             found.append(tensor if self.resident else tensor.clone())
@@ -77,7 +79,9 @@ def read(who: str | None, state: State, names: Sequence[str], like: Tensor) -> T
     return _fitting(who, *_first(state, names), like)
 
 
-def _fitting(who: str | None, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+def _fitting(who: str | None, name: str, tensor: object, like: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TraceFLError(f"{_named(who)}: {name!r} is a {type(tensor).__name__}; pass it through torch.as_tensor")
     if tensor.shape != like.shape:
         raise TraceFLError(
             f"{_named(who)}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has "

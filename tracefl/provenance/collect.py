@@ -137,7 +137,8 @@ def differentiate(
         call = done.calls[i]
         x, g = (call.x, g) if n == 1 else _by_input(call, probe.calls[i], n, i in shared, g)
         del call.x  # it is needed no more
-        local = state.local(call.module)
+        local, dtype = state.local(call.module), state.constants[call.module][0].dtype
+        x, g = x.to(dtype) if x.is_floating_point() else x, g.to(dtype)  # the model may use autocast
         found = state.rules[call.module](call.module, x, g)
         arrive(_layer(state, call), {local[own]: gradient.merge(n) for own, gradient in found.items() if own in local})
 
@@ -230,6 +231,10 @@ def _started(state: TracedState, done: Pass, tensor: str) -> int:
 
 
 def batch_size(inputs: Batch) -> int:
+    if not isinstance(inputs, Mapping | Tensor):
+        raise TraceFLError(
+            f"inputs are a {type(inputs).__name__}: pass a Tensor [N, ...] or a dict of them by argument"
+        )
     tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     sizes = {len(t) if t.ndim else 0 for t in tensors if isinstance(t, Tensor)}
     if len(sizes) != 1 or sizes == {0}:

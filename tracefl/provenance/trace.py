@@ -36,7 +36,7 @@ def trace(
     clients: Mapping[str, State],
     inputs: Batch,
     *,
-    targets: Tensor | None = None,
+    targets: Tensor | Sequence[int] | None = None,
     weights: Mapping[str, float] | None = None,
     reference: State | None = None,
     layer_decay: float = 0.9,
@@ -63,6 +63,9 @@ def trace(
     """
     output = output or ("log_odds" if method == "influence" else "logit")
     _check_settings(method, output, weights, reference, layer_decay)
+    for name, number in (("steps", steps), ("scratch_bytes", scratch_bytes)):
+        if number is not None and number < 1:
+            raise TraceFLError(f"{name}={number!r} must be 1 or more")
     model, inputs = _full_precision(model, inputs)
     state = traced_state(model, layers, statistics=method != "neuron")
     if not state.tensors:
@@ -73,7 +76,7 @@ def trace(
     if reference is not None:
         check_names(None, reference, entries, state.aliases)
     N = batch_size(inputs)
-    targets, explain = _checked(targets, N), _explain(output)
+    classes, explain = _checked(targets, N), _explain(output)
     ledger = Ledger(
         who,
         entries,
@@ -83,7 +86,7 @@ def trace(
     )
     change = None
     if method == "integrated" and reference is not None:
-        change, targets = change_of_output(model, reference, inputs, targets, explain)
+        change, classes = change_of_output(model, reference, inputs, classes, explain)
 
     # what passes and their gradients may take; the rest is for tiles, and for clients where they load lazily
     held = scratch_bytes - scratch_bytes // 16 if who.resident else scratch_bytes // 2
@@ -92,7 +95,7 @@ def trace(
         for factor, at in points:
             there = state if at is model else traced_state(at, layers, statistics=True)
             with tracing(at, there) as recorder:
-                explained = collect(at, recorder, inputs, targets, explain, ledger, factor, held)
+                explained = collect(at, recorder, inputs, classes, explain, ledger, factor, held)
         return explained
 
     if change is None or reference is None:
@@ -120,6 +123,7 @@ def trace(
 
 def _explain(output: str) -> Explain:
     def explain(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = logits.argmax(1) if targets is None else targets.to(logits.device)
         classes = logits.shape[1]
         if targets.min() < 0 or targets.max() >= classes:
@@ -163,7 +167,8 @@ def _shares(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
     return p / p.sum()
 
 
-def _checked(targets: Tensor | None, N: int) -> Tensor | None:
+def _checked(targets: Tensor | Sequence[int] | None, N: int) -> Tensor | None:
+    targets = None if targets is None else torch.as_tensor(targets)
     if targets is not None and (targets.shape != (N,) or targets.is_floating_point()):
         raise TraceFLError(f"targets are {tuple(targets.shape)} of {targets.dtype}: pass {N} integers, one per input")
     return targets
@@ -181,7 +186,8 @@ def _full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
     def full(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
-        return value.to(tensors[0].device, torch.float32 if value.dtype in half else value.dtype)
+        # detached: gradients end at the model's tensors
+        return value.detach().to(tensors[0].device, torch.float32 if value.dtype in half else value.dtype)
 
     if isinstance(inputs, Mapping):
         return model, {name: full(value) for name, value in inputs.items()}
