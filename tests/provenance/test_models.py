@@ -421,3 +421,14 @@ def test_checkpointing():
     assert torch.equal(found.contributions, expected.contributions)
     with pytest.raises(TraceFLError, match="set use_reentrant=False"):
         trace(TwoLayers(partial(way, use_reentrant=True)), states, x)
+
+
+def test_a_tensor_that_the_model_does_not_register_takes_no_gradient_away():
+    torch.manual_seed(0)
+    scale = torch.full((), 2.0, requires_grad=True)
+    model, x = TwoLayers(lambda first, x: first(x) * scale + first(x * scale)), torch.randn(3, 4)
+    states = reference.perturbed(model)[0]
+    found = trace(model, states, x).contributions
+    scale.requires_grad_(False)
+    assert torch.equal(found, trace(model, states, x).contributions)
+    assert scale.grad is None

@@ -62,10 +62,10 @@ class Pass:
     counts: Counter[nn.Module] = field(default_factory=Counter)  # calls of each module so far
     clock: Iterator[int] = field(default_factory=itertools.count)
     started: dict[nn.Module, int] = field(default_factory=dict)  # module -> order of its first start
-    starts: list[Tensor] = field(default_factory=list)  # leaves put where nothing traced comes before
     y: Tensor = field(init=False)
     targets: Tensor = field(init=False)
-    loose: list[str] = field(init=False)  # tensors used outside of rules
+    leaves: dict[int, Tensor] = field(init=False)  # id(tensor) -> tensor that y depends on, with a gradient
+    loose: list[str] = field(init=False)  # traced ones of them: used outside of rules
     norms: list[Any] = field(init=False)  # PyTorch's nodes of batch and instance normalisation
 
     @property
@@ -88,10 +88,10 @@ def forward(
     finally:
         recorder.done = None
     done.y, done.targets = explain(logits, targets)
-    used, consumers, done.norms = _graph(done.y)
+    done.leaves, consumers, done.norms = _graph(done.y)
     for call in done.calls:
         call.sum = _only_sum(consumers.get((call.edge.node, call.edge.output_nr), []))
-    done.loose = [name for name, tensor in state.tensors.items() if id(tensor) in used]
+    done.loose = [name for name, tensor in state.tensors.items() if id(tensor) in done.leaves]
     return done
 
 
@@ -114,9 +114,9 @@ def backward(
         handles.append(edge.node.register_prehook(reach))
     handles += [node.register_prehook(_laid_out_like_input(node)) for node in done.norms]
     y, done.y = done.y, done.y.detach()
-    ends = [*(state.tensors[name] for name in done.loose), *done.starts]
+    leaves = list(done.leaves.values())  # all, so that the gradient passes everywhere
     try:
-        grads = torch.autograd.grad(y.sum(), ends, allow_unused=True) if ends and y.requires_grad else ()
+        grads = torch.autograd.grad(y.sum(), leaves) if leaves else ()
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise TraceFLError(_CACHED) from error
@@ -124,7 +124,8 @@ def backward(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: g for name, g in zip(done.loose, grads, strict=False) if g is not None}
+    gradients = dict(zip(done.leaves, grads, strict=True))
+    return {name: gradients[id(state.tensors[name])] for name in done.loose}
 
 
 def measured(model: nn.Module, work: Callable[[], Pass]) -> tuple[Pass, int]:
@@ -176,16 +177,14 @@ class Recorder:
             tensor.requires_grad_(True)
         if module not in self.state.rules or not torch.is_grad_enabled():  # under no_grad nothing of it reaches y
             return None
-        replaced = start = None
+        replaced = None
         if not out.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
-            start = out.detach().requires_grad_()
-            out = replaced = start.clone()
+            out = replaced = out.detach().requires_grad_().clone()
         if self.done:
             done, x = self.done, (args[0] if args else next(iter(kwargs.values()))).detach()
             x = x.clone() if self.keep_inputs else x
             edge, version, index = get_gradient_edge(out), x._version, done.counts[module]
             done.counts[module] += 1
-            done.starts += [] if start is None else [start]
             done.calls.append(Call(module, index, next(done.clock), x, edge, out.shape, version))
         return replaced
 
@@ -252,9 +251,9 @@ def _laid_out_like_input(node: Any) -> Callable[[Sequence[Tensor | None]], tuple
 Consumers = dict[tuple[Any, int], list[tuple[Any, int]]]
 
 
-def _graph(y: Tensor) -> tuple[set[int], Consumers, list[Any]]:
-    """ids of the leaf tensors y depends on, who takes each node's output as which argument, and normalisations."""
-    leaves: set[int] = set()
+def _graph(y: Tensor) -> tuple[dict[int, Tensor], Consumers, list[Any]]:
+    """The leaf tensors y depends on by id, who takes each node's output as which argument, and normalisations."""
+    leaves: dict[int, Tensor] = {}
     consumers: Consumers = {}
     norms = []
     seen, stack = set(), [y.grad_fn]
@@ -265,7 +264,7 @@ def _graph(y: Tensor) -> tuple[set[int], Consumers, list[Any]]:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
-            leaves.add(id(variable))
+            leaves[id(variable)] = variable
         if node.name().startswith("CheckpointFunction"):
             raise TraceFLError(
                 "the model computes parts of itself again by checkpoint(..., use_reentrant=True), which "
