@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -432,3 +433,33 @@ def test_a_tensor_that_the_model_does_not_register_takes_no_gradient_away():
     scale.requires_grad_(False)
     assert torch.equal(found, trace(model, states, x).contributions)
     assert scale.grad is None
+
+
+def changed_by_hook(layer):
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def changed_on_the_instance(layer):
+    layer.forward = MethodType(lambda self, x: type(self).forward(self, x) * 2, layer)
+
+
+def changed_weight_of_a_convolution(layer):
+    class Standardised(type(layer)):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight - weight.mean((1, 2), keepdim=True), bias)
+
+    layer.__class__ = Standardised
+
+
+@pytest.mark.parametrize("change", [changed_by_hook, changed_on_the_instance, changed_weight_of_a_convolution])
+def test_a_layer_that_the_user_has_changed(change):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 3)).double(),
+        torch.randn(2, 2, 4),
+    )
+    change(model[0])
+    states, weights = reference.perturbed(model)
+    found = trace(model, states, x.double(), method="influence", weights=weights)
+    slow = [reference.influence(model, states, weights, x[n : n + 1].double(), found.targets[n]) for n in range(2)]
+    assert (found.contributions - torch.stack(slow)).abs().max() < 1e-9

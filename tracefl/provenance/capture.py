@@ -164,7 +164,10 @@ class Recorder:
 
     def hooks(self) -> list[RemovableHandle]:
         handles = [module.register_forward_pre_hook(self._start) for module in self.state.names]
-        return handles + [module.register_forward_hook(self._end, with_kwargs=True) for module in self.state.constants]
+        handles += [
+            module.register_forward_hook(self._end, prepend=True, with_kwargs=True) for module in self.state.constants
+        ]  # before hooks of the user's, which may change the output
+        return handles
 
     def _start(self, module: nn.Module, args: Any) -> None:
         if self.done:

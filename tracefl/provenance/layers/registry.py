@@ -11,6 +11,7 @@ from tracefl.provenance.gradients import Gradient
 Gradients = Mapping[str, Gradient]
 Rule = Callable[[nn.Module, Tensor, Tensor], Gradients]
 _RULES: dict[type | str, Rule] = {}
+_COMPUTE = {"forward", "_conv_forward"}  # what a subclass or an instance may have put its own in place of
 
 
 def register(*types: type | str) -> Callable[[Rule], Rule]:
@@ -33,5 +34,6 @@ def rule_for(layer: nn.Module) -> Rule | None:
     for base in type(layer).__mro__:
         rule = _RULES.get(base) or _RULES.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
-            return rule if type(layer).forward is getattr(base, "forward", None) else None
+            same = all(getattr(type(layer), name, None) is getattr(base, name, None) for name in _COMPUTE)
+            return rule if same and not vars(layer).keys() & _COMPUTE else None
     return None
