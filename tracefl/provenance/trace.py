@@ -179,6 +179,8 @@ def _full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
     tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor)]
     if not tensors:
         raise TraceFLError("the model has no parameters to trace")
+    if tensors[0].device.type == "mps":
+        raise TraceFLError("Apple's MPS has no float64, in which contributions are added up: pass model.cpu()")
     half = (torch.float16, torch.bfloat16)
     if any(t.dtype in half for t in tensors):
         model = copy.deepcopy(model).float()
