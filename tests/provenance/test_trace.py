@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import numpy as np
@@ -417,3 +418,12 @@ def test_integrated_resnet18():
     found = trace(model, states, x, method="integrated", weights=weights, reference=incoming)
     assert found.change.abs().mean() > 0.05
     assert found.completeness_error.mean() < 0.01
+
+
+def test_threads(block, x):
+    """On one model, whose flags and hooks they share."""
+    states, weights = reference.perturbed(block)
+    expected = trace(block, states, x, method="influence", weights=weights).contributions
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: trace(block, states, x, method="influence", weights=weights), range(12))
+    assert all(torch.equal(f.contributions, expected) for f in found)

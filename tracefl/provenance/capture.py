@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,8 @@ _CACHED = (
     "the model uses a tensor again that an earlier forward pass computed from its parameters, where no gradient "
     "arrives any more; make it compute that tensor in every pass"
 )
+
+_ONE_AT_A_TIME = threading.RLock()  # flags of tensors and settings of torch are everybody's
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,13 @@ class Recorder:
 @contextmanager
 def tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
     """Eval mode, full precision, gradients for traced tensors alone, nothing fused or compiled that skips hooks;
-    restored on exit.
+    restored on exit. Threads wait for one another: much of this is not the model's own.
     """
+    with _ONE_AT_A_TIME:
+        yield from _tracing(model, state)
+
+
+def _tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
     training = [module for module in model.modules() if module.training]
     tensors = {id(t): t for t in [*model.parameters(), *state.tensors.values()] if t.is_floating_point()}
     flags = [(t, t.requires_grad) for t in tensors.values()]
