@@ -78,18 +78,18 @@ class Pass:
 
 
 def forward(
-    model: nn.Module, recorder: Recorder, batch: Batch, targets: Tensor | None, explain: Explain,
+    model: nn.Module, hooks: Hooks, batch: Batch, targets: Tensor | None, explain: Explain,
     *, keep_inputs: bool = False,
 ) -> Pass:  # fmt: skip
     """Run a batch, recording every call of a layer with a rule; `keep_inputs` copies what goes into them."""
-    done, state = Pass(), recorder.state
-    recorder.done, recorder.keep_inputs = done, keep_inputs
+    done, state = Pass(), hooks.state
+    hooks.done, hooks.keep_inputs = done, keep_inputs
     for tensor in state.tensors.values():  # a pass that failed may have left them otherwise
         tensor.requires_grad_(True)
     try:
         logits = logits_of(model, batch)
     finally:
-        recorder.done = None
+        hooks.done = None
     done.y, done.targets = explain(logits, targets)
     done.leaves, consumers, done.norms = _graph(done.y)
     for call in done.calls:
@@ -153,7 +153,7 @@ def measured(model: nn.Module, work: Callable[[], Pass]) -> tuple[Pass, int]:
     return done, sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 
 
-class Recorder:
+class Hooks:
     """Hooks that write every call of a layer with a rule into `done`, the pass that runs.
 
     Inside a layer with a rule its own tensors are constants: whatever traced tensor turns up in the graph of y all the
@@ -165,7 +165,7 @@ class Recorder:
         self.done: Pass | None = None
         self.keep_inputs = False
 
-    def hooks(self) -> list[RemovableHandle]:
+    def register(self) -> list[RemovableHandle]:
         handles = [module.register_forward_pre_hook(self._start) for module in self.state.names]
         handles += [
             module.register_forward_hook(self._end, prepend=True, with_kwargs=True) for module in self.state.constants
@@ -196,7 +196,7 @@ class Recorder:
 
 
 @contextmanager
-def tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
+def tracing(model: nn.Module, state: TracedState) -> Iterator[Hooks]:
     """Eval mode, full precision, gradients for traced tensors alone, nothing fused or compiled that skips hooks;
     restored on exit. Threads wait for one another: much of this is not the model's own.
     """
@@ -204,13 +204,13 @@ def tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
         yield from _tracing(model, state)
 
 
-def _tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
+def _tracing(model: nn.Module, state: TracedState) -> Iterator[Hooks]:
     training = [module for module in model.modules() if module.training]
     tensors = {id(t): t for t in [*model.parameters(), *state.tensors.values()] if t.is_floating_point()}
     flags = [(t, t.requires_grad) for t in tensors.values()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     device = next(iter(state.tensors.values())).device.type
-    recorder = Recorder(state)
+    hooks = Hooks(state)
     handles: list[RemovableHandle] = []
     # without torch's compiler nothing is compiled; to load it takes seconds
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
@@ -220,9 +220,9 @@ def _tracing(model: nn.Module, state: TracedState) -> Iterator[Recorder]:
         torch.backends.mha.set_fastpath_enabled(False)
         for tensor, _ in flags:
             tensor.requires_grad_(False)
-        handles = recorder.hooks()
+        handles = hooks.register()
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), eager:
-            yield recorder
+            yield hooks
     finally:
         for handle in handles:
             handle.remove()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tracefl.errors import TraceFLError
-from tracefl.provenance.capture import Batch, Call, Explain, Pass, Recorder, backward, forward, measured
+from tracefl.provenance.capture import Batch, Call, Explain, Hooks, Pass, backward, forward, measured
 from tracefl.provenance.contraction import Ledger
 from tracefl.provenance.gradients import Dense, Gradient, compact
 from tracefl.provenance.state import TracedState
@@ -54,7 +54,7 @@ def settle(groups: list[Group], ledger: Ledger, factor: float) -> None:
 
 def collect(
     model: nn.Module,
-    recorder: Recorder,
+    hooks: Hooks,
     inputs: Batch,
     targets: Tensor | None,
     explain: Explain,
@@ -66,9 +66,9 @@ def collect(
 
     What passes leave behind and gradients that wait take at most `scratch` bytes (a single input may take more).
     """
-    N, state = batch_size(inputs), recorder.state
+    N, state = batch_size(inputs), hooks.state
     some = take(inputs, 0, 1), take_targets(targets, 0, 1), explain
-    probe, nbytes = measured(model, lambda: forward(model, recorder, *some))
+    probe, nbytes = measured(model, lambda: forward(model, hooks, *some))
     chunk = scratch // max(1, nbytes)
     if chunk < N:
         chunk = max(1, chunk // 5)  # the other four fifths are for gradients that wait
@@ -80,7 +80,7 @@ def collect(
     while first < N:
         last = min(N, first + chunk)
         batch, own = take(inputs, first, last), take_targets(targets, first, last)
-        done = forward(model, recorder, batch, own, explain, keep_inputs=probe.disturbed)
+        done = forward(model, hooks, batch, own, explain, keep_inputs=probe.disturbed)
         if not torch.isfinite(done.y).all():
             bad = first + int((~torch.isfinite(done.y)).nonzero()[0])
             raise TraceFLError(f"the model's output for input {bad} is not finite; check model and input")

@@ -94,8 +94,8 @@ def trace(
     def enter(points: Iterable[tuple[float, nn.Module]]) -> Tensor:
         for factor, at in points:
             there = state if at is model else traced_state(at, layers, statistics=True)
-            with tracing(at, there) as recorder:
-                explained = collect(at, recorder, inputs, classes, explain, ledger, factor, held)
+            with tracing(at, there) as hooks:
+                explained = collect(at, hooks, inputs, classes, explain, ledger, factor, held)
         return explained
 
     if change is None or reference is None:
