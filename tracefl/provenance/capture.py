@@ -119,7 +119,7 @@ def backward(
     y, done.y = done.y, done.y.detach()
     leaves = list(done.leaves.values())  # all, so that the gradient passes everywhere
     try:
-        grads = torch.autograd.grad(y.sum(), leaves) if leaves else ()
+        grads = torch.autograd.grad(y.sum(), leaves, allow_unused=True) if leaves else ()
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise TraceFLError(_CACHED) from error
@@ -127,8 +127,9 @@ def backward(
     finally:
         for handle in handles:
             handle.remove()
-    gradients = dict(zip(done.leaves, grads, strict=True))
-    return {name: gradients[id(state.tensors[name])] for name in done.loose}
+    gradients = dict(zip(done.leaves, grads, strict=True))  # None where a function of the model's own returns None
+    loose = {name: gradients[id(state.tensors[name])] for name in done.loose}
+    return {name: g for name, g in loose.items() if g is not None}
 
 
 def measured(model: nn.Module, work: Callable[[], Pass]) -> tuple[Pass, int]:
