@@ -34,6 +34,7 @@ from tracefl.checks import load
 from tracefl.data.prepare import prepare
 from tracefl.evaluation import coalitions
 from tracefl.models import build_model, load_exchanged_state, model_spec
+from tracefl.outputs import log_odds
 from tracefl.provenance import trace
 from tracefl.runs import Run
 
@@ -118,11 +119,11 @@ def nudge(model: nn.Module, states: dict, weights: dict, x: Inputs, y: Tensor, w
     """[N, K] log-odds at W_g less those at W_g - way * p_k / (1 - p_k) (W_k - W_g), in float64."""
     model, x = copy.deepcopy(model).double(), x if isinstance(x, dict) else x.double()
     here = {name: w.clone() for name, w in model.state_dict().items()}
-    values = [coalitions.log_odds(logits(model, x), y)]
+    values = [log_odds(logits(model, x).double(), y)]
     for who, state in states.items():
         step = way * weights[who] / (sum(weights.values()) - weights[who])
         model.load_state_dict({n: w - step * (state[n] - w) if w.is_floating_point() else w for n, w in here.items()})
-        values.append(coalitions.log_odds(logits(model, x), y))
+        values.append(log_odds(logits(model, x).double(), y))
     return values[0][:, None] - torch.stack(values[1:], 1)
 
 

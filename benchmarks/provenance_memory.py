@@ -21,12 +21,13 @@ import torch
 import torchvision
 
 from tracefl.provenance import trace
-from tracefl.runs import LazyState, write_state
+from tracefl.runs import write_state
+from tracefl.states import StateFile
 
 
-def opened(file: Path) -> LazyState:
+def opened(file: Path) -> StateFile:
     with file.open("rb") as content:
-        state = LazyState(file, hashlib.file_digest(content, "sha256").hexdigest())
+        state = StateFile(file, hashlib.file_digest(content, "sha256").hexdigest())
     state.check()  # before the clock runs
     return state
 

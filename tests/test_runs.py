@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tracefl import Run, runs
+from tracefl import Run, runs, states
 from tracefl.errors import TraceFLError
 from tracefl.runs import ClientInfo, Participant, client_file, locked, write_state
+from tracefl.states import StateFile
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ def test_a_changed_file_is_noticed_when_it_is_read(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     one_round(tmp_path)
     (tmp_path / "rounds/0001/global.safetensors").unlink()
-    with pytest.raises(TraceFLError, match=r"global\.safetensors is missing"):
+    with pytest.raises(TraceFLError, match=r"global\.safetensors cannot be read \(No such file"):
         Run.open(tmp_path).global_state(1)["w"]
 
 
@@ -108,9 +109,9 @@ def test_the_same_state_gives_the_same_bytes(tmp_path):
 
 
 def test_lazy_states_read_what_safetensors_reads(tmp_path):
-    state = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in runs._DTYPES.values()}
+    state = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in states._DTYPES.values()}
     state |= {"scalar": torch.tensor(3), "none": torch.empty(0, 4)}
-    lazy = runs.LazyState(tmp_path / "a.safetensors", runs.write_state(tmp_path / "a.safetensors", state))
+    lazy = StateFile(tmp_path / "a.safetensors", runs.write_state(tmp_path / "a.safetensors", state))
     expected = load_file(tmp_path / "a.safetensors")
     assert set(lazy) == set(expected) == set(state)
     for name, tensor in expected.items():

@@ -32,7 +32,8 @@ from tracefl.report.files import (
     write_events,
 )
 from tracefl.report.lines import fusion_lines, provenance_lines
-from tracefl.runs import ClientInfo, Run, State, locked, write_atomically
+from tracefl.runs import ClientInfo, Run, locked, write_atomically
+from tracefl.states import State
 
 LOG_FILE = "TraceFL_clients_contributions.log"
 log = logging.getLogger("tracefl")

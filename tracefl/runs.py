@@ -19,19 +19,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from tracefl.errors import TraceFLError
+from tracefl.states import StateFile
 
 SCHEMA = 1
-State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,67 +71,6 @@ class ClientInfo:
         return self.label_counts if self.flipped_label_counts is None else self.flipped_label_counts
 
 
-_DTYPES = {  # names of the safetensors format
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-class LazyState(Mapping[str, Tensor]):
-    """A state dict in a safetensors file: a tensor is read when it is asked for, and nothing is kept.
-
-    The file's SHA-256 is compared with the run's header before the first read. Its own header is kept, so that a read
-    is one seek: safetensors reads the header again at each opening, and a file held open keeps its pages in memory.
-    """
-
-    def __init__(self, file: Path, sha256: str) -> None:
-        self._file, self._sha256 = file, sha256
-
-    @cached_property
-    def _entries(self) -> dict[str, dict[str, Any]]:
-        """Name -> dtype, shape and place in the file."""
-        if not self._file.exists():
-            raise TraceFLError(f"{self._file} is missing from the run: restore it or train the run again.")
-        with self._file.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-            if found != self._sha256:
-                raise TraceFLError(
-                    f"{self._file} is not the file that was recorded (SHA-256 {found[:12]}, run.json says "
-                    f"{self._sha256[:12]}): restore it or train the run again."
-                )
-            content.seek(0)
-            size = int.from_bytes(content.read(8), "little")
-            header = json.loads(content.read(size))
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            entry["data_offsets"] = [8 + size + offset for offset in entry["data_offsets"]]
-        return header
-
-    def check(self) -> None:
-        """Compare the file with its hash now, not at the first read."""
-        _ = self._entries
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        start, end = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-        if start == end:
-            return torch.empty(shape, dtype=dtype)
-        return torch.from_numpy(np.fromfile(self._file, np.uint8, end - start, offset=start)).view(dtype).view(shape)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
 @dataclass(frozen=True)
 class RoundView:
     """A round with access to its states."""
@@ -146,11 +82,11 @@ class RoundView:
     def clients(self) -> list[Participant]:
         return self.record.clients
 
-    def client_state(self, client_id: str) -> LazyState:
+    def client_state(self, client_id: str) -> StateFile:
         """What client `client_id` sent in this round."""
         for client in self.clients:
             if client.id == client_id:
-                return LazyState(self.folder / client.file, client.sha256)
+                return StateFile(self.folder / client.file, client.sha256)
         raise TraceFLError(
             f"client '{client_id}' took no part in round {self.record.number}: its participants were "
             f"{', '.join(client.id for client in self.clients)}."
@@ -221,22 +157,22 @@ class Run:
             raise TraceFLError(f"round {number} is not recorded in {self.path}: it has rounds 1 to {len(self.rounds)}.")
         return RoundView(self.rounds[number - 1], self.round_folder(number))
 
-    def global_state(self, number: int) -> LazyState:
+    def global_state(self, number: int) -> StateFile:
         """The model released by round `number`; 0 is the initial model."""
         sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).record.global_sha256
-        return LazyState(self.round_folder(number) / "global.safetensors", sha256)
+        return StateFile(self.round_folder(number) / "global.safetensors", sha256)
 
     def predictions(self, number: int) -> Tensor:
         """Class that round `number`'s global model predicts for each of the server's examples, int64 [N]."""
         record = self.round(number).record
-        return LazyState(self.round_folder(number) / "predictions.safetensors", record.predictions_sha256)[
+        return StateFile(self.round_folder(number) / "predictions.safetensors", record.predictions_sha256)[
             "predictions"
         ]
 
     def strategy_state(self, number: int) -> Mapping[str, Tensor]:
         """What the server's optimizer carries from round `number` to the next; empty if it carries nothing."""
         sha256 = None if number == 0 else self.round(number).record.strategy_sha256
-        return {} if sha256 is None else LazyState(self.round_folder(number) / "strategy.safetensors", sha256)
+        return {} if sha256 is None else StateFile(self.round_folder(number) / "strategy.safetensors", sha256)
 
     def round_folder(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:04d}"

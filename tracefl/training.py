@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracefl.data.examples import Examples, Inputs
+from tracefl.data.examples import Examples
+from tracefl.outputs import logits_of
 
 EVALUATION_BATCH = 256
 
@@ -55,11 +56,6 @@ def train(
             total += loss.detach() * len(rows)
             seen += len(rows)
     return float(total / seen)
-
-
-def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Logits [N, num_classes] of an image model or a Hugging Face classifier."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs).logits
 
 
 def _adam(model: nn.Module, lr: float) -> Callable[[], object]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tracefl.errors import TraceFLError
+from tracefl.outputs import log_odds, logits_of
 
 MOST_CLIENTS = 14  # 16,384 fusions
 
@@ -45,8 +46,7 @@ def values(
         for mask, fused in fusions(list(clients.values()), list(p.values()), state, incoming):
             for name, tensor in state.items():
                 tensor.copy_(fused(name))
-            output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-            v[mask] = log_odds(getattr(output, "logits", output), targets)
+            v[mask] = log_odds(logits_of(model, inputs).double(), targets)
     return v
 
 
@@ -71,13 +71,6 @@ def fusions(
             yield mask, incoming.__getitem__
         else:
             yield mask, lambda name, size=size: running[name] / size  # type: ignore[misc]
-
-
-def log_odds(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logit of the target less the log-sum-exp of the others, [N] float64."""
-    logits = logits.double()
-    others = logits.scatter(1, targets[:, None], -math.inf).logsumexp(1)
-    return logits.gather(1, targets[:, None])[:, 0] - others
 
 
 def members(K: int) -> Tensor:

@@ -11,7 +11,7 @@ so one pass over the clients gives all K agreements. For F faults the suspect le
 Suspects with equal A_k are drawn from at random, instead of blaming the first.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +24,7 @@ from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import load_exchanged_state
 from tracefl.runs import Run
+from tracefl.states import State
 
 IMAGES = 10  # one vote each
 PICKY_FROM, SAME_CLASS = 10, 3  # with so many clients, so many have to agree on an image's class
@@ -31,7 +32,6 @@ CANDIDATES = 30  # from which such images are picked
 COLUMNS = ["round", "image", "vote", "client"]  # vote 1 is the first suspect of F
 
 Array = np.ndarray
-State = Mapping[str, Tensor]
 
 
 def debug_round(

@@ -21,9 +21,9 @@ from tracefl.errors import TraceFLError
 from tracefl.federation.grid import ParticipantsGrid, WatchedGrid
 from tracefl.federation.strategies import Wrapper, innermost, load_optimizer_state, optimizer_state
 from tracefl.runs import Participant, Run, client_file
+from tracefl.states import State
 from tracefl.training import Evaluation
 
-State = Mapping[str, Tensor]
 BLIND_TO_SIZES = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 
 
