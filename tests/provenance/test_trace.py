@@ -296,32 +296,44 @@ def without(states, name):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda s: {}, {}, "clients is empty"),
+        (lambda s: {}, {}, "clients must be a dict .* got an empty one"),
         (lambda s: without(s, "head.bias"), {}, "'c1': tensor 'head.bias' is missing"),
         (lambda s: bad(s, more=torch.zeros(1)), {}, "'c1': tensor 'more' is not in"),
-        (lambda s: bad(s, **{"head.bias": torch.zeros(5)}), {}, r"'c1': tensor 'head.bias' has shape \(5,\)"),
+        (
+            lambda s: bad(s, **{"head.bias": torch.zeros(5)}),
+            {},
+            r"'c1': tensor 'head.bias' must have the model's shape \(4,\), got \(5,\)",
+        ),
         (
             lambda s: bad(s, **{"conv.weight": s["c1"]["conv.weight"] * torch.nan}),
             {},
             "'c1': tensor 'conv.weight' has values that are not finite",
         ),
-        (None, {"targets": torch.tensor([0, 1, 2, 3, 4])}, "target 4 is out of range"),
-        (None, {"targets": torch.tensor([0, 1, -1, 3, 3])}, "target -1 is out of range"),
-        (None, {"targets": torch.tensor([0])}, "pass 5 integers"),
-        (None, {"targets": torch.zeros(5)}, "pass 5 integers"),
-        (None, {"weights": {"c0": 1, "c1": -1, "c2": 1}}, "client 'c1' has -1.0"),
-        (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "all zero"),
-        (None, {"weights": {"c0": 1, "c1": 1}}, "miss client 'c2'"),
+        (None, {"targets": torch.tensor([0, 1, 2, 3, 4])}, "targets must be 0 to 3, got 4"),
+        (None, {"targets": torch.tensor([0, 1, -1, 3, 3])}, "targets must be 0 to 3, got -1"),
+        (None, {"targets": torch.tensor([0])}, r"targets must be 5 integers, one per input, got \(1,\)"),
+        (None, {"targets": torch.zeros(5)}, r"targets must be 5 integers, .* torch.float32"),
+        (
+            None,
+            {"weights": {"c0": 1, "c1": -1, "c2": 1}},
+            "weights must be finite and at least 0, got -1.0 for client 'c1'",
+        ),
+        (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "weights must be above 0 for at least one client"),
+        (None, {"weights": {"c0": 1, "c1": 1}}, "weights must have every client, got none for 'c2'"),
         (None, {"method": "influence"}, "needs weights"),
         (None, {"method": "integrated", "weights": {"c0": 1, "c1": 1, "c2": 1}}, "needs reference"),
-        (None, {"method": "shap"}, "method='shap' is unknown"),
-        (None, {"output": "loss"}, "output='loss' is unknown"),
-        (None, {"layer_decay": 0}, "layer_decay=0"),
-        (None, {"steps": 0}, "steps=0"),
-        (None, {"scratch_bytes": -1}, "scratch_bytes=-1"),
-        (lambda s: list(s.values()), {}, "clients is a list: pass a dict"),
-        (lambda s: bad(s, **{"head.bias": np.zeros(4)}), {}, "'c1': 'head.bias' is a ndarray"),
-        (None, {"layers": ["heads"]}, "'heads'"),
+        (None, {"method": "shap"}, "method must be one of neuron, influence, integrated, got 'shap'"),
+        (None, {"output": "loss"}, "output must be one of logit, log_odds, got 'loss'"),
+        (None, {"layer_decay": 0}, "layer_decay must be above 0 and at most 1 .*, got 0"),
+        (None, {"steps": 0}, "steps must be at least 1, got 0"),
+        (None, {"scratch_bytes": -1}, "scratch_bytes must be at least 1, got -1"),
+        (lambda s: list(s.values()), {}, "clients must be a dict .* got a list"),
+        (
+            lambda s: bad(s, **{"head.bias": np.zeros(4)}),
+            {},
+            "'c1': 'head.bias' must be a Tensor, got a ndarray: use torch.as_tensor",
+        ),
+        (None, {"layers": ["heads"]}, "layers must be .*: the model has no 'heads'"),
         (None, {"reference": {}}, "reference: tensor 'head.weight' is missing"),
     ],
 )
@@ -332,7 +344,7 @@ def test_errors(block, x, change, options, message):
 
 
 def test_inputs_that_are_no_tensors(block, x):
-    with pytest.raises(TraceFLError, match="inputs are a ndarray: pass a Tensor"):
+    with pytest.raises(TraceFLError, match="inputs must be a Tensor .* got a ndarray"):
         trace(block, reference.perturbed(block)[0], x.numpy())
 
 
@@ -372,7 +384,7 @@ def test_inputs_and_outputs_that_are_none(block, x):
     with pytest.raises(TraceFLError, match="at least 1"):
         trace(block, states, x[:0])
     stem = {who: {"weight": s["stem.weight"], "bias": s["stem.bias"]} for who, s in states.items()}
-    with pytest.raises(TraceFLError, match="not logits"):
+    with pytest.raises(TraceFLError, match="output must be logits"):
         trace(block.stem, stem, x)
     with pytest.raises(TraceFLError, match="output for input 3 is not finite"):
         trace(block, states, torch.cat([x[:3], x[3:4] * torch.nan]))

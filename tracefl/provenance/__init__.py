@@ -1,6 +1,6 @@
 """Who is responsible: the contribution of every client of a round to a prediction of the global model."""
 
-from tracefl.provenance.gradients import Dense, Gradient, Outer, Rows
+from tracefl.provenance.contract import Dense, Gradient, Outer, Rows
 from tracefl.provenance.layers import register
 from tracefl.provenance.result import Provenance
 from tracefl.provenance.trace import trace

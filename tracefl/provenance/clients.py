@@ -1,104 +1,78 @@
-"""The clients' states, checked: names before the work starts, shapes when a tensor is read."""
+"""States, checked: names before the work starts, shapes when a tensor is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 
 import torch
 from torch import Tensor
 
 from tracefl.errors import TraceFLError
+from tracefl.states import State, StateFile
 
-State = Mapping[str, Tensor]
+Source = State | str | PathLike[str]  # a state, or the path of a safetensors file that holds one
 _REMEDY = "pass a state dict of the same architecture as the model"
 
 
-class Clients:
-    """K states behind one door. A tensor is asked for when it is needed and never kept."""
+class States:
+    """The states of K clients, or of one reference. A tensor is read when it is asked for, and not kept.
 
-    def __init__(
-        self,
-        states: Mapping[str, State],
-        expected: Mapping[str, Tensor],
-        aliases: Mapping[str, Sequence[str]],
-    ):
-        """`expected`: the global model's state dict; `aliases`: the names of each traced tensor."""
-        if not isinstance(states, Mapping):
-            raise TraceFLError(f"clients is a {type(states).__name__}: pass a dict from client id to state dict")
-        if not states:
-            raise TraceFLError("clients is empty: pass at least one client id with its state dict")
-        self.ids = list(states)
-        self.states = list(states.values())
-        self.expected = expected
-        self.aliases = aliases
-        # all states are in memory already, so that asking for many tensors at once takes none
-        self.resident = all(isinstance(state, dict) for state in self.states)
-        for who, state in states.items():
-            check_names(who, state, expected, aliases)
+    Args:
+        states: what an error calls it -> state, or path of a safetensors file.
+        model: the global model's state dict, whose shapes, types and device are the right ones.
+        aliases: traced tensor -> the names under one of which a state must have it.
+    """
 
-    def tensors(self, name: str, first: int, last: int) -> list[Tensor]:
-        """The tensor `name` of clients first to last - 1, on the model's device and in its precision."""
-        names, like = self.aliases[name], self.expected[name]
-        form, found = (like.shape, like.dtype, like.device), []
-        for k in range(first, last):
-            used, tensor = _first(self.states[k], names)
-            if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != form:
-                tensor = _fitting(self.ids[k], used, tensor, like)
-            # a tensor mapped from a file holds pages around it, a thousand of them gigabytes: copy and let go
-            found.append(tensor if self.resident else tensor.clone())
-        return found
+    def __init__(self, states: Mapping[str, Source], model: State, aliases: Mapping[str, Sequence[str]]):
+        self.states = {who: StateFile(s) if isinstance(s, str | PathLike) else s for who, s in states.items()}
+        self.model, self.aliases = model, aliases
+        self.in_memory = all(isinstance(state, dict) for state in self.states.values())
+        for who, state in self.states.items():
+            keys = set(state)
+            missing = [name for name, names in aliases.items() if keys.isdisjoint(names)]
+            if missing:
+                raise TraceFLError(f"{who}: tensor {missing[0]!r} is missing ({len(missing)} in all); {_REMEDY}")
+            if extra := sorted(keys - set(model)):
+                raise TraceFLError(
+                    f"{who}: tensor {extra[0]!r} is not in the model's state dict ({len(extra)} in all); {_REMEDY}"
+                )
 
-    def blame(self) -> None:
-        """Raise for the first tensor that is not finite, if there is one."""
-        for who, state in zip(self.ids, self.states, strict=True):
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def tensors(self, names: Sequence[str], first: int, last: int) -> list[Tensor]:
+        """Tensor `names[0]` of states first to last - 1 each; of several names, their vectors end to end."""
+        some = list(self.states.items())[first:last]
+        if len(names) == 1:
+            return [self._read(who, state, names[0]) for who, state in some]
+        rows = [self._read(who, state, name) for who, state in some for name in names]
+        return list(torch.cat(rows).view(len(some), -1))
+
+    def _read(self, who: str, state: State, name: str) -> Tensor:
+        """The tensor on the model's device and in its precision."""
+        like, tensor = self.model[name], None
+        for alias in self.aliases[name]:  # `in` would read a lazy state's tensor once more
+            try:
+                tensor = state[alias]
+                break
+            except KeyError:
+                continue
+        if not isinstance(tensor, Tensor):
+            raise TraceFLError(f"{who}: {name!r} must be a Tensor, got a {type(tensor).__name__}: use torch.as_tensor")
+        if tensor.shape != like.shape:
+            shapes = f"{tuple(like.shape)}, got {tuple(tensor.shape)}"
+            raise TraceFLError(f"{who}: tensor {name!r} must have the model's shape {shapes}; {_REMEDY}")
+        if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+            tensor = tensor.to(like.device, like.dtype)
+        # a tensor mapped from a file holds pages around it, a thousand of them gigabytes: copy it
+        return tensor if self.in_memory else tensor.clone()
+
+    def check_finite(self) -> None:
+        """Raise TraceFLError for the first state and tensor with values that are not finite."""
+        for who, state in self.states.items():
             for name in self.aliases:
-                tensor = read(who, state, self.aliases[name], self.expected[name])
-                if not torch.isfinite(tensor).all():
+                if not torch.isfinite(self._read(who, state, name)).all():
                     raise TraceFLError(
-                        f"{_named(who)}: tensor {name!r} has values that are not finite; "
-                        "leave this client out or repair its state"
+                        f"{who}: tensor {name!r} has values that are not finite; leave this client out or repair it"
                     )
-
-
-def check_names(
-    who: str | None, state: State, expected: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]
-) -> None:
-    """`who` is a client's id, or None for the reference."""
-    keys = set(state)
-    missing = [name for name, names in aliases.items() if keys.isdisjoint(names)]
-    if missing:
-        raise TraceFLError(f"{_named(who)}: tensor {missing[0]!r} is missing ({len(missing)} in all); {_REMEDY}")
-    extra = sorted(keys - set(expected))
-    if extra:
-        raise TraceFLError(
-            f"{_named(who)}: tensor {extra[0]!r} is not in the model's state dict ({len(extra)} in all); {_REMEDY}"
-        )
-
-
-def read(who: str | None, state: State, names: Sequence[str], like: Tensor) -> Tensor:
-    return _fitting(who, *_first(state, names), like)
-
-
-def _fitting(who: str | None, name: str, tensor: object, like: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TraceFLError(f"{_named(who)}: {name!r} is a {type(tensor).__name__}; pass it through torch.as_tensor")
-    if tensor.shape != like.shape:
-        raise TraceFLError(
-            f"{_named(who)}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has "
-            f"{tuple(like.shape)}; {_REMEDY}"
-        )
-    return tensor.to(like.device, like.dtype)
-
-
-def _first(state: State, names: Sequence[str]) -> tuple[str, Tensor]:
-    """The tensor under the first name that the state has. `in` would read a lazy state's tensor once more."""
-    for name in names:
-        try:
-            return name, state[name]
-        except KeyError:
-            continue
-    raise KeyError(names[0])
-
-
-def _named(who: str | None) -> str:
-    return "reference" if who is None else f"client {who!r}"

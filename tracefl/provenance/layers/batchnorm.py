@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tracefl.provenance.gradients import Dense
+from tracefl.provenance.contract import Dense
 from tracefl.provenance.layers.registry import Gradients, register
 
 

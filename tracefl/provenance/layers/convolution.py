@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tracefl.provenance.gradients import Dense, Gradient, Outer, whole
+from tracefl.provenance.contract import Dense, Gradient, Outer, whole
 from tracefl.provenance.layers.registry import Gradients, register
 
 

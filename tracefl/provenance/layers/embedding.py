@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from tracefl.errors import TraceFLError
-from tracefl.provenance.gradients import Rows
+from tracefl.provenance.contract import Rows
 from tracefl.provenance.layers.registry import Gradients, register
 
 

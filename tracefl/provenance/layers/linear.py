@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tracefl.provenance.gradients import Dense, Outer
+from tracefl.provenance.contract import Dense, Outer
 from tracefl.provenance.layers.registry import Gradients, register
 
 

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tracefl.provenance.gradients import Dense
+from tracefl.provenance.contract import Dense
 from tracefl.provenance.layers.batchnorm import batchnorm
 from tracefl.provenance.layers.registry import Gradients, register
 

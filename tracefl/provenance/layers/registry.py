@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from tracefl.provenance.gradients import Gradient
+from tracefl.provenance.contract import Gradient
 
 Gradients = Mapping[str, Gradient]
 Rule = Callable[[nn.Module, Tensor, Tensor], Gradients]

@@ -1,0 +1,138 @@
+"""Multiply: the share of client k in input n through one tensor θ is <θ_k - base, G_n>, G_n = dy_n/dθ.
+
+Axes, here and in the rules of layers:
+
+    N inputs    K clients    S positions of one input (pixels, tokens)
+    R rows of θ (its first axis)    C columns (the entries of a row)
+
+A rule gives G in one of three forms, whichever costs it nothing: `Dense`, `Outer` or `Rows`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 1 << 23  # bytes of clients' tensors that are multiplied at a time: they stay in the cache
+BLOCK = 1 << 25  # bytes of an `Outer` that are written out at a time
+Buffers = dict[tuple[object, ...], Tensor]
+
+
+def whole(theta: Tensor) -> Tensor:
+    """All of θ."""
+    return theta
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The gradient written out."""
+
+    values: Tensor  # [N, *θ.shape]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """G_n = Σ_s left_ns ⊗ right_ns, as linear maps have it.
+
+    `select(θ)` is the slice of θ that the gradient covers, [R, ...] with C entries a row: all of
+    it, or the kernel taps of a convolution that ever see its input.
+    """
+
+    left: Tensor  # [N, S, R]
+    right: Tensor  # [N, S, C]
+    select: Callable[[Tensor], Tensor] = whole
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A gradient that is zero but on the rows of θ that an input looks up."""
+
+    index: Tensor  # [N, S]
+    values: Tensor  # [N, S, C]
+
+
+Gradient = Dense | Outer | Rows
+
+
+def contract(G: Gradient, thetas: Sequence[Tensor], base: Tensor | None, buffers: Buffers) -> Tensor:
+    """<θ_k - base, G_n> as float64 [N, K].
+
+    Args:
+        thetas: θ of each client, K tensors of one shape.
+        base: what every θ_k is compared with; None: zero.
+        buffers: memory to write over; at first an empty dict, then the same one again and again.
+    """
+    if isinstance(G, Rows):
+        return _look_up(G, thetas, base)
+    if isinstance(G, Dense):
+        return _multiply(G.values, thetas, base, buffers)
+    thetas, base = [G.select(theta) for theta in thetas], None if base is None else G.select(base)
+    if through_outputs(G.left.shape[1], len(thetas)):
+        return _by_outputs(G, thetas, base, buffers)
+    (N, _, R), C = G.left.shape, G.right.shape[2]
+    shares, rows = 0, max(1, BLOCK // (N * G.right[0, 0].nbytes))
+    for part in [slice(r, min(R, r + rows)) for r in range(0, R, rows)]:
+        left = G.left[:, :, part].mT
+        written = torch.bmm(left, G.right, out=_buffer(buffers, "gradient", left, N, left.shape[1], C))
+        shares = shares + _multiply(written, [t[part] for t in thetas], None if base is None else base[part], buffers)
+    return shares
+
+
+def through_outputs(S: int, K: int) -> bool:
+    """Is it cheaper to go through every client's outputs than through the gradient?
+
+    S K multiply-adds per input and parameter against S + K; writing the gradient and bringing the
+    clients together costs as much as 40 more.
+    """
+    return S * K <= S + K + 40
+
+
+def _multiply(G: Tensor, thetas: Sequence[Tensor], base: Tensor | None, buffers: Buffers) -> Tensor:
+    """Through the gradient [N, *θ.shape]: clients are brought together, a tile of rows at a time."""
+    N, K, G = len(G), len(thetas), G.reshape(len(G), -1)
+    R = len(thetas[0]) if thetas[0].ndim else 1
+    rows = max(1, TILE * R // max(1, K * thetas[0].nbytes)) | 1  # odd: even strides crowd in the cache
+    shares, start = torch.zeros(N, K, dtype=torch.float64, device=G.device), 0
+    for part in [slice(r, r + rows) for r in range(0, R, rows)]:
+        some, origin = (
+            (thetas, base) if rows >= R else ([t[part] for t in thetas], base if base is None else base[part])
+        )
+        tile = torch.stack(list(some), out=_buffer(buffers, "tile", G, K, *some[0].shape))
+        tile = (tile if origin is None else tile.sub_(origin)).view(K, -1)
+        g = G[:, start : start + tile.shape[1]]
+        shares += g @ tile.T if K >= N else (tile @ g.T).T  # libraries want the longer side last
+        start += tile.shape[1]
+    return shares
+
+
+def _by_outputs(G: Outer, thetas: Sequence[Tensor], base: Tensor | None, buffers: Buffers) -> Tensor:
+    """Through the outputs z = (θ_k - base) x of every client, times dy/dz."""
+    N, S, R = G.left.shape
+    x, g = G.right.reshape(N * S, -1), G.left.reshape(N, S * R)
+    shares = torch.empty(N, len(thetas), dtype=torch.float64, device=g.device)
+    z, moved = _buffer(buffers, "outputs", x, N * S, R), _buffer(buffers, "moved", x, *thetas[0].shape)
+    for k, theta in enumerate(thetas):
+        if base is not None:
+            theta = torch.sub(theta, base, out=moved)
+        elif not theta.is_contiguous():
+            theta = moved.copy_(theta)
+        shares[:, k] = torch.linalg.vecdot(torch.mm(x, theta.view(R, -1).T, out=z).view(N, -1), g)
+    return shares
+
+
+def _look_up(G: Rows, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    """Only the rows that the inputs look up, of every client."""
+    g, origin = G.values.flatten(1), 0 if base is None else base[G.index]
+    return torch.stack([torch.linalg.vecdot((theta[G.index] - origin).flatten(1), g) for theta in thetas], 1).double()
+
+
+def _buffer(buffers: Buffers, use: str, like: Tensor, *shape: int) -> Tensor:
+    """Unset memory [*shape] that the next call for the same use overwrites: fresh memory is slow."""
+    key, size = (use, like.dtype, like.device), math.prod(shape)
+    if key not in buffers or len(buffers[key]) < size:
+        buffers[key] = like.new_empty(size)
+    return buffers[key][:size].view(shape)
