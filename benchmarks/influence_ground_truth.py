@@ -34,7 +34,7 @@ from tracefl.checks import load
 from tracefl.data.prepare import prepare
 from tracefl.evaluation import coalitions
 from tracefl.models import build_model, load_exchanged_state, model_spec
-from tracefl.outputs import log_odds
+from tracefl.classifier import log_odds
 from tracefl.provenance import trace
 from tracefl.runs import Run
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracefl.classifier import logits_of
 from tracefl.data.examples import Examples
-from tracefl.outputs import logits_of
 
 EVALUATION_BATCH = 256
 

@@ -296,7 +296,7 @@ def without(states, name):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda s: {}, {}, "clients must be a dict .* got an empty one"),
+        (lambda s: {}, {}, "clients must be a dict of states by client id, got an empty one"),
         (lambda s: without(s, "head.bias"), {}, "'c1': tensor 'head.bias' is missing"),
         (lambda s: bad(s, more=torch.zeros(1)), {}, "'c1': tensor 'more' is not in"),
         (
@@ -316,7 +316,7 @@ def without(states, name):
         (
             None,
             {"weights": {"c0": 1, "c1": -1, "c2": 1}},
-            "weights must be finite and at least 0, got -1.0 for client 'c1'",
+            "weights must be finite and at least 0, got -1 for client 'c1'",
         ),
         (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "weights must be above 0 for at least one client"),
         (None, {"weights": {"c0": 1, "c1": 1}}, "weights must have every client, got none for 'c2'"),
@@ -327,11 +327,11 @@ def without(states, name):
         (None, {"layer_decay": 0}, "layer_decay must be above 0 and at most 1 .*, got 0"),
         (None, {"steps": 0}, "steps must be at least 1, got 0"),
         (None, {"scratch_bytes": -1}, "scratch_bytes must be at least 1, got -1"),
-        (lambda s: list(s.values()), {}, "clients must be a dict .* got a list"),
+        (lambda s: list(s.values()), {}, "clients must be a dict of states by client id, got a list"),
         (
             lambda s: bad(s, **{"head.bias": np.zeros(4)}),
             {},
-            "'c1': 'head.bias' must be a Tensor, got a ndarray: use torch.as_tensor",
+            "'c1': tensor 'head.bias' must be a Tensor .*, got a ndarray",
         ),
         (None, {"layers": ["heads"]}, "layers must be .*: the model has no 'heads'"),
         (None, {"reference": {}}, "reference: tensor 'head.weight' is missing"),

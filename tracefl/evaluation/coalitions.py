@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tracefl.classifier import log_odds, logits_of
 from tracefl.errors import TraceFLError
-from tracefl.outputs import log_odds, logits_of
 
 MOST_CLIENTS = 14  # 16,384 fusions
 

@@ -8,8 +8,6 @@ Axes, here and in the rules of layers:
 A rule gives G in one of three forms, whichever costs it nothing: `Dense`, `Outer` or `Rows`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,24 +69,18 @@ def contract(G: Gradient, thetas: Sequence[Tensor], base: Tensor | None, buffers
     if isinstance(G, Dense):
         return _multiply(G.values, thetas, base, buffers)
     thetas, base = [G.select(theta) for theta in thetas], None if base is None else G.select(base)
-    if through_outputs(G.left.shape[1], len(thetas)):
+    (N, S, R), K, C = G.left.shape, len(thetas), G.right.shape[2]
+    # Multiply-adds per input and parameter: S K through every client's outputs, S + K through the
+    # gradient; to write it and to bring the clients together costs as much as 40 more.
+    if S * K <= S + K + 40:
         return _by_outputs(G, thetas, base, buffers)
-    (N, _, R), C = G.left.shape, G.right.shape[2]
-    shares, rows = 0, max(1, BLOCK // (N * G.right[0, 0].nbytes))
+    rows = max(1, BLOCK // (N * G.right[0, 0].nbytes))
+    shares = torch.zeros(N, K, dtype=torch.float64, device=G.left.device)
     for part in [slice(r, min(R, r + rows)) for r in range(0, R, rows)]:
         left = G.left[:, :, part].mT
         written = torch.bmm(left, G.right, out=_buffer(buffers, "gradient", left, N, left.shape[1], C))
-        shares = shares + _multiply(written, [t[part] for t in thetas], None if base is None else base[part], buffers)
+        shares += _multiply(written, [t[part] for t in thetas], None if base is None else base[part], buffers)
     return shares
-
-
-def through_outputs(S: int, K: int) -> bool:
-    """Is it cheaper to go through every client's outputs than through the gradient?
-
-    S K multiply-adds per input and parameter against S + K; writing the gradient and bringing the
-    clients together costs as much as 40 more.
-    """
-    return S * K <= S + K + 40
 
 
 def _multiply(G: Tensor, thetas: Sequence[Tensor], base: Tensor | None, buffers: Buffers) -> Tensor:

@@ -9,27 +9,22 @@ gradient: `passes` (forward, backward, the layer's rule), `shares` (which client
 `contract` (the product). `plain` has the method on one page.
 """
 
-from __future__ import annotations
-
-import copy
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracefl.errors import TraceFLError
-from tracefl.outputs import log_odds
+from tracefl.classifier import OUTPUTS, Batch, batch_size, exact, full_precision
+from tracefl.errors import TraceFLError, require
 from tracefl.provenance.clients import Source, States
 from tracefl.provenance.integrated import FIRST_STEPS, integrate
-from tracefl.provenance.passes import Batch, Explain, batch_size, exact, take, uses_batch_statistics
+from tracefl.provenance.passes import Tracer
 from tracefl.provenance.result import Provenance
 from tracefl.provenance.shares import Shares
-from tracefl.provenance.state import TracedState, traced_state
+from tracefl.provenance.state import traced_state
 
 METHODS = ("neuron", "influence", "integrated")
-OUTPUTS = ("logit", "log_odds")
 
 
 def trace(
@@ -102,162 +97,72 @@ def trace(
         Equations 2 to 7 of the paper (arXiv 2312.13632) for "neuron".
     """
     output = output or ("log_odds" if method == "influence" else "logit")
-    _check_settings(method, output, weights, reference, layer_decay, steps, scratch_bytes)
-    model, inputs = _full_precision(model, inputs)
-    statistics, N, explain = method != "neuron", batch_size(inputs), _explain(output)
-    state, classes = traced_state(model, layers, statistics), _checked(targets, N)
-    if not isinstance(clients, Mapping) or not clients:
-        found = "an empty one" if isinstance(clients, Mapping) else f"a {type(clients).__name__}"
-        raise TraceFLError(f"clients must be a dict from client id to state dict, got {found}")
-    entries, ids = model.state_dict(), list(clients)
-    who = States({f"client {name!r}": client for name, client in clients.items()}, entries, state.aliases)
+    require(method in METHODS, f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    require(output in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+    require(method == "neuron" or weights, f"method={method!r} needs weights: pass every client's number of examples")
+    require(
+        method != "integrated" or reference, f"method={method!r} needs reference, the incoming global model's state"
+    )
+    require(0 < layer_decay <= 1, f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
+    require(steps is None or steps >= 1, f"steps must be at least 1, got {steps!r}")
+    require(scratch_bytes >= 1, f"scratch_bytes must be at least 1, got {scratch_bytes!r}")
+    kind = "an empty one" if isinstance(clients, Mapping) else f"a {type(clients).__name__}"
+    require(
+        isinstance(clients, Mapping) and clients, f"clients must be a dict from client id to state dict, got {kind}"
+    )
+    model, inputs = full_precision(model, inputs)
+    N, ids, entries = batch_size(inputs), list(clients), model.state_dict()
+    classes = None if targets is None else torch.as_tensor(targets)
+    if classes is not None and (classes.shape != (N,) or classes.is_floating_point()):
+        found = f"{tuple(classes.shape)} {classes.dtype}"
+        raise TraceFLError(f"targets must be {N} integers, one per input, got {found}")
     p = None if weights is None else _normalised(weights, ids)
+    aliases = traced_state(model, layers, method != "neuron").aliases
+    require(aliases, f"layers={layers!r} hold no floating-point tensor: choose other layers")
+    sources: dict[str, Source] = {f"client {who!r}": clients[who] for who in ids}
+    if p is not None and method != "influence":
+        sources["the model"] = entries  # a last column, to tell what the server added
+    states = States(sources, entries, aliases)
     base = {"the model": entries} if method == "influence" else {} if reference is None else {"reference": reference}
-    origin = States(base, entries, state.aliases) if base else None
-    with_model = method != "influence" and p is not None
-    shares = Shares(who, origin, with_model, N, read_at_once=scratch_bytes // 4)
-    # what passes may take; clients that are read from files, and tiles of the product, take the rest
-    most = scratch_bytes - scratch_bytes // 16 if who.in_memory else scratch_bytes // 2
+    origin = States(base, entries, aliases) if base else None
+    shares = Shares(states, origin, N, read_at_once=scratch_bytes // 4)
+    # for passes; the rest is for tiles of the product and for clients that are read from files
+    most = scratch_bytes - scratch_bytes // 16 if states.in_memory else scratch_bytes // 2
 
-    def add_at(moved: nn.Module, factor: float) -> Tensor:
+    def add_at(model: nn.Module, factor: float) -> Tensor:
         nonlocal classes
-        there = state if moved is model else traced_state(moved, layers, statistics)
-        y, classes = _add_shares(moved, there, inputs, classes, explain, shares, factor, most)
+        tracer = Tracer(model, traced_state(model, layers, method != "neuron"), output)
+        with exact(model, tracer.set_hooks):
+            y, classes = tracer.add_shares(inputs, classes, shares, factor, most)
         return y
 
-    if method == "integrated":
+    change = None
+    if method == "integrated" and origin is not None:
         steps = steps or (None if layers == "all" else FIRST_STEPS)
         change = integrate(model, origin.states["reference"], steps, shares, add_at)
     else:
-        change = None
         add_at(model, 1.0)
     by_layer = torch.stack(list(shares.layers.values())).cpu()
     if method == "neuron":
         age = torch.arange(len(by_layer) - 1, -1, -1, dtype=torch.float64)  # L - 1 - l
         by_layer *= (layer_decay**age)[:, None, None]
     if not torch.isfinite(by_layer).all():
-        who.check_finite()
+        states.check_finite()
         raise TraceFLError("contributions are not finite though every client is: the gradient overflows")
     contributions, residual = by_layer[:, :, : len(ids)], None
     if p is not None:
         contributions = contributions * p
-        residual = (by_layer[:, :, -1] if with_model else 0) - contributions.sum(2)
+        residual = by_layer[:, :, len(ids) :].sum(2) - contributions.sum(2)
+    assert classes is not None
     return Provenance(method, ids, classes.cpu(), contributions, list(shares.layers), residual, change)
-
-
-def _add_shares(
-    model: nn.Module, state: TracedState, inputs: Batch, targets: Tensor | None,
-    explain: Explain, shares: Shares, factor: float, most: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Add `factor` times the shares of all inputs, in as few passes as `most` bytes allow; y and targets [N]."""
-    parts: list[tuple[Tensor, Tensor]] = []
-    with exact(model, state) as tracer:
-
-        def arguments(some: slice) -> tuple[Batch, Tensor | None, Explain]:
-            return take(inputs, some), None if targets is None else targets[some], explain
-
-        alone, nbytes = tracer.measured(*arguments(slice(0, 1)))
-        tracer.copy_inputs = any(call.x._version != call.version for call in alone.calls.values())
-        at_once = 1 if alone.loose or uses_batch_statistics(model) else max(1, most // max(1, nbytes))
-        first = 0
-        while first < shares.N:
-            some = slice(first, min(shares.N, first + at_once))
-            try:
-                done = tracer.forward(*arguments(some))
-                apart = done.n == 1 or done.tell_apart(alone, holds_first=first == 0)
-            except RuntimeError:
-                if at_once == 1:
-                    raise
-                apart = False
-            if not apart:
-                at_once = 1
-                continue
-            if not torch.isfinite(done.y).all():
-                bad = first + int((~torch.isfinite(done.y)).nonzero()[0])
-                raise TraceFLError(f"the model's output for input {bad} is not finite; check model and input")
-            shares.open(done.layers)
-            tracer.backward(done, partial(shares.add, some, factor))
-            parts.append((done.y.detach().double().cpu(), done.targets))
-            first = some.stop
-    y, explained = (torch.cat(part) for part in zip(*parts, strict=True))
-    return y, explained
-
-
-def _explain(output: str) -> Explain:
-    def explain(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = logits.argmax(1) if targets is None else targets.to(logits.device)
-        outside = (targets < 0) | (targets >= logits.shape[1])
-        if outside.any():
-            raise TraceFLError(f"targets must be 0 to {logits.shape[1] - 1}, got {targets[outside][0].item()}")
-        y = log_odds(logits, targets) if output == "log_odds" else logits.gather(1, targets[:, None])[:, 0]
-        return y, targets
-
-    return explain
-
-
-def _check_settings(
-    method: str,
-    output: str,
-    weights: Mapping[str, float] | None,
-    reference: object,
-    layer_decay: float,
-    steps: int | None,
-    scratch_bytes: int,
-) -> None:
-    for name, value, known in (("method", method, METHODS), ("output", output, OUTPUTS)):
-        if value not in known:
-            raise TraceFLError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if method != "neuron" and weights is None:
-        raise TraceFLError(f"method={method!r} needs weights: pass every client's number of examples")
-    if method == "integrated" and reference is None:
-        raise TraceFLError("method='integrated' needs reference: pass the state of the incoming global model")
-    if not 0 < layer_decay <= 1:
-        raise TraceFLError(f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
-    for name, number in (("steps", steps), ("scratch_bytes", scratch_bytes)):
-        if number is not None and number < 1:
-            raise TraceFLError(f"{name} must be at least 1, got {number!r}")
 
 
 def _normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
     """p_k = w_k / Σ w, float64 [K]."""
-    if missing := [who for who in ids if who not in weights]:
-        raise TraceFLError(f"weights must have every client, got none for {missing[0]!r}")
+    for who in ids:
+        require(who in weights, f"weights must have every client, got none for {who!r}")
+        fine = 0 <= float(weights[who]) < math.inf
+        require(fine, f"weights must be finite and at least 0, got {weights[who]!r} for client {who!r}")
     p = torch.tensor([float(weights[who]) for who in ids], dtype=torch.float64)
-    if (bad := (p < 0) | ~torch.isfinite(p)).any():
-        k = int(bad.nonzero()[0])
-        raise TraceFLError(f"weights must be finite and at least 0, got {p[k].item()} for client {ids[k]!r}")
-    if not p.any():
-        raise TraceFLError("weights must be above 0 for at least one client, got 0 for all")
+    require(p.any(), "weights must be above 0 for at least one client, got 0 for all")
     return p / p.sum()
-
-
-def _checked(targets: Tensor | Sequence[int] | None, N: int) -> Tensor | None:
-    if targets is None:
-        return None
-    targets = torch.as_tensor(targets)
-    if targets.shape != (N,) or targets.is_floating_point():
-        raise TraceFLError(f"targets must be {N} integers, one per input, got {tuple(targets.shape)} {targets.dtype}")
-    return targets
-
-
-def _full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
-    """The model, a float32 copy of it if it is in half precision, and the inputs as it takes them."""
-    tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor)]
-    if not tensors:
-        raise TraceFLError("the model has no parameters to trace")
-    if tensors[0].device.type == "mps":
-        raise TraceFLError("Apple's MPS has no float64, in which contributions are added up: pass model.cpu()")
-    half = (torch.float16, torch.bfloat16)
-    if any(t.dtype in half for t in tensors):
-        model = copy.deepcopy(model).float()
-
-    def full(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        # detached: gradients end at the model's tensors
-        return value.detach().to(tensors[0].device, torch.float32 if value.dtype in half else value.dtype)
-
-    if isinstance(inputs, Mapping):
-        return model, {name: full(value) for name, value in inputs.items()}
-    return model, full(inputs)

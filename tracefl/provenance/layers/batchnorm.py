@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,3 +31,19 @@ def batchnorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
         "running_mean": Dense(-scale * weight * by_bias),
         "running_var": Dense(-0.5 * scale**2 * weight * by_weight),
     }
+
+
+def laid_out_like_input(node: Any) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+    """A hook before autograd's node of a batch normalisation, without which its gradient may be wrong.
+
+    On the CPU, PyTorch 2.15 differentiates it wrongly, and says nothing, where one of input and
+    gradient lies channels last and the other does not but has an axis of length 1.
+    """
+
+    def hook(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        g, x = grads[0], node._saved_input
+        if g is not None and g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)
+        return g, *grads[1:]
+
+    return hook

@@ -1,0 +1,134 @@
+"""A classifier: what goes in, what comes out, and how it is run so that neither is disturbed."""
+
+import copy
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tracefl.errors import TraceFLError, require
+
+Batch = Mapping[str, Any] | Tensor  # N inputs: Tensor [N, ...], or the model's keyword arguments
+OUTPUTS = ("logit", "log_odds")  # what can be explained
+_LOCK = threading.RLock()  # flags of tensors and settings of torch are everybody's
+
+
+def batch_size(inputs: Batch) -> int:
+    """N, the length of every tensor.
+
+    Raises:
+        TraceFLError: the inputs are something else, or of several lengths, or none.
+    """
+    kind = type(inputs).__name__
+    require(
+        isinstance(inputs, Mapping | Tensor),
+        f"inputs must be a Tensor [N, ...] or a dict of them by argument, got a {kind}",
+    )
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    sizes = {len(t) if t.ndim else 0 for t in tensors if isinstance(t, Tensor)}
+    require(len(sizes) == 1 and sizes != {0}, f"inputs must be tensors of one length, at least 1, got {sorted(sizes)}")
+    return sizes.pop()
+
+
+def take(inputs: Batch, some: slice) -> Batch:
+    """Some of the inputs; arguments that are no tensors stay."""
+    if isinstance(inputs, Mapping):
+        return {name: value[some] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return inputs[some]
+
+
+def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
+    """Logits [N, classes] of a model that returns them or an object with `.logits`.
+
+    Raises:
+        TraceFLError: the output is something else.
+    """
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise TraceFLError(
+            f"the model's output must be logits [N, classes] or have them as .logits, got {found}: pass a classifier"
+        )
+    return logits
+
+
+def log_odds(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N] the target's logit minus the log-sum-exp of the others; logits [N, classes], targets [N]."""
+    others = logits.scatter(1, targets[:, None], -math.inf).logsumexp(1)
+    return logits.gather(1, targets[:, None])[:, 0] - others
+
+
+def explained(logits: Tensor, targets: Tensor | None, output: str) -> tuple[Tensor, Tensor]:
+    """What is explained: y [N], the "logit" or "log_odds" of the targets; and the targets [N].
+
+    Args:
+        logits: [N, classes]; half-precision counts as float32.
+        targets: int64 [N]; None: the predicted classes.
+
+    Raises:
+        TraceFLError: a target is no class of the model.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = logits.argmax(1) if targets is None else targets.to(logits.device)
+    for target in targets[(targets < 0) | (targets >= logits.shape[1])].tolist():
+        raise TraceFLError(f"targets must be 0 to {logits.shape[1] - 1}, got {target}")
+    return log_odds(logits, targets) if output == "log_odds" else logits.gather(1, targets[:, None])[:, 0], targets
+
+
+def full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
+    """The model, as a float32 copy if it is in half precision, and the inputs as it takes them.
+
+    Raises:
+        TraceFLError: the model has no tensors, or lies on a device without float64.
+    """
+    tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor)]
+    require(tensors, "the model has no parameters to trace")
+    device, half = tensors[0].device, (torch.float16, torch.bfloat16)
+    require(device.type != "mps", "Apple's MPS has no float64, in which contributions add up: pass model.cpu()")
+    if any(t.dtype in half for t in tensors):
+        model = copy.deepcopy(model).float()
+
+    def full(value: Any) -> Any:
+        """Detached: gradients end at the model's tensors."""
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(device, torch.float32 if value.dtype in half else value.dtype)
+
+    return model, {name: full(v) for name, v in inputs.items()} if isinstance(inputs, Mapping) else full(inputs)
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether inputs of a batch see each other in a BatchNorm without running statistics."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in model.modules())
+
+
+@contextmanager
+def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] = tuple) -> Iterator[None]:
+    """Run a model as it is written: in eval mode, without autocast, nothing fused or compiled that skips hooks.
+
+    None of its tensors wants a gradient unless told to within. All is as it was on exit, without the
+    hooks whose handles `set_hooks` returns. Threads wait for one another.
+    """
+    with _LOCK, ExitStack() as undo:
+        for module in [module for module in model.modules() if module.training]:
+            undo.callback(setattr, module, "training", True)
+            module.training = False
+        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}.values():
+            undo.callback(tensor.requires_grad_, tensor.requires_grad)
+            tensor.requires_grad_(False)
+        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to load it takes seconds
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        for handle in set_hooks():
+            undo.callback(handle.remove)
+        device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            yield
