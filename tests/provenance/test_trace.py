@@ -302,7 +302,7 @@ def without(states, name):
         (
             lambda s: bad(s, **{"head.bias": torch.zeros(5)}),
             {},
-            r"'c1': tensor 'head.bias' must have the model's shape \(4,\), got \(5,\)",
+            r"'c1': tensor 'head.bias' must be a Tensor of the model's shape \(4,\), got \(5,\)",
         ),
         (
             lambda s: bad(s, **{"conv.weight": s["c1"]["conv.weight"] * torch.nan}),

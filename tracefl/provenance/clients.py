@@ -26,11 +26,11 @@ class States:
         self.states = {who: StateFile(s) if isinstance(s, str | PathLike) else s for who, s in states.items()}
         self.model, self.aliases = model, aliases
         self.in_memory = all(isinstance(state, dict) for state in self.states.values())
-        self.entries: dict[str, dict[str, str | None]] = {}  # what an error calls it -> traced tensor -> its name there
+        self.entries: dict[str, dict[str, str]] = {}  # what an error calls it -> traced tensor -> its name there
         for who, state in self.states.items():
             keys = set(state)
-            self.entries[who] = {name: next((a for a in some if a in keys), None) for name, some in aliases.items()}
-            missing = [name for name, entry in self.entries[who].items() if entry is None]
+            self.entries[who] = {name: next((a for a in some if a in keys), "") for name, some in aliases.items()}
+            missing = [name for name, entry in self.entries[who].items() if not entry]
             extra = sorted(keys - set(model))
             for wrong, names in (("is missing", missing), ("is not in the model's state dict", extra)):
                 if names:

@@ -1,19 +1,22 @@
-"""Multiply: the share of client k in input n through one tensor θ is <θ_k - base, G_n>, G_n = dy_n/dθ.
+"""Multiply and add up: client k's share in input n through a tensor θ is <θ_k - base, G_n>, G_n = dy_n/dθ.
 
 Axes, here and in the rules of layers:
 
     N inputs    K clients    S positions of one input (pixels, tokens)
     R rows of θ (its first axis)    C columns (the entries of a row)
 
-A rule gives G in one of three forms, whichever costs it nothing: `Dense`, `Outer` or `Rows`.
+A rule gives G in one of three forms, whichever costs it nothing: `Dense`, `Outer` or `Rows`. `Shares`
+asks for the clients' tensors, multiplies them with G, and adds up by layer.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tracefl.provenance.clients import States
 
 TILE = 1 << 23  # bytes of clients' tensors that are multiplied at a time: they stay in the cache
 BLOCK = 1 << 25  # bytes of an `Outer` that are written out at a time
@@ -56,6 +59,49 @@ class Rows:
 Gradient = Dense | Outer | Rows
 
 
+class Shares:
+    """`layers`: layer -> its shares, float64 [N, K], in execution order.
+
+    Args:
+        clients: K states; every tensor of each is read once in a pass.
+        base: one state, what every client is compared with; None: zero.
+        N: number of inputs.
+        read_at_once: bytes of clients' tensors in memory at a time, where they are read from files.
+    """
+
+    def __init__(self, clients: States, base: States | None, N: int, read_at_once: int):
+        self.clients, self.base, self.N, self.read_at_once = clients, base, N, read_at_once
+        self.layers: dict[str, Tensor] = {}
+        self._buffers: Buffers = {}
+
+    def open(self, layers: Sequence[str]) -> None:
+        """Make room for these layers; those that have it keep it."""
+        K, device = len(self.clients.states), self.clients.model[next(iter(self.clients.aliases))].device
+        for layer in layers:
+            self.layers.setdefault(layer, torch.zeros(self.N, K, dtype=torch.float64, device=device))
+
+    @torch.no_grad()
+    def add(self, inputs: slice, factor: float, layer: str, gradients: Mapping[str, Gradient]) -> None:
+        """Add `factor` times the shares of some inputs through one call of a layer.
+
+        The layer's vectors (biases, normalisation) go end to end: one product instead of many.
+        """
+        vectors = {name: G.values for name, G in gradients.items() if isinstance(G, Dense) and G.values.ndim == 2}
+        products = [([name], G) for name, G in gradients.items() if name not in vectors]
+        if vectors:
+            products.append((list(vectors), Dense(torch.cat(list(vectors.values()), 1))))
+        account, K = self.layers[layer][inputs], len(self.clients.states)
+        for names, G in products:
+            base = None if self.base is None else self.base.tensors(names, 0, 1)[0]
+            nbytes = sum(self.clients.model[name].nbytes for name in names)
+            block = K if self.clients.in_memory else max(1, self.read_at_once // max(1, nbytes))
+            for first in range(0, K, block):
+                some = slice(first, min(K, first + block))
+                # of a pass of one input all rows are its own
+                found = contract(G, self.clients.tensors(names, some.start, some.stop), base, self._buffers)
+                account[:, some] += factor * (found.sum(0) if len(account) == 1 else found)
+
+
 def contract(G: Gradient, thetas: Sequence[Tensor], base: Tensor | None, buffers: Buffers) -> Tensor:
     """<θ_k - base, G_n> as float64 [N, K].
 
@@ -89,12 +135,10 @@ def _multiply(G: Tensor, thetas: Sequence[Tensor], base: Tensor | None, buffers:
     R = len(thetas[0]) if thetas[0].ndim else 1
     rows = max(1, TILE * R // max(1, K * thetas[0].nbytes)) | 1  # odd: even strides crowd in the cache
     shares, start = torch.zeros(N, K, dtype=torch.float64, device=G.device), 0
-    for part in [slice(r, r + rows) for r in range(0, R, rows)]:
-        some, origin = (
-            (thetas, base) if rows >= R else ([t[part] for t in thetas], base if base is None else base[part])
-        )
-        tile = torch.stack(list(some), out=_buffer(buffers, "tile", G, K, *some[0].shape))
-        tile = (tile if origin is None else tile.sub_(origin)).view(K, -1)
+    for part in [...] if rows >= R else [slice(r, r + rows) for r in range(0, R, rows)]:
+        some = [theta[part] for theta in thetas]
+        tile = torch.stack(some, out=_buffer(buffers, "tile", G, K, *some[0].shape))
+        tile = (tile if base is None else tile.sub_(base[part])).view(K, -1)
         g = G[:, start : start + tile.shape[1]]
         shares += g @ tile.T if K >= N else (tile @ g.T).T  # libraries want the longer side last
         start += tile.shape[1]

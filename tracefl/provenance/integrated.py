@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tracefl.provenance.shares import Shares
+from tracefl.provenance.contract import Shares
 from tracefl.states import State
 
 TOLERANCE, FIRST_STEPS, MOST_STEPS = 0.01, 16, 256

@@ -18,9 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tracefl.classifier import Batch, batch_size, explained, logits_of, take, uses_batch_statistics
 from tracefl.errors import TraceFLError
-from tracefl.provenance.contract import Dense, Gradient
+from tracefl.provenance.contract import Dense, Gradient, Shares
 from tracefl.provenance.layers.batchnorm import laid_out_like_input
-from tracefl.provenance.shares import Shares
 from tracefl.provenance.state import TracedState
 
 _KEPT = "the model uses a tensor again that an earlier forward pass computed; make it compute that in every pass"
@@ -99,8 +98,7 @@ class Tracer:
     def set_hooks(self) -> list[RemovableHandle]:
         """Set the hooks, before hooks of the user's, which may change an output; the handles to remove them."""
         handles = [module.register_forward_pre_hook(self._start) for module in self.state.names]
-        after = {"prepend": True, "with_kwargs": True}
-        return handles + [module.register_forward_hook(self._end, **after) for module in self.state.hidden]
+        return handles + [m.register_forward_hook(self._end, prepend=True, with_kwargs=True) for m in self.state.hidden]
 
     def forward(self, batch: Batch, targets: Tensor | None) -> Pass:
         """Run a batch."""

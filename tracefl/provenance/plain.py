@@ -10,6 +10,7 @@ and one gradient of the global model W_g answers for all clients.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +22,35 @@ from tracefl.states import State
 def plain(
     model: nn.Module, clients: Mapping[str, State], inputs: Batch, weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    """Contributions [N, K] by "influence" if there are weights w_k (p_k = w_k / Σ w), else by "neuron" without decay."""
-    kinds = Tensor if weights else nn.Parameter
-    W = {
-        name: w
-        for name, w in model.state_dict(keep_vars=True).items()
-        if isinstance(w, kinds) and w.is_floating_point()
-    }
-    shares = []
-    norms = [module for module in model.modules() if weights and isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    """Contributions [N, K] by "influence" if there are weights w_k (p_k = w_k / Σ w), else by "neuron" without decay.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> plain(model, {"ann": {"weight": torch.tensor([[3.0, -1.0]])}}, torch.tensor([[1.0, 2.0]])).item()
+        1.0
+    """
+    W = {name: w for name, w in model.state_dict(keep_vars=True).items() if w.is_floating_point()}
+    W = W if weights else {name: w for name, w in W.items() if isinstance(w, nn.Parameter)}
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    T = torch.zeros(batch_size(inputs), len(clients), dtype=torch.float64)
     with exact(model, lambda: [norm.register_forward_hook(batchnorm) for norm in norms]):
         for w in W.values():
             w.requires_grad_(True)
-        for n in range(batch_size(inputs)):
+        for n in range(len(T)):
             logits = logits_of(model, take(inputs, slice(n, n + 1)))
             y, _ = explained(logits, None, "log_odds" if weights else "logit")
             G = torch.autograd.grad(y.sum(), list(W.values()), allow_unused=True)
-            for who, state in clients.items():
-                p_k, base = (weights[who] / sum(weights.values()), 1) if weights else (1, 0)
-                used = [
-                    (state[name] - base * w.detach(), g)
-                    for (name, w), g in zip(W.items(), G, strict=True)
-                    if g is not None
-                ]
-                shares.append(p_k * sum((delta.double() * g.double()).sum() for delta, g in used))
-    return torch.stack(shares).view(-1, len(clients))
+            for k, (who, theta) in enumerate(clients.items()):
+                for (name, w), g in zip(W.items(), G, strict=True):
+                    delta = theta[name] - w.detach() if weights else theta[name]
+                    T[n, k] += 0 if g is None else (delta.double() * g.double()).sum()
+                T[n, k] *= weights[who] / sum(weights.values()) if weights else 1
+    return T
 
 
-def batchnorm(norm: nn.Module, args: tuple[Tensor], z: Tensor) -> Tensor:
-    """BatchNorm in eval mode as it is written, so that autograd sees its running statistics too."""
-    shape = (1, -1, *[1] * (args[0].ndim - 2))
-    mean, var, weight, bias = (t.view(shape) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-    return (args[0] - mean) / (var + norm.eps).sqrt() * weight + bias
+def batchnorm(norm: Any, args: tuple[Tensor], z: Tensor) -> Tensor:
+    """BatchNorm in eval mode written out, so that autograd sees its running statistics too."""
+    shape = (-1, *[1] * (z.ndim - 2))
+    xhat = (args[0] - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + norm.eps).sqrt()
+    return xhat * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else xhat

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tracefl.classifier import OUTPUTS, Batch, batch_size, exact, full_precision
 from tracefl.errors import TraceFLError, require
 from tracefl.provenance.clients import Source, States
+from tracefl.provenance.contract import Shares
 from tracefl.provenance.integrated import FIRST_STEPS, integrate
 from tracefl.provenance.passes import Tracer
 from tracefl.provenance.result import Provenance
-from tracefl.provenance.shares import Shares
 from tracefl.provenance.state import traced_state
 
 METHODS = ("neuron", "influence", "integrated")
@@ -100,16 +100,12 @@ def trace(
     require(method in METHODS, f"method must be one of {', '.join(METHODS)}, got {method!r}")
     require(output in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
     require(method == "neuron" or weights, f"method={method!r} needs weights: pass every client's number of examples")
-    require(
-        method != "integrated" or reference, f"method={method!r} needs reference, the incoming global model's state"
-    )
+    require(method != "integrated" or reference, "method='integrated' needs reference, the incoming model's state")
     require(0 < layer_decay <= 1, f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
     require(steps is None or steps >= 1, f"steps must be at least 1, got {steps!r}")
     require(scratch_bytes >= 1, f"scratch_bytes must be at least 1, got {scratch_bytes!r}")
-    kind = "an empty one" if isinstance(clients, Mapping) else f"a {type(clients).__name__}"
-    require(
-        isinstance(clients, Mapping) and clients, f"clients must be a dict from client id to state dict, got {kind}"
-    )
+    found = "an empty one" if isinstance(clients, Mapping) else f"a {type(clients).__name__}"
+    require(isinstance(clients, Mapping) and clients, f"clients must be a dict of states by client id, got {found}")
     model, inputs = full_precision(model, inputs)
     N, ids, entries = batch_size(inputs), list(clients), model.state_dict()
     classes = None if targets is None else torch.as_tensor(targets)
@@ -117,22 +113,22 @@ def trace(
         found = f"{tuple(classes.shape)} {classes.dtype}"
         raise TraceFLError(f"targets must be {N} integers, one per input, got {found}")
     p = None if weights is None else _normalised(weights, ids)
-    aliases = traced_state(model, layers, method != "neuron").aliases
-    require(aliases, f"layers={layers!r} hold no floating-point tensor: choose other layers")
+    state = traced_state(model, layers, method != "neuron")
+    require(state.tensors, f"layers={layers!r} hold no floating-point tensor: choose other layers")
     sources: dict[str, Source] = {f"client {who!r}": clients[who] for who in ids}
     if p is not None and method != "influence":
         sources["the model"] = entries  # a last column, to tell what the server added
-    states = States(sources, entries, aliases)
+    states = States(sources, entries, state.aliases)
     base = {"the model": entries} if method == "influence" else {} if reference is None else {"reference": reference}
-    origin = States(base, entries, aliases) if base else None
+    origin = States(base, entries, state.aliases) if base else None
     shares = Shares(states, origin, N, read_at_once=scratch_bytes // 4)
     # for passes; the rest is for tiles of the product and for clients that are read from files
     most = scratch_bytes - scratch_bytes // 16 if states.in_memory else scratch_bytes // 2
 
-    def add_at(model: nn.Module, factor: float) -> Tensor:
+    def add_at(at: nn.Module, factor: float) -> Tensor:
         nonlocal classes
-        tracer = Tracer(model, traced_state(model, layers, method != "neuron"), output)
-        with exact(model, tracer.set_hooks):
+        tracer = Tracer(at, state if at is model else traced_state(at, layers, True), output)
+        with exact(at, tracer.set_hooks):
             y, classes = tracer.add_shares(inputs, classes, shares, factor, most)
         return y
 
@@ -153,8 +149,8 @@ def trace(
     if p is not None:
         contributions = contributions * p
         residual = by_layer[:, :, len(ids) :].sum(2) - contributions.sum(2)
-    assert classes is not None
-    return Provenance(method, ids, classes.cpu(), contributions, list(shares.layers), residual, change)
+    targets = torch.as_tensor(classes).cpu()
+    return Provenance(method, ids, targets, contributions, list(shares.layers), residual, change)
 
 
 def _normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
