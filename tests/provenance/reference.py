@@ -86,15 +86,18 @@ def influence(model, states, weights, x, target, output="log_odds"):
 
 
 def perturbed(model, K=3, scale=0.05):
-    """K client states around the model's, and integer weights for them."""
-    states = {
-        f"c{k}": {
-            name: w + scale * w.abs().mean() * torch.randn_like(w) if w.is_floating_point() else w
-            for name, w in model.state_dict().items()
-        }
-        for k in range(K)
-    }
+    """K client states around the model's, and integer weights for them. No tensor is the same in two of them, also not
+    one that starts at zero, as biases do.
+    """
+    states = {f"c{k}": {name: noisy(w, scale) for name, w in model.state_dict().items()} for k in range(K)}
     return states, {who: 1 + k for k, who in enumerate(states)}
+
+
+def noisy(w, scale):
+    if not w.is_floating_point():
+        return w
+    size = w.abs().mean().item() or 1.0
+    return w + scale * size * torch.randn_like(w)
 
 
 def fused(states, weights):

@@ -67,13 +67,26 @@ def gpt2():
 
 
 def vit():
-    return torchvision.models.VisionTransformer(
+    model = torchvision.models.VisionTransformer(
         image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=4
     )
+    nn.init.normal_(model.heads.head.weight)  # it starts at zero, where no gradient passes
+    return model
 
 
 def resnet18():
     return with_statistics(torchvision.models.resnet18(num_classes=4))
+
+
+def bottlenecks():
+    """ResNet-50 in small: all of its layer types, a block of each width."""
+    layers = torchvision.models.resnet.Bottleneck, [1, 1, 1, 1]
+    return with_statistics(torchvision.models.ResNet(*layers, num_classes=4, width_per_group=16))
+
+
+def dense_blocks():
+    """DenseNet-121 in small."""
+    return with_statistics(torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=4))
 
 
 def resnet50():
@@ -112,9 +125,10 @@ MODELS = {
     "gpt2": (gpt2, text),
     "vit": (vit, lambda: images(16)),
     "resnet18": (resnet18, images),
-    "resnet50": (resnet50, images),
-    "densenet121": (densenet121, images),
+    "bottlenecks": (bottlenecks, images),
+    "dense_blocks": (dense_blocks, images),
 }
+LARGE = {"resnet50": (resnet50, images), "densenet121": (densenet121, images)}
 
 
 def doubled(x):
@@ -139,6 +153,12 @@ class Kinks(TorchFunctionMode):
         return sum(((a != b).sum(1) for a, b in pairs if len(a) == 3), torch.zeros(3))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "inputs"), LARGE.values(), ids=LARGE)
+def test_every_entry_of_a_large_state(make, inputs):
+    test_every_entry_of_the_state(make, inputs)
+
+
 @pytest.mark.parametrize(("make", "inputs"), MODELS.values(), ids=MODELS)
 def test_every_entry_of_the_state(make, inputs):
     torch.manual_seed(0)
@@ -155,6 +175,7 @@ def test_every_entry_of_the_state(make, inputs):
         reference.influence(model, states, weights, row, target)
         for row, target in zip(rows, found.targets, strict=True)
     ])  # fmt: skip
+    assert found.by_layer.abs().amax((1, 2)).gt(0).all()  # every layer has a share
     size = found.by_layer.abs().sum(0).max()  # what cancels within a share
     assert (found.contributions - slow).abs().max() <= 1e-9 * size
     alone = trace(model, states, rows[1], method="influence", weights=weights, targets=found.targets[1:2])
@@ -356,6 +377,25 @@ def one_by_one(model, state, x):
     return torch.cat(parts)
 
 
+class Ahead(nn.Module):
+    """Mixes the inputs behind the last layer, where only the output shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = self.first(x)
+        return z.tanh() * z.mean(0)
+
+
+def test_a_model_that_mixes_what_its_last_layer_gives():
+    torch.manual_seed(0)
+    model, x = Ahead().double(), torch.randn(5, 4).double()
+    state = reference.perturbed(model)[0]["c0"]
+    assert torch.equal(trace(model, {"a": state}, x).contributions, one_by_one(model, state, x))
+
+
 @pytest.mark.parametrize(
     "way", [lambda first, x: first(x.roll(1, 0)).roll(-1, 0), lambda first, x: first(x - x.mean(0)).tanh()]
 )
@@ -463,3 +503,82 @@ def test_a_layer_that_the_user_has_changed(change):
     found = trace(model, states, x.double(), method="influence", weights=weights)
     slow = [reference.influence(model, states, weights, x[n : n + 1].double(), found.targets[n]) for n in range(2)]
     assert (found.contributions - torch.stack(slow)).abs().max() < 1e-9
+
+
+class Positions(nn.Module):
+    """Position embeddings [1, T, D], which the model itself repeats for the batch, or adds as they are."""
+
+    def __init__(self, repeats):
+        super().__init__()
+        self.embed, self.position, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(20, 3)
+        self.repeats = repeats
+
+    def forward(self, tokens):
+        h = self.position(torch.arange(5)[None])
+        if self.repeats:
+            h = h.repeat(len(tokens), 1, 1)
+        return self.head((self.embed(tokens) + h).tanh().flatten(1))
+
+
+@pytest.mark.parametrize("N", [3, 5])  # 5 is the number of positions too
+@pytest.mark.parametrize("repeats", [True, False])
+def test_what_all_inputs_share(repeats, N):
+    torch.manual_seed(0)
+    model, x = Positions(repeats).double(), torch.randint(0, 9, (N, 5))
+    states, weights = reference.perturbed(model)
+    found = trace(model, states, x, method="influence", weights=weights)
+    slow = [reference.influence(model, states, weights, x[n : n + 1], found.targets[n]) for n in range(N)]
+    assert (found.contributions - torch.stack(slow)).abs().max() <= 1e-9 * found.by_layer.abs().max()
+
+
+@pytest.mark.parametrize("N", [3, 6])
+def test_the_batch_may_come_second(N):
+    """6 inputs of 6 positions: the shapes alone do not say which axis is which."""
+
+    class Second(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.norm(self.first(x.transpose(0, 1)).cumsum(0).tanh())
+            return self.head(h.mean(0))
+
+    torch.manual_seed(0)
+    model, x = Second().double(), torch.randn(N, 6, 4).double()
+    states, weights = reference.perturbed(model)
+    found = trace(model, states, x, method="influence", weights=weights)
+    slow = [reference.influence(model, states, weights, x[n : n + 1], found.targets[n]) for n in range(N)]
+    assert (found.contributions - torch.stack(slow)).abs().max() <= 1e-9 * found.by_layer.abs().max()
+
+
+def test_windows_of_one_input():
+    """A layer that sees an input cut in pieces: all of its rows are the input's own, and no batch goes through."""
+
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.norm(self.first(x.reshape(-1, 3, 4)).tanh())
+            return self.head(h.reshape(len(x), -1, 4).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Windows().double(), torch.randn(4, 6, 4).double()
+    states, weights = reference.perturbed(model)
+    found = trace(model, states, x, method="influence", weights=weights)
+    slow = [reference.influence(model, states, weights, x[n : n + 1], found.targets[n]) for n in range(4)]
+    assert (found.contributions - torch.stack(slow)).abs().max() <= 1e-9 * found.by_layer.abs().max()
+
+
+def test_a_view_that_is_changed_in_place():
+    """Hugging Face's Conv1D returns a view; autograd rewrites its history when it is changed in place."""
+    torch.manual_seed(0)
+    layers = [transformers.pytorch_utils.Conv1D(4, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 3)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(3, 2, 4).double()
+    states, weights = reference.perturbed(model)
+    found = trace(model, states, x, method="influence", weights=weights)
+    slow = [reference.influence(model, states, weights, x[n : n + 1], found.targets[n]) for n in range(3)]
+    assert (found.contributions - torch.stack(slow)).abs().max() <= 1e-9 * found.by_layer.abs().max()
+    assert found.by_layer.abs().amax((1, 2)).gt(0).all()

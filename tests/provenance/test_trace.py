@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.provenance import reference
@@ -316,7 +318,7 @@ def without(states, name):
         (
             None,
             {"weights": {"c0": 1, "c1": -1, "c2": 1}},
-            "weights must be finite and at least 0, got -1 for client 'c1'",
+            "weights must be finite and at least 0, got -1 for 'c1'",
         ),
         (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "weights must be above 0 for at least one client"),
         (None, {"weights": {"c0": 1, "c1": 1}}, "weights must have every client, got none for 'c2'"),
@@ -344,7 +346,7 @@ def test_errors(block, x, change, options, message):
 
 
 def test_inputs_that_are_no_tensors(block, x):
-    with pytest.raises(TraceFLError, match="inputs must be a Tensor .* got a ndarray"):
+    with pytest.raises(TraceFLError, match=r"inputs must be a Tensor .* got a ndarray"):
         trace(block, reference.perturbed(block)[0], x.numpy())
 
 
@@ -439,3 +441,53 @@ def test_threads(block, x):
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda _: trace(block, states, x, method="influence", weights=weights), range(12))
     assert all(torch.equal(f.contributions, expected) for f in found)
+
+
+def test_clients_and_reference_may_be_files(block, x, tmp_path):
+    states, weights = reference.perturbed(block)
+    files = {who: tmp_path / f"{who}.safetensors" for who in states}
+    for who, file in files.items():
+        save_file(states[who], file)
+    for options in ({}, {"weights": weights, "reference": states["c2"]}, {"weights": weights, "method": "influence"}):
+        expected = trace(block, states, x, **options)
+        if "reference" in options:
+            options = options | {"reference": str(files["c2"])}
+        for clients in (files, {who: str(file) for who, file in files.items()}, files | {"c1": states["c1"]}):
+            assert torch.equal(trace(block, clients, x, **options).by_layer, expected.by_layer)
+
+
+def test_files_that_hold_no_state(block, x, tmp_path):
+    states, _ = reference.perturbed(block)
+    file = tmp_path / "eve.safetensors"
+    with pytest.raises(TraceFLError, match=r"eve\.safetensors cannot be read \(No such file"):
+        trace(block, {"eve": file}, x)
+    with pytest.raises(TraceFLError, match=r"cannot be read \(Is a directory"):
+        trace(block, {"eve": tmp_path}, x)
+    for content in (b"", b"PK\x03\x04 a pickle of PyTorch's", (8).to_bytes(8, "little") + b"no json!"):
+        file.write_bytes(content)
+        with pytest.raises(TraceFLError, match=r"eve\.safetensors is no safetensors file .* write it with safetensors"):
+            trace(block, {"eve": file}, x)
+    save_file(states["c0"], file)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(TraceFLError, match=r"eve\.safetensors is no safetensors file \(it ends too early\)"):
+        trace(block, {"eve": file}, x)
+    save_file({name: w for name, w in states["c0"].items() if name != "conv.weight"}, file)
+    with pytest.raises(TraceFLError, match=r"client 'eve': tensor 'conv\.weight' is missing"):
+        trace(block, {"eve": file}, x)
+
+
+def test_nothing_is_kept(block, x):
+    """Hooks, graph and model do not keep each other alive: reference counts alone let them go."""
+    states, _ = reference.perturbed(block)
+    model = copy.deepcopy(block)
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        trace(model, states, x)
+        with pytest.raises(TraceFLError):
+            trace(model, states, x * torch.nan)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

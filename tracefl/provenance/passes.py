@@ -46,6 +46,7 @@ class Pass:
     calls: dict[str, Call]  # layer -> call; a module's second call is the layer "name#2"
     loose: dict[str, str]  # tensor -> the layer for which it counts: its module, or itself if that has a rule
     leaves: dict[int, Tensor]  # id -> tensor with a gradient that y depends on
+    norms: list[Any]  # autograd's nodes of batch and instance normalisation
 
 
 class Tracer:
@@ -88,7 +89,7 @@ class Tracer:
                 continue
             for n in torch.nonzero(~torch.isfinite(done.y)).flatten().tolist():
                 raise TraceFLError(f"the model's output for input {first + n} is not finite; check model and input")
-            shares.open(self.layers(done))
+            shares.open(sorted({**done.calls, **dict.fromkeys(done.loose.values())}, key=self._started))
             self.backward(done, partial(shares.add, slice(first, last), factor))
             ys.append(done.y.detach().double().cpu())
             classes.append(done.targets)
@@ -108,10 +109,10 @@ class Tracer:
         logits = logits_of(self.model, batch)
         self.noting = False
         y, targets = explained(logits, targets, self.output)
-        leaves = _leaves(y)
+        leaves, norms = _graph(y)
         owners = {name: name.rpartition(".")[0] for name, t in self.state.tensors.items() if id(t) in leaves}
         loose = {name: name if owner in self.calls else owner or name for name, owner in owners.items()}
-        return Pass(logits.detach(), y, targets, self.calls, loose, leaves)
+        return Pass(logits.detach(), y, targets, self.calls, loose, leaves, norms)
 
     def _want_gradient(self, module: nn.Module, wanted: bool) -> None:
         for name in self.state.hidden.get(module, {}).values():
@@ -155,12 +156,16 @@ class Tracer:
     def backward(self, done: Pass, receive: Callable[[str, dict[str, Gradient]], None]) -> None:
         """Differentiate Σ_n y_n; `receive` gets each layer's gradients as they come, and none is kept."""
         self.receive = receive
+        handles = [node.register_prehook(laid_out_like_input(node)) for node in done.norms]
         try:  # asking for all leaves, the gradient passes everywhere
             found = torch.autograd.grad(done.y.sum(), list(done.leaves.values()), allow_unused=True)
         except (RuntimeError, TypeError) as error:
             if "backward through the graph a second time" in str(error) or "unpack_hook" in str(error):
                 raise TraceFLError(_KEPT) from error
             raise
+        finally:
+            for handle in handles:
+                handle.remove()
         for name, layer in done.loose.items():
             g = dict(zip(done.leaves, found, strict=True))[id(self.state.tensors[name])]
             if g is not None:  # a function of the model's own may give none
@@ -180,13 +185,9 @@ class Tracer:
             keep(call.x)
         return done, sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 
-    def layers(self, done: Pass) -> list[str]:
-        """In execution order: by when a layer, or the nearest module around it, started."""
-
-        def start(layer: str) -> int:
-            return self.started[layer] if layer in self.started else start(layer.rpartition(".")[0])
-
-        return sorted({**done.calls, **dict.fromkeys(done.loose.values())}, key=start)
+    def _started(self, layer: str) -> int:
+        """When a layer, or the nearest module around it, started."""
+        return self.started[layer] if layer in self.started else self._started(layer.rpartition(".")[0])
 
 
 def _tell_apart(done: Pass, alone: Pass, n: int, holds_first: bool) -> bool:
@@ -208,13 +209,12 @@ def _tell_apart(done: Pass, alone: Pass, n: int, holds_first: bool) -> bool:
 
 def _axis(now: torch.Size, before: torch.Size, n: int) -> int:
     """The only axis in which two shapes differ, 1 before and n now; -1 if there is none."""
-    axes = [d for d in range(len(before)) if before[d] == 1 and now == (*before[:d], n, *before[d + 1 :])]
-    return axes[0] if axes else -1
+    return next((d for d, was in enumerate(before) if was == 1 and now == (*before[:d], n, *before[d + 1 :])), -1)
 
 
-def _leaves(y: Tensor) -> dict[int, Tensor]:
-    """The tensors with a gradient that y depends on, by id; on the way, what autograd gets wrong is mended."""
-    leaves, seen, stack = dict[int, Tensor](), set[Any](), [y.grad_fn]
+def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
+    """The tensors with a gradient that y depends on, by id; autograd's nodes of normalisation on the way."""
+    leaves, norms, seen, stack = dict[int, Tensor](), list[Any](), set[Any](), [y.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -224,9 +224,9 @@ def _leaves(y: Tensor) -> dict[int, Tensor]:
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves[id(leaf)] = leaf
         elif node.name() == "NativeBatchNormBackward0":
-            node.register_prehook(laid_out_like_input(node))
+            norms.append(node)
         elif node.name().startswith("CheckpointFunction"):
             raise TraceFLError(
                 "checkpoint(use_reentrant=True) gives gradients to nobody but .backward(): set use_reentrant=False"
             )
-    return leaves
+    return leaves, norms

@@ -9,13 +9,15 @@ it, with c_j = dy/dz_j and z_kj = w_kj · z_in + b_kj (equations 2 to 6), is
 and one gradient of the global model W_g answers for all clients.
 """
 
+import copy
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import Batch, batch_size, exact, explained, logits_of, take
+from tracefl.classifier import Batch, batch_size, explained, logits_of, take
 from tracefl.states import State
 
 
@@ -30,27 +32,27 @@ def plain(
         >>> plain(model, {"ann": {"weight": torch.tensor([[3.0, -1.0]])}}, torch.tensor([[1.0, 2.0]])).item()
         1.0
     """
-    W = {name: w for name, w in model.state_dict(keep_vars=True).items() if w.is_floating_point()}
-    W = W if weights else {name: w for name, w in W.items() if isinstance(w, nn.Parameter)}
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            module.forward = MethodType(batchnorm, module)  # type: ignore[method-assign]
+    W = dict([*model.named_parameters(), *(model.named_buffers() if weights else ())])
+    W = {name: W[name].requires_grad_(True) for name in model.state_dict() if name in W and W[name].is_floating_point()}
     T = torch.zeros(batch_size(inputs), len(clients), dtype=torch.float64)
-    with exact(model, lambda: [norm.register_forward_hook(batchnorm) for norm in norms]):
-        for w in W.values():
-            w.requires_grad_(True)
-        for n in range(len(T)):
-            logits = logits_of(model, take(inputs, slice(n, n + 1)))
-            y, _ = explained(logits, None, "log_odds" if weights else "logit")
-            G = torch.autograd.grad(y.sum(), list(W.values()), allow_unused=True)
-            for k, (who, theta) in enumerate(clients.items()):
-                for (name, w), g in zip(W.items(), G, strict=True):
-                    delta = theta[name] - w.detach() if weights else theta[name]
-                    T[n, k] += 0 if g is None else (delta.double() * g.double()).sum()
-                T[n, k] *= weights[who] / sum(weights.values()) if weights else 1
+    for n in range(len(T)):
+        logits = logits_of(model, take(inputs, slice(n, n + 1)))
+        y, _ = explained(logits, None, "log_odds" if weights else "logit")
+        G = torch.autograd.grad(y.sum(), list(W.values()), allow_unused=True)
+        for k, (who, theta) in enumerate(clients.items()):
+            for (name, w), g in zip(W.items(), G, strict=True):
+                delta = theta[name] - w.detach() if weights else theta[name]
+                T[n, k] += 0 if g is None else (delta.double() * g.double()).sum()
+            T[n, k] *= weights[who] / sum(weights.values()) if weights else 1
     return T
 
 
-def batchnorm(norm: Any, args: tuple[Tensor], z: Tensor) -> Tensor:
+def batchnorm(norm: Any, x: Tensor) -> Tensor:
     """BatchNorm in eval mode written out, so that autograd sees its running statistics too."""
-    shape = (-1, *[1] * (z.ndim - 2))
-    xhat = (args[0] - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + norm.eps).sqrt()
+    shape = (-1, *[1] * (x.ndim - 2))
+    xhat = (x - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + norm.eps).sqrt()
     return xhat * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else xhat

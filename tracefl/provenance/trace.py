@@ -110,8 +110,7 @@ def trace(
     N, ids, entries = batch_size(inputs), list(clients), model.state_dict()
     classes = None if targets is None else torch.as_tensor(targets)
     if classes is not None and (classes.shape != (N,) or classes.is_floating_point()):
-        found = f"{tuple(classes.shape)} {classes.dtype}"
-        raise TraceFLError(f"targets must be {N} integers, one per input, got {found}")
+        raise TraceFLError(f"targets must be {N} integers, one per input, got {tuple(classes.shape)} {classes.dtype}")
     p = None if weights is None else _normalised(weights, ids)
     state = traced_state(model, layers, method != "neuron")
     require(state.tensors, f"layers={layers!r} hold no floating-point tensor: choose other layers")
@@ -149,16 +148,16 @@ def trace(
     if p is not None:
         contributions = contributions * p
         residual = by_layer[:, :, len(ids) :].sum(2) - contributions.sum(2)
-    targets = torch.as_tensor(classes).cpu()
-    return Provenance(method, ids, targets, contributions, list(shares.layers), residual, change)
+    return Provenance(method, ids, torch.as_tensor(classes).cpu(), contributions, list(shares.layers), residual, change)
 
 
 def _normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
     """p_k = w_k / Σ w, float64 [K]."""
     for who in ids:
         require(who in weights, f"weights must have every client, got none for {who!r}")
-        fine = 0 <= float(weights[who]) < math.inf
-        require(fine, f"weights must be finite and at least 0, got {weights[who]!r} for client {who!r}")
+        require(
+            0 <= weights[who] < math.inf, f"weights must be finite and at least 0, got {weights[who]!r} for {who!r}"
+        )
     p = torch.tensor([float(weights[who]) for who in ids], dtype=torch.float64)
     require(p.any(), "weights must be above 0 for at least one client, got 0 for all")
     return p / p.sum()
