@@ -318,7 +318,7 @@ def without(states, name):
         (
             None,
             {"weights": {"c0": 1, "c1": -1, "c2": 1}},
-            "weights must be finite and at least 0, got -1 for 'c1'",
+            "weights must be finite and 0 or more, got -1 for 'c1'",
         ),
         (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "weights must be above 0 for at least one client"),
         (None, {"weights": {"c0": 1, "c1": 1}}, "weights must have every client, got none for 'c2'"),

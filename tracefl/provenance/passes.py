@@ -89,7 +89,7 @@ class Tracer:
                 continue
             for n in torch.nonzero(~torch.isfinite(done.y)).flatten().tolist():
                 raise TraceFLError(f"the model's output for input {first + n} is not finite; check model and input")
-            shares.open(sorted({**done.calls, **dict.fromkeys(done.loose.values())}, key=self._started))
+            shares.open(sorted({**done.calls, **dict.fromkeys(done.loose.values())}, key=self._when))
             self.backward(done, partial(shares.add, slice(first, last), factor))
             ys.append(done.y.detach().double().cpu())
             classes.append(done.targets)
@@ -185,9 +185,9 @@ class Tracer:
             keep(call.x)
         return done, sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 
-    def _started(self, layer: str) -> int:
+    def _when(self, layer: str) -> int:
         """When a layer, or the nearest module around it, started."""
-        return self.started[layer] if layer in self.started else self._started(layer.rpartition(".")[0])
+        return self.started[layer] if layer in self.started else self._when(layer.rpartition(".")[0])
 
 
 def _tell_apart(done: Pass, alone: Pass, n: int, holds_first: bool) -> bool:

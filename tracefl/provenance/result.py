@@ -14,7 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Provenance:
-    """N explained inputs, K clients, L layer calls; by_layer.sum(0) == contributions."""
+    """Which client is responsible: every client's contribution to every explained prediction.
+
+    A contribution is the client's share in the explained output y of one input: how much of y came
+    in through this client's weights or, with a reference, its update (equation 6). N explained
+    inputs, K clients, L calls of layers.
+
+    Example:
+        >>> import torch
+        >>> by_layer = torch.tensor([[[3.0, 1.0]], [[-1.0, 0.5]]], dtype=torch.float64)
+        >>> found = Provenance("neuron", ["ann", "bob"], torch.tensor([7]), by_layer, ["conv", "head"])
+        >>> found.contributions.tolist(), found.responsible
+        ([[2.0, 1.5]], ['ann'])
+        >>> [(who, share, round(score, 2)) for who, share, score in found.ranking(0)]
+        [('ann', 2.0, 0.62), ('bob', 1.5, 0.38)]
+    """
 
     method: str
     client_ids: list[str]  # [K]

@@ -155,9 +155,7 @@ def _normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
     """p_k = w_k / Σ w, float64 [K]."""
     for who in ids:
         require(who in weights, f"weights must have every client, got none for {who!r}")
-        require(
-            0 <= weights[who] < math.inf, f"weights must be finite and at least 0, got {weights[who]!r} for {who!r}"
-        )
+        require(0 <= weights[who] < math.inf, f"weights must be finite and 0 or more, got {weights[who]!r} for {who!r}")
     p = torch.tensor([float(weights[who]) for who in ids], dtype=torch.float64)
     require(p.any(), "weights must be above 0 for at least one client, got 0 for all")
     return p / p.sum()

@@ -11,15 +11,38 @@ from tracefl.provenance.contract import Gradient
 Gradients = Mapping[str, Gradient]
 Rule = Callable[[nn.Module, Tensor, Tensor], Gradients]
 _RULES: dict[type | str, Rule] = {}
-_COMPUTE = {"forward", "_conv_forward"}  # what a subclass or an instance may have put its own in place of
+# A subclass or an instance that has one of these of its own computes something else.
+_COMPUTE = {"forward", "_conv_forward"}
 
 
 def register(*types: type | str) -> Callable[[Rule], Rule]:
-    """Declare the rule of layer types, as classes or as "package.module.Class" (a name imports nothing).
+    """Declare the rule of layer types, which says what a layer's gradient dy/dθ is.
 
-    The rule, which runs without autograd, gets the layer in eval mode, its first argument x [N, ...] and
-    dy/d(output) [N, ...], the first axis being the layer's batch, and returns {local tensor name: gradient over
-    that axis}. A tensor left out contributes 0.
+    A rule gets the layer in eval mode, its first argument x [N, ...] and dy/dz [N, ...] of its
+    output z, and returns of each of its tensors, by its name in the layer, the gradient of every
+    input: `Dense` (values [N, *θ.shape]), `Outer` (of a linear map, left [N, S, R] and right
+    [N, S, C]) or `Rows` (of a table that is looked up, index [N, S] and values [N, S, C]). It runs
+    without autograd. A tensor that it leaves out contributes 0.
+
+    Args:
+        types: layer classes, or "package.module.Class", which imports nothing.
+
+    Returns:
+        A decorator that leaves the rule as it is. Subclasses use the rule unless they have a
+        forward of their own; a rule of their own replaces it.
+
+    Example:
+        >>> import torch
+        >>> from tracefl.provenance import Dense, register
+        >>> class Scaled(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.by = torch.nn.Parameter(torch.ones(3))
+        ...     def forward(self, x):
+        ...         return x * self.by
+        >>> @register(Scaled)
+        ... def scaled(layer, x, g):
+        ...     return {"by": Dense(x * g)}
     """
 
     def add(rule: Rule) -> Rule:
