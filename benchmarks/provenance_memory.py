@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from tracefl.provenance import trace
+from tracefl import trace
 from tracefl.runs import write_state
 from tracefl.states import StateFile
 

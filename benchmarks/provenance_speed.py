@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tracefl.provenance import trace
+from tracefl import trace
 
 
 def resnet18() -> tuple[nn.Module, Callable[[int], object]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tracefl.provenance import trace
+from tracefl import trace
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

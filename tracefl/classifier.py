@@ -60,7 +60,12 @@ def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
 
 
 def log_odds(logits: Tensor, targets: Tensor) -> Tensor:
-    """[N] the target's logit minus the log-sum-exp of the others; logits [N, classes], targets [N]."""
+    """[N] the target's logit minus the log-sum-exp of the others.
+
+    Args:
+        logits: [N, classes].
+        targets: int64 [N].
+    """
     others = logits.scatter(1, targets[:, None], -math.inf).logsumexp(1)
     return logits.gather(1, targets[:, None])[:, 0] - others
 
@@ -111,10 +116,11 @@ def uses_batch_statistics(model: nn.Module) -> bool:
 
 @contextmanager
 def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] = tuple) -> Iterator[None]:
-    """Run a model as it is written: in eval mode, without autocast, nothing fused or compiled that skips hooks.
+    """Run a model as it is written: in eval mode, no autocast, nothing fused or compiled.
 
-    None of its tensors wants a gradient unless told to within. All is as it was on exit, without the
-    hooks whose handles `set_hooks` returns. Threads wait for one another.
+    What is fused or compiled skips hooks. None of the model's tensors wants a gradient unless told
+    to within. All is as it was on exit, without the hooks whose handles `set_hooks` returns.
+    Threads wait for one another.
     """
     with _LOCK, ExitStack() as undo:
         for module in [module for module in model.modules() if module.training]:

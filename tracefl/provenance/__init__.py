@@ -1,4 +1,4 @@
-"""Who is responsible: the contribution of every client of a round to a prediction of the global model."""
+"""Who is responsible: every client's contribution to a prediction of the global model."""
 
 from tracefl.provenance.contract import Dense, Gradient, Outer, Rows
 from tracefl.provenance.layers import register

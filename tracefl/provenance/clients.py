@@ -14,7 +14,7 @@ _REMEDY = "pass a state dict of the same architecture as the model"
 
 
 class States:
-    """The states of K clients, or of one reference. A tensor is read when it is asked for, and not kept.
+    """The states of K clients, or of one reference; a tensor is read when asked for, and not kept.
 
     Args:
         states: what an error calls it -> state, or path of a safetensors file.
@@ -37,7 +37,10 @@ class States:
                     raise TraceFLError(f"{who}: tensor {names[0]!r} {wrong} ({len(names)} in all); {_REMEDY}")
 
     def tensors(self, names: Sequence[str], first: int, last: int) -> list[Tensor]:
-        """Tensor `names[0]` of states first to last - 1 each; of several names, their vectors end to end."""
+        """The tensor of that name of every state from `first` to `last` - 1.
+
+        Of several names, which must be vectors', each state's tensors are put end to end.
+        """
         some = list(self.states.items())[first:last]
         found = [self._read(who, state, name) for who, state in some for name in names]
         return found if len(names) == 1 else list(torch.cat(found).view(len(some), -1))

@@ -1,12 +1,12 @@
-"""Multiply and add up: client k's share in input n through a tensor θ is <θ_k - base, G_n>, G_n = dy_n/dθ.
+"""Multiply and add up: client k's share in input n through a tensor θ is <θ_k - base, dy_n/dθ>.
 
 Axes, here and in the rules of layers:
 
     N inputs    K clients    S positions of one input (pixels, tokens)
     R rows of θ (its first axis)    C columns (the entries of a row)
 
-A rule gives G in one of three forms, whichever costs it nothing: `Dense`, `Outer` or `Rows`. `Shares`
-asks for the clients' tensors, multiplies them with G, and adds up by layer.
+A rule gives G_n = dy_n/dθ in one of three forms, whichever costs it nothing: `Dense`, `Outer` or
+`Rows`. `Shares` asks for the clients' tensors, multiplies them with G, and adds up by layer.
 """
 
 import math
@@ -130,7 +130,7 @@ def contract(G: Gradient, thetas: Sequence[Tensor], base: Tensor | None, buffers
 
 
 def _multiply(G: Tensor, thetas: Sequence[Tensor], base: Tensor | None, buffers: Buffers) -> Tensor:
-    """Through the gradient [N, *θ.shape]: clients are brought together, a tile of rows at a time."""
+    """Through the gradient [N, *θ.shape]: clients are put together, a tile of rows at a time."""
     N, K, G = len(G), len(thetas), G.reshape(len(G), -1)
     R = len(thetas[0]) if thetas[0].ndim else 1
     rows = max(1, TILE * R // max(1, K * thetas[0].nbytes)) | 1  # odd: even strides crowd in the cache
@@ -167,7 +167,7 @@ def _look_up(G: Rows, thetas: Sequence[Tensor], base: Tensor | None) -> Tensor:
 
 
 def _buffer(buffers: Buffers, use: str, like: Tensor, *shape: int) -> Tensor:
-    """Unset memory [*shape] that the next call for the same use overwrites: fresh memory is slow."""
+    """Unset memory [*shape] that the next call for that use overwrites: fresh memory is slow."""
     key, size = (use, like.dtype, like.device), math.prod(shape)
     if key not in buffers or len(buffers[key]) < size:
         buffers[key] = like.new_empty(size)

@@ -1,6 +1,8 @@
-"""Integrated provenance: the gradient averaged over the straight path from the incoming to the outgoing model.
+"""Integrated provenance: the gradient averaged from the incoming to the outgoing global model.
 
-    ∫₀¹ dy/dW (W_ref + t (W_g - W_ref)) dt  ≈  Σ_i w_i dy/dW (W_ref + t_i (W_g - W_ref))    (trapezoid rule)
+    ∫₀¹ dy/dW (W_ref + t (W_g - W_ref)) dt  ≈  Σ_i w_i dy/dW (W_ref + t_i (W_g - W_ref))
+
+by the trapezoid rule.
 
 Contracted with W_g - W_ref the integral is y(W_g) - y(W_ref), so the error of the sum is known.
 Networks of ReLUs are not smooth along the path: the error falls as 1 / steps for every rule, and

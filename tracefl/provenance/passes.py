@@ -1,7 +1,7 @@
 """Passes: inputs go forward, the gradient comes back, and rules turn it into G_n, layer by layer.
 
-    forward     a hook at every layer with a rule notes the call: its input x, the shape of its output z
-    backward    autograd hands dy/dz to the call, and the layer's rule makes G = dy/dθ of x and dy/dz
+    forward     a hook at every layer with a rule notes the call: its input x, its output's shape
+    backward    autograd hands dy/dz to the call; the layer's rule makes G = dy/dθ of x and dy/dz
 
 Inputs do not see each other in eval mode, so the gradient of Σ_n y_n holds every dy_n. Of tensors
 that no rule covers ("loose" ones) autograd gives dy/dθ itself, but for one input at a time.
@@ -66,7 +66,11 @@ class Tracer:
     def add_shares(
         self, inputs: Batch, targets: Tensor | None, shares: Shares, factor: float, most: int
     ) -> tuple[Tensor, Tensor]:
-        """Add `factor` times the shares of all inputs, in as few passes as `most` bytes allow; y and targets [N]."""
+        """Add `factor` times the shares of all inputs, in as few passes as `most` bytes allow.
+
+        Returns:
+            y [N], float64, and the targets [N], the predicted classes unless others are given.
+        """
         ys, classes, first = list[Tensor](), list[Tensor](), 0
 
         def rows(first: int, last: int) -> tuple[Batch, Tensor | None]:
@@ -97,7 +101,7 @@ class Tracer:
         return torch.cat(ys), torch.cat(classes)
 
     def set_hooks(self) -> list[RemovableHandle]:
-        """Set the hooks, before hooks of the user's, which may change an output; the handles to remove them."""
+        """Set the hooks, before hooks of the user's, which may change an output; their handles."""
         handles = [module.register_forward_pre_hook(self._start) for module in self.state.names]
         return handles + [m.register_forward_hook(self._end, prepend=True, with_kwargs=True) for m in self.state.hidden]
 
@@ -129,7 +133,7 @@ class Tracer:
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if self.n > 1 and x.ndim and z.ndim > 1 and len(z) == len(x) == 1:
-            # all inputs share it, as position embeddings: each gets a z, and so a gradient, of its own
+            # all inputs share it, as position embeddings: each gets a z and a gradient of its own
             x, z = x.expand(self.n, *x.shape[1:]), z.repeat(self.n, *[1] * (z.ndim - 1))
         if not z.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
             z = z.detach().requires_grad_().clone()
@@ -154,7 +158,7 @@ class Tracer:
         self.receive(layer, {own[name]: G for name, G in found.items() if name in own})
 
     def backward(self, done: Pass, receive: Callable[[str, dict[str, Gradient]], None]) -> None:
-        """Differentiate Σ_n y_n; `receive` gets each layer's gradients as they come, and none is kept."""
+        """Differentiate Σ_n y_n; `receive` gets each layer's gradients as they come."""
         self.receive = receive
         handles = [node.register_prehook(laid_out_like_input(node)) for node in done.norms]
         try:  # asking for all leaves, the gradient passes everywhere
@@ -172,7 +176,7 @@ class Tracer:
                 receive(layer, {name: Dense(g[None])})
 
     def measured(self, batch: Batch, targets: Tensor | None) -> tuple[Pass, int]:
-        """A forward pass that is not differentiated, and the bytes that its backward pass would need."""
+        """A forward pass that is not differentiated, and the bytes that its backward pass needs."""
         own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         kept: dict[int, torch.UntypedStorage] = {}
 
@@ -191,10 +195,11 @@ class Tracer:
 
 
 def _tell_apart(done: Pass, alone: Pass, n: int, holds_first: bool) -> bool:
-    """Find the axes along which n inputs lie in each call of a pass, if there are such axes: n now, 1 `alone`.
+    """Find the axes along which n inputs lie in each call of a pass: those of n now, of 1 `alone`.
 
-    If the pass `holds_first`, every call must see the first input as it was `alone`, neither changed
-    by the others nor moved, up to rounding, which in low precision may be a hundredth.
+    If the pass `holds_first`, every call must see the first input as it was `alone`, neither
+    changed by the others nor moved, up to rounding, which in low precision may be a hundredth.
+    Returns whether all that holds.
     """
     pairs = [(done.logits[0], alone.logits[0])]
     if done.loose or list(done.calls) != list(alone.calls):
@@ -213,7 +218,7 @@ def _axis(now: torch.Size, before: torch.Size, n: int) -> int:
 
 
 def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
-    """The tensors with a gradient that y depends on, by id; autograd's nodes of normalisation on the way."""
+    """The tensors with a gradient that y depends on, by id, and its nodes of normalisation."""
     leaves, norms, seen, stack = dict[int, Tensor](), list[Any](), set[Any](), [y.grad_fn]
     while stack:
         node = stack.pop()

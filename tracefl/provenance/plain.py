@@ -1,7 +1,7 @@
-"""The method on one page: one input at a time, autograd's own gradients. `trace` gives the same, faster.
+"""The method on one page: an input at a time, autograd's gradients. `trace` gives the same, faster.
 
-A layer is linear in its own parameters θ given its input, so client k's share in an output y through
-it, with c_j = dy/dz_j and z_kj = w_kj · z_in + b_kj (equations 2 to 6), is
+A layer is linear in its own parameters θ given its input, so client k's share in an output y
+through it, with c_j = dy/dz_j and z_kj = w_kj · z_in + b_kj (equations 2 to 6), is
 
     "neuron"       Σ_j c_j z_kj = <θ_k, dy/dθ>,         y the logit of the predicted class
     "influence"    p_k <W_k - W_g, dy/dW>,              y its log-odds, W the whole state
@@ -24,12 +24,20 @@ from tracefl.states import State
 def plain(
     model: nn.Module, clients: Mapping[str, State], inputs: Batch, weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    """Contributions [N, K] by "influence" if there are weights w_k (p_k = w_k / Σ w), else by "neuron" without decay.
+    """Contributions [N, K]: "influence" if there are weights, else "neuron" without layer decay.
+
+    Args:
+        model: the global model, an image or text classifier.
+        clients: client id -> state dict.
+        inputs: Tensor [N, ...], or the model's keyword arguments.
+        weights: client id -> w_k; p_k = w_k / Σ w.
+
 
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> plain(model, {"ann": {"weight": torch.tensor([[3.0, -1.0]])}}, torch.tensor([[1.0, 2.0]])).item()
+        >>> clients = {"ann": {"weight": torch.tensor([[3.0, -1.0]])}}
+        >>> plain(model, clients, torch.tensor([[1.0, 2.0]])).item()
         1.0
     """
     model = copy.deepcopy(model).eval()

@@ -23,7 +23,8 @@ class Provenance:
     Example:
         >>> import torch
         >>> by_layer = torch.tensor([[[3.0, 1.0]], [[-1.0, 0.5]]], dtype=torch.float64)
-        >>> found = Provenance("neuron", ["ann", "bob"], torch.tensor([7]), by_layer, ["conv", "head"])
+        >>> who, layers = ["ann", "bob"], ["conv", "head"]
+        >>> found = Provenance("neuron", who, torch.tensor([7]), by_layer, layers)
         >>> found.contributions.tolist(), found.responsible
         ([[2.0, 1.5]], ['ann'])
         >>> [(who, share, round(score, 2)) for who, share, score in found.ranking(0)]
@@ -60,20 +61,20 @@ class Provenance:
 
     @property
     def completeness_error(self) -> Tensor | None:
-        """[N] |shares + residual - change of y|, as a fraction of the mean |change| over the inputs."""
+        """[N] |shares + residual - change of y| as a fraction of the mean |change| over inputs."""
         if self.change is None or self.residual is None:
             return None
         missed = self.contributions.sum(1) + self.residual - self.change
         return missed.abs() / self.change.abs().mean().clamp_min(torch.finfo(torch.float64).tiny)
 
     def ranking(self, i: int) -> list[tuple[str, float, float]]:
-        """(client id, contribution, score) of input i, most responsible first; ties keep the order."""
+        """(client id, contribution, score) of input i, largest first; ties keep the order."""
         contributions, scores = self.contributions[i], self.scores[i]
         order = contributions.argsort(descending=True, stable=True).tolist()
         return [(self.client_ids[k], contributions[k].item(), scores[k].item()) for k in order]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per input and client: input, target, client, contribution, score, rank (from 1)."""
+        """A row per input and client: input, target, client, contribution, score, rank (from 1)."""
         import pandas as pd  # a second of import that tracing itself does not need
 
         N, K = self.contributions.shape

@@ -1,4 +1,4 @@
-"""What is traced: which tensors of the model's state, under which names, and which layers have a rule."""
+"""What is traced: which tensors of the state, under which names, and which layers have a rule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class TracedState:
 
 
 def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool) -> TracedState:
-    """`statistics` adds the state's floating-point buffers (BatchNorm's running mean and variance)."""
+    """`statistics` adds the floating-point buffers (BatchNorm's running mean and variance)."""
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen, names, first = _chosen(modules, layers), dict[int, list[str]](), dict[int, str]()
     tensors: dict[str, Tensor] = {}

@@ -1,8 +1,9 @@
 """tracefl.trace: which clients are responsible for a global model's predictions.
 
-A traced layer is linear in its own parameters θ given its input, so client k's total (equations 4 to 6) is
+A traced layer is linear in its own parameters θ given its input, so client k's total (equations 4
+to 6), with c_j = dy/dz_j and z_kj = w_kj · z_in + b_kj, is
 
-    T_k = Σ_l β_l Σ_j c_j z_kj = Σ_l β_l <θ_k, dy/dθ_l>,    c_j = dy/dz_j,  z_kj = w_kj · z_in + b_kj,
+    T_k = Σ_l β_l Σ_j c_j z_kj = Σ_l β_l <θ_k, dy/dθ_l>,
 
 one backward pass of the global model for all clients, then one product per tensor. The way of a
 gradient: `passes` (forward, backward, the layer's rule), `shares` (which clients, which inputs),
@@ -61,10 +62,10 @@ def trace(
             6; default 0.9); 1 switches it off. Only "neuron" uses it.
         layers: "all" (default), "paper" (Linear, Conv2d, LayerNorm, Conv1D) or names of modules,
             which include their submodules.
-        method: "neuron" (default), the paper's Σ_j c_j z_kj over layers; "influence", the first-order
-            effect of leaving the client out, p_k <W_k - W_g, dy/dW> over the whole state, BatchNorm's
-            statistics included (needs weights); or "integrated", the client's share of the actual
-            change of y over the round (needs weights and reference).
+        method: "neuron" (default), the paper's Σ_j c_j z_kj over layers; "influence", the
+            first-order effect of leaving the client out, p_k <W_k - W_g, dy/dW> over the whole
+            state, BatchNorm's statistics included (needs weights); or "integrated", the client's
+            share of the actual change of y over the round (needs weights and reference).
         output: the y that is explained: "logit" of the target, or "log_odds", the logit minus the
             log-sum-exp of the others. Default: "log_odds" for "influence", else "logit".
         steps: intervals of the path of "integrated". Default: doubled from 16 until the shares of
@@ -87,8 +88,8 @@ def trace(
         >>> import torch
         >>> from tracefl import trace
         >>> model = torch.nn.Linear(2, 2, bias=False)
-        >>> ann, bob = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, -1.0], [0.0, 0.0]])
-        >>> clients = {"ann": {"weight": ann}, "bob": {"weight": bob}}
+        >>> ann, bob = ([1.0, 2.0], [0.0, 0.0]), ([3.0, -1.0], [0.0, 0.0])
+        >>> clients = {"ann": {"weight": torch.tensor(ann)}, "bob": {"weight": torch.tensor(bob)}}
         >>> found = trace(model, clients, torch.tensor([[1.0, 2.0]]), targets=[0])
         >>> found.contributions.tolist(), found.responsible
         ([[5.0, 1.0]], ['ann'])

@@ -1,4 +1,7 @@
-"""BatchNorm in eval mode: z = (x - mean) / sqrt(var + eps) * weight + bias, all four tensors traced."""
+"""BatchNorm in eval mode: z = (x - mean) / sqrt(var + eps) * weight + bias.
+
+All four tensors are traced.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tracefl.provenance.layers.registry import Gradients, register
 
 @register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batchnorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
-    """With x̂ = (x - mean) / sqrt(var + eps): Σ g x̂ by weight, Σ g by bias, multiples of them by the rest."""
+    """x̂ = (x - mean) / sqrt(var + eps): Σ g x̂ by weight, Σ g by bias, the rest multiples."""
     norm = cast(nn.BatchNorm2d, layer)
     x, g = x.reshape(*x.shape[:2], -1), g.reshape(*g.shape[:2], -1)  # [N, C, S]
     mean, var = norm.running_mean, norm.running_var
@@ -34,7 +37,7 @@ def batchnorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
 
 
 def laid_out_like_input(node: Any) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
-    """A hook before autograd's node of a batch normalisation, without which its gradient may be wrong.
+    """A hook before autograd's node of a batch normalisation, which may be wrong without it.
 
     On the CPU, PyTorch 2.15 differentiates it wrongly, and says nothing, where one of input and
     gradient lies channels last and the other does not but has an axis of length 1.

@@ -1,4 +1,4 @@
-"""Convolutions are linear maps of patches of the input: dy/dW = Σ_s g_s patch_sᵀ over output positions s.
+"""Convolutions are linear maps of patches: dy/dW = Σ_s g_s patch_sᵀ over output positions s.
 
 A transposed convolution swaps input and output: dy/dW = Σ_s x_s patch_s(g)ᵀ over input positions s.
 """
@@ -48,7 +48,13 @@ def by_bias(conv: nn.Conv2d, g: Tensor) -> Gradients:
 
 
 def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[int, int], ...]) -> Gradient:
-    """Σ_s left_s patch_sᵀ for left [N, R, *positions]; `seen`: (start, size) of each axis but its padding."""
+    """Σ_s left_s patch_sᵀ.
+
+    Args:
+        left: [N, R, *positions].
+        padded: what patches are cut from, [N, C, ...].
+        seen: of each axis where its input lies within the padding, (start, size).
+    """
     positions = left.shape[2:]
     axes = list(zip(seen, positions, conv.kernel_size, conv.stride, conv.dilation, strict=True))
     taps = tuple(live_taps(*axis) for axis in axes)
@@ -82,7 +88,7 @@ def by_weight(conv: nn.Conv2d, left: Tensor, padded: Tensor, seen: tuple[tuple[i
 
 
 def live_taps(seen: tuple[int, int], positions: int, kernel: int, stride: int, dilation: int) -> slice:
-    """The range of kernel taps along one axis that ever see the input: others see only padding and give 0."""
+    """The range of kernel taps along an axis that ever see the input; others see only padding."""
     first, size = seen
     live = [
         t for t in range(kernel) if any(first <= s * stride + t * dilation < first + size for s in range(positions))

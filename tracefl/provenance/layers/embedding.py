@@ -1,8 +1,7 @@
-"""Embedding: z_s = W[token_s], so dy/dW has g_s on row token_s. The padding row counts like any other:
-the output depends on it, although training leaves it alone.
-"""
+"""Embedding: z_s = W[token_s], so dy/dW has g_s on row token_s.
 
-from __future__ import annotations
+The padding row counts like any other: the output depends on it, although training leaves it alone.
+"""
 
 from typing import cast
 

@@ -1,4 +1,4 @@
-"""Layers that normalise by the input's own statistics: z = x̂ * weight + bias, x̂ free of parameters."""
+"""Layers that normalise by the input's statistics: z = x̂ * weight + bias, x̂ free of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rule covers which layer type: (layer, input, output gradient) -> one gradient per tensor name."""
+"""Which rule covers which layer type: (layer, x, dy/dz) -> the gradient of each of its tensors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def register(*types: type | str) -> Callable[[Rule], Rule]:
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
-    """The rule of the nearest registered base class, if `layer` still computes what that class computes."""
+    """The rule of the nearest registered base class, if `layer` computes what that does."""
     for base in type(layer).__mro__:
         rule = _RULES.get(base) or _RULES.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
