@@ -1,16 +1,15 @@
-"""Clients stream: memory and time of trace over K states that are read lazily from safetensors files.
+"""Clients stream: memory and time of trace over K paths of safetensors files.
 
     python benchmarks/provenance_memory.py --model resnet18 --clients 10 100 1000 --inputs 20
 
 Every K runs in a process of its own. "above the model" is the growth of the process's peak memory (VmHWM) over what
 it held before trace: model, inputs, libraries.
-States repeat beyond `--files` distinct files.
+Paths repeat beyond `--files` distinct files; each is opened for itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,6 @@ import torchvision
 
 from tracefl import trace
 from tracefl.runs import write_state
-from tracefl.states import StateFile
-
-
-def opened(file: Path) -> StateFile:
-    with file.open("rb") as content:
-        state = StateFile(file, hashlib.file_digest(content, "sha256").hexdigest())
-    state.check()  # before the clock runs
-    return state
 
 
 def peak_gib() -> float:
@@ -41,8 +32,8 @@ def measure(folder: Path, model_name: str, K: int, N: int, size: int, method: st
     torch.manual_seed(0)
     model = torchvision.models.get_model(model_name, num_classes=10).eval()
     x = torch.randn(N, 3, size, size)
-    states = [opened(file) for file in sorted(folder.glob("*.safetensors"))]
-    clients = {f"c{k}": states[k % len(states)] for k in range(K)}
+    files = sorted(folder.glob("*.safetensors"))
+    clients = {f"c{k}": files[k % len(files)] for k in range(K)}
     weights = dict.fromkeys(clients, 1.0)
     with torch.no_grad():
         model(x[:1])

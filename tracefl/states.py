@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ class StateFile(Mapping[str, Tensor]):
         self._file, self._sha256 = Path(file), sha256
 
     @cached_property
-    def _entries(self) -> dict[str, dict[str, Any]]:
-        """Name -> dtype, shape and place in the file."""
+    def _entries(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+        """Name -> dtype, shape, start and end in the file."""
         try:
             with self._file.open("rb") as content:
                 found = self._sha256 and hashlib.file_digest(content, "sha256").hexdigest()
@@ -55,17 +55,23 @@ class StateFile(Mapping[str, Tensor]):
                     raise ValueError("its header would be longer than the file")
                 header = json.loads(content.read(size))
             header.pop("__metadata__", None)
-            for entry in header.values():
-                entry["data_offsets"] = [8 + size + offset for offset in entry["data_offsets"]]
-                if entry["data_offsets"][1] > self._file.stat().st_size:
-                    raise ValueError("it ends too early")
+            entries = {
+                sys.intern(name): (
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    *(8 + size + at for at in entry["data_offsets"]),
+                )
+                for name, entry in header.items()
+            }
+            if any(end > self._file.stat().st_size for *_, end in entries.values()):
+                raise ValueError("it ends too early")
         except OSError as error:
             raise TraceFLError(
                 f"{self._file} cannot be read ({error.strerror}): correct the path or restore it"
             ) from None
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise TraceFLError(f"{self._file} is no safetensors file ({error}): write it with safetensors") from None
-        return header
+        return entries
 
     def check(self) -> None:
         """Read the header and compare the file's hash now, not at the first read.
@@ -76,11 +82,10 @@ class StateFile(Mapping[str, Tensor]):
         _ = self._entries
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        start, end = entry["data_offsets"]
-        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+        kind, shape, start, end = self._entries[name]
+        dtype = _DTYPES.get(kind)
         if dtype is None:
-            raise TraceFLError(f"{self._file}: tensor {name!r} is of type {entry['dtype']}, which is not supported")
+            raise TraceFLError(f"{self._file}: tensor {name!r} is of type {kind}, which is not supported")
         if start == end:
             return torch.empty(shape, dtype=dtype)
         read = np.fromfile(self._file, np.uint8, end - start, offset=start)
