@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
 
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
-from tracefl.evaluation.attribution import COLUMNS, Settings, evaluate_rounds, trace_round
 from tracefl.evaluation.selection import with_trigger
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.federation.noise import gaussian_noise

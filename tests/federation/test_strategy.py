@@ -4,10 +4,10 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
+from tracefl.federation.strategy import Recorder
 
 from tests.federation.instant import NODES, START, InstantGrid, state_of
 from tracefl.errors import TraceFLError
-from tracefl.federation.strategy import Recorder
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import Evaluation
 

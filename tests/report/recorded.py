@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
-
 from tracefl.evaluation.attribution import COLUMNS
+
 from tracefl.runs import ClientInfo, Participant, Run, client_file
 
 

@@ -1,7 +1,6 @@
 """The table that compares what looked for the faulty clients."""
 
 import pandas as pd
-
 from tracefl.report.console import print_faulty
 
 ROUNDS = pd.DataFrame(

@@ -1,7 +1,6 @@
 """Result files: answers are read back under their own settings only; timings keep what was not measured again."""
 
 import pandas as pd
-
 from tracefl.report.files import read_answers, read_timings, update_timings, write_answers
 
 

@@ -1,4 +1,4 @@
-"""FedDebug (ICSE 2023), the rival: find faulty clients by differential testing of their models on random images.
+"""FedDebug (ICSE 2023), for comparison: find faulty clients by differential testing of their models on random images.
 
 In every Conv2d and Linear layer a neuron z of client k is active on an image if relu(z), scaled to [0, 1] by the
 layer's minimum and maximum on that image, exceeds a threshold. Neurons active in all clients say nothing. Of the
@@ -7,8 +7,8 @@ is the suspect. With c_j the number of clients in which neuron j is active, the 
 
     A_k = #{j : c_j = K - 1 and j is not active in k},
 
-so one pass over the clients gives all K agreements. For F faults the suspect leaves and the rest is searched again.
-Suspects with equal A_k are drawn from at random, instead of blaming the first.
+so one pass over the clients gives all K agreements. For F faulty clients the suspect is removed and the others are
+searched again. Of several suspects with the same A_k one is drawn at random, instead of always the first.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
+from tracefl.evaluation.localization import NAN
+from tracefl.evaluation.metrics import Metric
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import load_exchanged_state
 from tracefl.runs import Run
 from tracefl.states import State
 
 IMAGES = 10  # one vote each
-PICKY_FROM, SAME_CLASS = 10, 3  # with so many clients, so many have to agree on an image's class
-CANDIDATES = 30  # from which such images are picked
+PICKY_FROM, SAME_CLASS = 10, 3  # from 10 clients on, at least 3 have to agree on an image's class
+CANDIDATES = 30  # images that are drawn to choose such ones from
 COLUMNS = ["round", "image", "vote", "client"]  # vote 1 is the first suspect of F
 
 Array = np.ndarray
@@ -37,12 +39,19 @@ Array = np.ndarray
 def debug_round(
     run: Run, number: int, model: nn.Module, faulty: set[str], threshold: float, *, picky: bool, watch: Stopwatch
 ) -> pd.DataFrame:
-    """One row per (image, vote) of round `number`: the suspects. No rows if no faulty client took part.
+    """Search round `number` for as many suspects as faulty clients took part.
 
     Args:
+        run: the recorded run.
+        number: of the round, from 1.
         model: of the run's architecture, on the device to compute on; its weights are overwritten.
-        threshold: above which a neuron is active.
-        picky: with ten clients or more, pick images on whose class at least three agree.
+        faulty: ids of the faulty clients; only how many of them take part is used.
+        threshold: a neuron is active above it, in [0, 1).
+        picky: with ten clients or more, prefer images on whose class at least three agree.
+        watch: measures the search as "FedDebug".
+
+    Returns:
+        A table with `COLUMNS`, one row per (image, vote): the suspects. No rows if no faulty client took part.
     """
     view = run.round(number)
     clients = {client.id: view.client_state(client.id) for client in view.clients}
@@ -67,12 +76,26 @@ def debug_round(
 
 
 def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
-    """The `faults` clients that agree least with the others, first one first. active: 0 or 1 [K, neurons]."""
+    """The clients that agree least with the others, the most suspect one first.
+
+    Args:
+        active: 1 where a client's neuron is active on the image, otherwise 0, [K, neurons].
+        faults: how many suspects are wanted, at most K - 1.
+        rng: chooses among clients that agree equally little.
+
+    Returns:
+        The places of the suspects among the K clients.
+
+    Example:
+        >>> active = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+        >>> suspects(active, 1, np.random.default_rng(0))  # without client 1 the others have neurons 1 and 2 in common
+        [1]
+    """
     left, found = list(range(len(active))), []
     count = active.sum(axis=0, dtype=np.int32)
     for _ in range(faults):
-        lonely = count == len(left) - 1  # active in all but one of those left
-        agreement = np.array([(lonely & (active[k] == 0)).sum() for k in left])
+        in_all_but_one = count == len(left) - 1
+        agreement = np.array([(in_all_but_one & (active[k] == 0)).sum() for k in left])
         k = left[rng.choice(np.flatnonzero(agreement == agreement.max()))]
         count -= active[k]
         left.remove(k)
@@ -83,7 +106,7 @@ def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
 def observe(model: nn.Module, states: list[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
     """Which neurons are active in each of K clients on each image: bits, uint8 [K, IMAGES, neurons / 8 rounded up].
 
-    If `picky`, images on whose class enough clients agree come first, and others fill up: a client is read once.
+    If `picky`, images on whose class enough clients agree are taken first. Every client is read once, for all images.
     """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     images = random_images(CANDIDATES if picky else IMAGES, generator).to(next(model.parameters()).device)
@@ -133,14 +156,15 @@ def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def judge_rounds(run: Run, votes: pd.DataFrame, faulty: set[str]) -> pd.DataFrame:
-    """Per round with a faulty participant: the mean over images of the share of them found, and what chance finds."""
+def judge_votes(run: Run, votes: pd.DataFrame, faulty: set[str]) -> list[Metric]:
+    """Per round, the mean over images of the share of the faulty participants that was found, beside what chance finds.
+
+    NaN where no faulty client took part.
+    """
     rows = []
-    for number, part in votes.groupby("round"):
-        clients = [client.id for client in run.round(int(str(number))).clients]
-        faults = len(faulty.intersection(clients))
-        hits = part["client"].isin(faulty).sum()
-        rows.append((number, hits / (IMAGES * faults), faults / len(clients)))
-    return pd.DataFrame(rows, columns=["round", "feddebug_accuracy", "feddebug_chance"]).astype(
-        {"round": "int64", "feddebug_accuracy": "float64", "feddebug_chance": "float64"}
-    )
+    for record in run.rounds:
+        faults = sum(client.id in faulty for client in record.clients)
+        hits = votes.loc[votes["round"] == record.number, "client"].isin(faulty).sum()
+        judged = (hits / (IMAGES * faults), faults / len(record.clients)) if faults else (NAN, NAN)
+        rows.append(Metric(record.number, "FedDebug", "found", *judged))
+    return rows

@@ -1,18 +1,16 @@
-"""Flower's strategies by name, and what is needed to make them right for models with running statistics.
+"""How updates become a model: Flower's strategies by name, made right for models with running statistics.
 
-Server optimizers (FedAdam and its like) and differential privacy work on a model's parameters. BatchNorm's running
-mean and variance are no parameters: a step of Adam or Gaussian noise can make a variance negative, and in a clipping
-norm they would drown the weights. `ParametersOnly` keeps them apart: they are averaged as they are.
+Server optimizers (such as FedAdam) and differential privacy work on a model's parameters. BatchNorm's running mean and
+variance are no parameters: a step of Adam or Gaussian noise can make a variance negative, and a clipping norm would
+consist of little else. `ParametersOnly` hides them from the strategy and averages them as they are.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid, strategy
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
 from tracefl.config import Config
 from tracefl.errors import TraceFLError
@@ -30,26 +28,30 @@ SERVER_OPTIMIZERS = (strategy.FedAdam, strategy.FedYogi, strategy.FedAdagrad, st
 
 
 def build_strategy(config: Config, buffers: frozenset[str] = frozenset()) -> Strategy:
-    """Flower's strategy of this name; every node that it is shown takes part.
+    """Flower's strategy `config.strategy.name`, so that every node that it is shown takes part.
 
     Args:
+        config: the strategy's name and options, clients_per_round, and differential privacy.
         buffers: names of the floating-point entries of the model's state that are no parameters.
+
+    Raises:
+        TraceFLError: the strategy does not take these options.
     """
-    count, settings = config.strategy.clients_per_round, config.strategy
+    count, name, options = config.clients_per_round, config.strategy.name, config.strategy.options
     try:
-        inner: Strategy = BY_NAME[settings.name](
-            fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count, **settings.options
+        inner: Strategy = BY_NAME[name](
+            fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count, **options
         )
     except (TypeError, ValueError) as error:
-        raise TraceFLError(f"strategy.options={settings.options} do not suit {settings.name}: {error}.") from error
-    if settings.noise_multiplier != -1:
-        private = FixedClipping(inner, settings.noise_multiplier, settings.clipping_norm, count, seed=config.seed)
+        raise TraceFLError(f"strategy.options must be arguments of {name}, got {options} ({error})") from error
+    if config.noise_multiplier != -1:
+        private = FixedClipping(inner, config.noise_multiplier, config.clipping_norm, count, seed=config.seed)
         return ParametersOnly(private, buffers)
     return ParametersOnly(inner, buffers) if isinstance(inner, SERVER_OPTIMIZERS) else inner
 
 
 class Wrapper(Strategy):
-    """A strategy around another one. No evaluation on clients: the server evaluates what it releases."""
+    """A strategy around another one, without evaluation on clients: the server evaluates the model that it releases."""
 
     strategy: Strategy
 
@@ -100,39 +102,8 @@ class ParametersOnly(Wrapper):
         ), metrics
 
     def _parameters(self, arrays: ArrayRecord) -> ArrayRecord:
-        """In order of name: FedAvgM pairs arrays by their place, and a recorded model comes in another order."""
+        """In order of name: FedAvgM pairs arrays by their position, and a recorded model has another order."""
         return ArrayRecord({name: arrays[name] for name in sorted(arrays) if name not in self.buffers})
-
-
-def innermost(wrapped: Strategy) -> Strategy:
-    """The strategy that aggregates, inside of its wrappers."""
-    while (inner := getattr(wrapped, "strategy", None)) is not None:
-        wrapped = inner
-    return wrapped
-
-
-def optimizer_state(wrapped: Strategy) -> dict[str, Tensor]:
-    """What a server optimizer carries from round to round (moments), as tensors by name; empty for the others."""
-    inner = innermost(wrapped)
-    state = {
-        f"{moment}/{name}": value
-        for moment in ("m_t", "v_t")
-        for name, value in (getattr(inner, moment, None) or {}).items()
-    }
-    momentum = getattr(inner, "momentum_vector", None) or []
-    state |= {f"momentum_vector/{index}": value for index, value in enumerate(momentum)}
-    return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
-
-
-def load_optimizer_state(wrapped: Strategy, state: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave."""
-    inner, moments = innermost(wrapped), dict[str, dict[str, np.ndarray]]()
-    for name, value in state.items():
-        moment, key = name.split("/", 1)
-        moments.setdefault(moment, {})[key] = value.numpy()
-    for moment, values in moments.items():
-        kept = [values[str(index)] for index in range(len(values))] if moment == "momentum_vector" else values
-        setattr(inner, moment, kept)
 
 
 def _arrays(message: Message) -> ArrayRecord:

@@ -1,8 +1,8 @@
-"""The recorder: wraps any Flower strategy from outside and writes down what really happened.
+"""The recorder: wraps any Flower strategy from outside and records its rounds into a run.
 
 It draws the participants by client id, names clients by what the server knows of a node, checks every update before
-it counts, keeps it as received, and keeps the model that the inner strategy releases, the weights p_k with which it
-took the updates, and what it carries from round to round.
+it counts, and records it as received. Of the inner strategy it records the model that it releases, the weights p_k
+with which it took the updates, and the moments that it keeps from round to round.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,28 +18,37 @@ from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Result, St
 from torch import Tensor
 
 from tracefl.errors import TraceFLError
-from tracefl.federation.grid import ParticipantsGrid, WatchedGrid
-from tracefl.federation.strategies import Wrapper, innermost, load_optimizer_state, optimizer_state
+from tracefl.federation.aggregation import Wrapper
+from tracefl.federation.grid import GridView
 from tracefl.runs import Participant, Run, client_file
 from tracefl.states import State
 from tracefl.training import Evaluation
 
-BLIND_TO_SIZES = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
+EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 
 
 class Recorder(Wrapper):
     """Any Flower strategy, recorded into a run.
 
     Args:
-        strategy: the strategy that aggregates.
-        run: the run that is added to; its complete rounds are not run again.
-        nodes: client id of every Flower node id, as the server knows it.
-        clients_per_round: participants drawn for a round.
+        strategy: the strategy that aggregates; every node that it is shown must take part, as with
+            `FedAvg(min_train_nodes=clients_per_round, min_available_nodes=clients_per_round)`.
+        run: the run that rounds are added to; those that it holds are not run again.
+        nodes: Flower's node id -> client id, for every client (`identify_nodes`).
+        clients_per_round: participants drawn for a round, at most `len(nodes)`.
         seed: of the draw; the participants of round t depend on (seed, t) alone.
-        evaluate: the released model's evaluation on the server's data.
-        accept_failures: leave a failed client out and record why, instead of stopping the run.
+        evaluate: called with the state dict of every released model; returns its evaluation on the server's data.
+        accept_failures: record why a client failed and go on without it, instead of stopping the run.
         on_client: called with (round, client id, metrics) after every accepted update.
         on_round: called with the run after every complete round.
+
+    Example:
+        In a ServerApp's main function::
+
+            nodes = identify_nodes(grid, num_clients=4)
+            run = Run.create("logs/mine", initial=model.state_dict(), clients=clients, seed=0)
+            recorder = Recorder(FedAvg(...), run, nodes, clients_per_round=4, seed=0, evaluate=score)
+            recorder.start(grid, ArrayRecord(model.state_dict()), num_rounds=3)
     """
 
     def __init__(
@@ -63,25 +72,37 @@ class Recorder(Wrapper):
         self._waiting: set[str] = set()
         self._accepted: dict[str, _Update] = {}
         self._failures: dict[str, str] = {}
-        self._used: dict[int, float] = {}  # id of a reply's content -> weight with which the strategy took it
-        self._watch_weights(innermost(strategy))
+        self._used: dict[int, float] = {}  # id() of a reply's content -> the strategy's weight for it
+        self._watch_weights(_innermost(strategy))
         load_optimizer_state(strategy, run.strategy_state(self._offset))
 
     def _watch_weights(self, inner: Any) -> None:
-        """Learn which replies count, and how much, from the strategy's own averaging of their metrics."""
+        """Learn which replies the strategy uses, and with which weights, from the call that averages their metrics."""
         average = inner.train_metrics_aggr_fn
 
         def watched(contents: list[RecordDict], weight_key: str) -> MetricRecord:
             n_k = [float(next(iter(content.metric_records.values()))[weight_key]) for content in contents]  # type: ignore[arg-type]
-            equal = isinstance(inner, BLIND_TO_SIZES)
+            equal = isinstance(inner, EQUAL_WEIGHTS)
             self._used = {id(content): 1.0 if equal else n for content, n in zip(contents, n_k, strict=True)}
             return average(contents, weight_key)
 
         inner.train_metrics_aggr_fn = watched
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any) -> Result:
-        """Run rounds until the run has `num_rounds`; `initial_arrays` is the model that the next one starts from."""
-        watched = cast(Grid, WatchedGrid(grid, self._receive))
+        """Run rounds until the run holds `num_rounds`.
+
+        Args:
+            grid: Flower's.
+            initial_arrays: the model that the next round starts from.
+            num_rounds: how many rounds the run holds in the end.
+            *args: as of Flower's `Strategy.start`.
+            **kwargs: likewise, such as timeout (seconds per round) and train_config.
+
+        Raises:
+            TraceFLError: a client failed (unless `accept_failures`), or the released model is broken. The rounds
+                before are kept.
+        """
+        watched = cast(Grid, GridView(grid, on_reply=self._receive))
         return super().start(watched, initial_arrays, max(num_rounds - self._offset, 0), *args, **kwargs)
 
     def participants(self, number: int) -> list[str]:
@@ -99,7 +120,7 @@ class Recorder(Wrapper):
         self._expected = dict(arrays.to_torch_state_dict())
         self._waiting, self._accepted, self._failures = set(chosen), {}, {}
         node_of = {client: node for node, client in self.nodes.items()}
-        only = cast(Grid, ParticipantsGrid(grid, [node_of[client] for client in chosen]))
+        only = cast(Grid, GridView(grid, nodes=[node_of[client] for client in chosen]))
         messages = self.strategy.configure_train(number, arrays, config, only)
         return sorted(messages, key=lambda message: _natural(self.nodes[message.metadata.dst_node_id]))
 
@@ -115,7 +136,8 @@ class Recorder(Wrapper):
             self._fail(number, client, "it sent no reply in time (round_timeout)")
         order = sorted(self._accepted, key=_natural)
         if not order:
-            raise TraceFLError(f"round {number}: every client failed; the first said: {_first(self._failures)}.")
+            client, reason = min(self._failures.items(), key=lambda failure: _natural(failure[0]))
+            raise TraceFLError(f"round {number}: every client failed; the first said: client {client}: {reason}.")
         arrays, metrics = self.strategy.aggregate_train(number, [self._accepted[client].reply for client in order])
         if arrays is None:
             raise TraceFLError(f"round {number}: the strategy released no model from {len(order)} updates.")
@@ -137,7 +159,7 @@ class Recorder(Wrapper):
         return ArrayRecord(released), metrics
 
     def _receive(self, reply: Message, number: int | None = None) -> None:
-        """Check one reply and write it down; the client is the one that the server knows behind the node."""
+        """Check one reply and record it; its client is the one that the server knows for its node."""
         number = len(self.run.rounds) + 1 if number is None else number
         client = self.nodes[reply.metadata.src_node_id]
         self._waiting.discard(client)
@@ -145,21 +167,14 @@ class Recorder(Wrapper):
             verb = "it raised" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "its process died"
             self._fail(number, client, f"{verb}: {_last_line(reply.error.reason or 'no reason given')}")
             return
-        arrays, metrics = (
-            list(reply.content.array_records.values()),
-            list(reply.content.metric_records.values()),
-        )
+        arrays, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
         if len(arrays) != 1 or len(metrics) != 1:
-            self._fail(
-                number,
-                client,
-                f"it sent {len(arrays)} models and {len(metrics)} metric records, not one each",
-            )
+            self._fail(number, client, f"it sent {len(arrays)} models and {len(metrics)} metric records, not one each")
             return
         state = dict(arrays[0].to_torch_state_dict())
         count = metrics[0].get("num-examples")
         if not isinstance(count, (int, float)) or not 1 <= count < float("inf"):
-            self._fail(number, client, f"its num-examples is {count}")
+            self._fail(number, client, f"its num-examples must be a number of at least 1, got {count}")
         elif complaint := _complaint(state, self._expected):
             self._fail(number, client, complaint)
         else:
@@ -193,7 +208,7 @@ class _Update:
 
 
 def _complaint(state: State, expected: State) -> str | None:
-    """What is wrong with an update, if anything: keys, shapes, types and finiteness as of the model that was sent."""
+    """What is wrong with an update, if anything: it must have the keys, shapes and types of the model that was sent."""
     if odd := sorted(state.keys() ^ expected.keys()):
         return f"its model has {'extra' if odd[0] in state else 'missing'} entry '{odd[0]}'"
     for name, value in state.items():
@@ -205,14 +220,40 @@ def _complaint(state: State, expected: State) -> str | None:
     return None
 
 
+def _innermost(wrapped: Strategy) -> Strategy:
+    """The strategy that aggregates, inside of its wrappers."""
+    while (inner := getattr(wrapped, "strategy", None)) is not None:
+        wrapped = inner
+    return wrapped
+
+
+def optimizer_state(wrapped: Strategy) -> dict[str, Tensor]:
+    """The moments that a server optimizer keeps from round to round, as tensors by name; empty for other strategies."""
+    inner = _innermost(wrapped)
+    state = {
+        f"{moment}/{name}": value
+        for moment in ("m_t", "v_t")
+        for name, value in (getattr(inner, moment, None) or {}).items()
+    }
+    momentum = getattr(inner, "momentum_vector", None) or []
+    state |= {f"momentum_vector/{index}": value for index, value in enumerate(momentum)}
+    return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+
+
+def load_optimizer_state(wrapped: Strategy, state: Mapping[str, Tensor]) -> None:
+    """Give a strategy what `optimizer_state` read from it."""
+    inner, moments = _innermost(wrapped), dict[str, dict[str, np.ndarray]]()
+    for name, value in state.items():
+        moment, key = name.split("/", 1)
+        moments.setdefault(moment, {})[key] = value.numpy()
+    for moment, values in moments.items():
+        kept = [values[str(index)] for index in range(len(values))] if moment == "momentum_vector" else values
+        setattr(inner, moment, kept)
+
+
 def _natural(client: str) -> tuple[int, str]:
     """Order of client ids: numbers by value, before names."""
     return (int(client), "") if client.isdecimal() else (2**63, client)
-
-
-def _first(failures: Mapping[str, str]) -> str:
-    client = min(failures, key=_natural)
-    return f"client {client}: {failures[client]}"
 
 
 def _last_line(reason: str) -> str:
