@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
-from tracefl.federation.strategies import build_strategy
-from tracefl.federation.strategy import Recorder
 
 from tests.federation.instant import NODES, START, InstantGrid, state_of
-from tests.federation.test_strategy import files
+from tests.federation.test_recorder import files
 from tracefl.config import STRATEGIES
 from tracefl.errors import TraceFLError
+from tracefl.federation.aggregation import build_strategy
+from tracefl.federation.recorder import Recorder
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import Evaluation
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
-from tracefl.federation.strategy import Recorder
 
 from tests.federation.instant import NODES, START, InstantGrid, state_of
 from tracefl.errors import TraceFLError
+from tracefl.federation.recorder import Recorder
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import Evaluation
 
@@ -94,14 +94,14 @@ def test_only_participants_are_asked(tmp_path):
         ("dtype", "torch.float64"),
         ("missing", "missing entry 'w'"),
         ("extra", "extra entry 'v'"),
-        ("empty", "num-examples is 0"),
+        ("empty", "num-examples must be a number of at least 1, got 0"),
     ],
 )
 def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_path, fault, words):
     run = run_rounds(new_run(tmp_path), 1)
     victim = int(recorder(run).participants(2)[1])
     with pytest.raises(TraceFLError, match=rf"round 2, client {victim}: .*{words}.*Rounds 1 to 1 are kept"):
-        run_rounds(run, 3, InstantGrid({victim: fault}), timeout=0.5)
+        run_rounds(run, 3, InstantGrid({victim: fault}), timeout=0.05)
     assert len(Run.open(tmp_path).rounds) == 1
     healthy = run_rounds(Run.open(tmp_path), 3)
     assert len(healthy.rounds) == 3
@@ -111,7 +111,7 @@ def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_
 def test_with_accept_failures_the_round_goes_on_without_it(tmp_path, fault):
     run = new_run(tmp_path)
     victim = recorder(run).participants(1)[2]
-    run_rounds(run, 1, InstantGrid({int(victim): fault}), timeout=0.5, accept_failures=True)
+    run_rounds(run, 1, InstantGrid({int(victim): fault}), timeout=0.05, accept_failures=True)
     record = Run.open(tmp_path).rounds[0]
     assert list(record.failures) == [victim]
     assert victim not in [client.id for client in record.clients]
