@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -16,12 +17,13 @@ from tracefl.data.prepare import PreparedData, prepare
 from tracefl.errors import TraceFLError
 from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judge_times, wide
+from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
 from tracefl.report.figures import draw_run
 from tracefl.report.lines import fusion_lines, privacy_lines, provenance_lines
-from tracefl.report.progress import LogFile, TrainingProgress, log_to_console
+from tracefl.report.progress import TrainingProgress, log_to_console, log_to_file
 from tracefl.report.tables import print_faulty, print_summary
 from tracefl.results import FEDDEBUG, PROVENANCE, ROUNDS, cached, read_timings, update_timings, write_csv, write_events
 from tracefl.runs import Run, locked, write_atomically
@@ -47,7 +49,7 @@ def run_experiment(config: Config, resolved: str) -> None:
     log_to_console()
     folder = run_folder(config)
     initial = initial_state(config, data, folder)  # may fail: before the folder is there
-    with locked(folder), LogFile(folder / LOG_FILE):
+    with locked(folder), log_to_file(folder / LOG_FILE):
         run = open_or_create(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
@@ -86,11 +88,9 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
-        one_round = lambda number, watch: tracing.trace_round(run, number, model, examples, config, watch)  # noqa: E731
-        answers = _every_round(run, tracing.COLUMNS, one_round)
-        inputs = len(answers[["round", "input"]].drop_duplicates())
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-        log.info("traced %d inputs in %.1f s (%.1f s of CPU)", inputs, seconds, cpu_seconds)
+        answers = _every_round(run, tracing.COLUMNS, partial(tracing.trace_round, config, run, model, examples))
+        inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
+        log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers
 
     settings = [vars(config.provenance), config.enable_beta, config.client_weights_normalization]
@@ -99,22 +99,16 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
 def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
     """FedDebug's votes of every round (`feddebug.COLUMNS`); None where it is not to run."""
-    faulty = _faulty(config)
-    if not (config.do_provenance and faulty and config.do_feddebug and config.arch == "cnn"):
+    if not (config.do_provenance and config.faulty_clients_ids and config.do_feddebug and config.arch == "cnn"):
         return None
-    threshold, picky = config.neuron_activation_threshold, not config.faster_input_generation
-
-    def one_round(number: int, watch: Stopwatch) -> pd.DataFrame:
-        return feddebug.debug_round(run, number, model, faulty, threshold, picky=picky, watch=watch)
-
-    key = _key(run, [threshold, picky])
-    make = lambda: _every_round(run, feddebug.COLUMNS, one_round)  # noqa: E731
-    return cached(run.path / FEDDEBUG, key, make, reuse=config.check_prov_cache)
+    make = partial(_every_round, run, feddebug.COLUMNS, partial(feddebug.debug_round, config, run, model))
+    settings = [config.neuron_activation_threshold, config.faster_input_generation]
+    return cached(run.path / FEDDEBUG, _key(run, settings), make, reuse=config.check_prov_cache)
 
 
 def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.DataFrame | None) -> pd.DataFrame:
     """All metrics as tidy rows; those of the global model alone if nothing was traced."""
-    metrics, methods, faulty = judge_models(run), config.provenance.methods, _faulty(config)
+    metrics, methods, faulty = judge_models(run), config.provenance.methods, faulty_clients(config)
     if answers is not None:
         metrics += judge_answers(run, answers, methods, faulty)
     if votes is not None:
@@ -129,7 +123,7 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
     if answers is not None:
         if config.convert_cache_to_csv:
             write_csv(run.path / "provenance.csv", answers)
-        for line in provenance_lines(metrics, answers, _faulty(config)):
+        for line in provenance_lines(metrics, answers, faulty_clients(config)):
             log.info(line)
     for line in (*fusion_lines(run, config.strategy.name), *privacy_lines(config, len(run.rounds))):
         log.info(line)
@@ -144,7 +138,7 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
 def print_tables(config: Config, metrics: pd.DataFrame) -> None:
     print_summary(metrics, config.provenance.methods)
     if config.faulty_clients_ids and config.do_provenance:
-        print_faulty(metrics, config.provenance.methods, _faulty(config))
+        print_faulty(metrics, config.provenance.methods, faulty_clients(config))
 
 
 def _every_round(run: Run, columns: list[str], one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
@@ -158,7 +152,3 @@ def _every_round(run: Run, columns: list[str], one_round: Callable[[int, Stopwat
 def _key(run: Run, settings: list[Any]) -> dict[str, str]:
     """What answers depend on: the recorded models and these settings; others are part of the run's folder name."""
     return {"settings": fingerprint(settings), "models": fingerprint([asdict(record) for record in run.rounds])}
-
-
-def _faulty(config: Config) -> set[str]:
-    return {str(client) for client in config.faulty_clients_ids}

@@ -132,15 +132,7 @@ class Run:
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self._header = header
-        self.clients = [
-            ClientInfo(
-                c["id"],
-                _counts(c["label_counts"]),
-                c["flipped_label_counts"] and _counts(c["flipped_label_counts"]),
-                c.get("fault"),
-            )
-            for c in header["clients"]
-        ]
+        self.clients = [_client_from_json(entry) for entry in header["clients"]]
         self.rounds = [_round_from_json(entry) for entry in header["rounds"]]
 
     @classmethod
@@ -301,6 +293,11 @@ def write_atomically(file: Path, content: bytes) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(partial, file)
+
+
+def _client_from_json(entry: dict[str, Any]) -> ClientInfo:
+    flipped = entry["flipped_label_counts"]
+    return ClientInfo(entry["id"], _counts(entry["label_counts"]), flipped and _counts(flipped), entry.get("fault"))
 
 
 def _counts(entry: dict[str, int]) -> dict[int, int]:

@@ -16,7 +16,7 @@ def judged(run, answers, methods, faulty):
 
 def test_rounds_are_judged_beside_their_chance(recorded, config):
     run, model, examples = recorded
-    table = trace_round(run, 1, model, examples, config())
+    table = trace_round(config(), run, model, examples, 1)
     found = judged(run, table, ["neuron", "influence"], set())
     for method in ("neuron", "influence"):
         assert found[method, "num_inputs"].value == 10
@@ -34,7 +34,7 @@ def test_a_round_without_inputs_keeps_its_rows(recorded):
 
 def test_faulty_clients_are_ranked_beside_their_chance(recorded, config):
     run, model, examples = recorded
-    table = trace_round(run, 1, model, examples, config())
+    table = trace_round(config(), run, model, examples, 1)
     found = judged(run, table, ["neuron", "influence"], {"1", "7"})
     assert found["neuron", "rank_of_c1"] == found["influence", "rank_of_c1"] == (1.5, 1.5)
     assert np.isnan(found["neuron", "rank_of_c7"].value)  # took no part
@@ -64,7 +64,7 @@ def test_means_are_over_the_rounds_that_have_the_number():
 def test_rounds_csv_has_the_columns_that_the_readme_names(recorded, config):
     run, model, examples = recorded
     methods = ["neuron", "influence"]
-    table = trace_round(run, 1, model, examples, config())
+    table = trace_round(config(), run, model, examples, 1)
     timings = pd.DataFrame({"method": ["FedDebug", "influence"], "seconds_per_localization": [0.5, 0.25]})
     metrics = [
         *judge_models(run),

@@ -16,7 +16,7 @@ FLIP = ("faulty_clients_ids=[1]", "label2flip={0:1}")
 
 def test_the_table_names_the_client_that_caused_each_prediction(recorded, config):
     run, model, examples = recorded
-    table = trace_round(run, 1, model, examples, config())
+    table = trace_round(config(), run, model, examples, 1)
     assert list(table.columns) == COLUMNS
     assert len(table) == 2 * 10 * 2  # methods, inputs, clients
     first = table[table["rank"] == 1]
@@ -32,14 +32,14 @@ def test_the_table_names_the_client_that_caused_each_prediction(recorded, config
 def test_shares_times_p(recorded, config):
     run, model, examples = recorded
     table = trace_round(
-        run, 1, model, examples, config("provenance.methods=[neuron]", "client_weights_normalization=true")
+        config("provenance.methods=[neuron]", "client_weights_normalization=true"), run, model, examples, 1
     )
     assert set(table.loc[table["rank"] == 1, "contribution"]) == {1.5, 0.5}
 
 
 def test_a_round_without_mispredictions_has_nothing_to_trace(recorded, config):
     run, model, examples = recorded
-    table = trace_round(run, 1, model, examples, config(*FLIP))
+    table = trace_round(config(*FLIP), run, model, examples, 1)
     assert table.empty
     assert list(table.columns) == COLUMNS
 
@@ -47,22 +47,22 @@ def test_a_round_without_mispredictions_has_nothing_to_trace(recorded, config):
 def test_a_round_without_a_faulty_participant_has_nothing_to_trace(recorded, config):
     run, model, examples = recorded
     wrong = Examples(examples.inputs, 1 - examples.labels)
-    assert trace_round(run, 1, model, wrong, config("faulty_clients_ids=[5]", "label2flip={0:1}")).empty
-    assert len(trace_round(run, 1, model, wrong, config(*FLIP))) == 2 * 6 * 2
+    assert trace_round(config("faulty_clients_ids=[5]", "label2flip={0:1}"), run, model, wrong, 1).empty
+    assert len(trace_round(config(*FLIP), run, model, wrong, 1)) == 2 * 6 * 2
 
 
 def test_a_damaged_client_is_named_with_its_round(recorded, config):
     run, model, examples = recorded
     (run.path / "rounds/0001/clients/1.safetensors").write_bytes(b"broken")
     with pytest.raises(TraceFLError, match=r"round 1 cannot be traced: .*1\.safetensors is not the file"):
-        trace_round(run, 1, model, examples, config())
+        trace_round(config(), run, model, examples, 1)
 
 
 @pytest.mark.parametrize("fault", ["random_labels", "free_rider", "sign_flip"])
 def test_any_misprediction_is_traced_to_such_faults(recorded, config, fault):
     run, model, examples = recorded
     wrong = Examples(examples.inputs, torch.where(torch.arange(12) < 4, 1 - examples.labels, examples.labels))
-    table = trace_round(run, 1, model, wrong, config("faulty_clients_ids=[1]", f"fault.kind={fault}"))
+    table = trace_round(config("faulty_clients_ids=[1]", f"fault.kind={fault}"), run, model, wrong, 1)
     assert set(table["input"]) == {0, 1, 2, 3}
     assert (table["label"] != table["predicted"]).all()
 
@@ -71,20 +71,20 @@ def test_a_backdoor_is_traced_on_inputs_with_the_trigger(recorded, config):
     run, model, examples = recorded  # of 2 x 2 pixels, which the trigger covers: both logits become equal
     examples = Examples(examples.inputs.expand(-1, 3, -1, -1), examples.labels)
     backdoor = ("faulty_clients_ids=[1]", "fault.kind=backdoor")
-    table = trace_round(run, 1, model, examples, config(*backdoor, "fault.target=0"))
+    table = trace_round(config(*backdoor, "fault.target=0"), run, model, examples, 1)
     assert set(table["label"]) == {1}
     assert set(table["predicted"]) == {0}
     assert set(table["input"]) == {1, 3, 5, 7, 9, 11}
     white = with_trigger(examples).inputs[0, 0, 0, 0].item()
     neuron = table[(table["method"] == "neuron") & (table["client"] == "0")]
     assert neuron["contribution"].to_numpy() == pytest.approx(2 * white)
-    assert trace_round(run, 1, model, examples, config(*backdoor, "fault.target=1")).empty
+    assert trace_round(config(*backdoor, "fault.target=1"), run, model, examples, 1).empty
 
 
 def test_every_method_is_timed(recorded, config):
     run, model, examples = recorded
     watch = Stopwatch()
-    trace_round(run, 1, model, examples, config(), watch)
+    trace_round(config(), run, model, examples, 1, watch)
     table = watch.table()
     assert table[["method", "localizations"]].to_numpy().tolist() == [["neuron", 10], ["influence", 10]]
     assert (table["seconds"] > 0).all()
@@ -100,9 +100,9 @@ def test_the_noise_of_differential_privacy_is_found_again(recorded, config):
     run.record_client(2, "1", states[1])
     run.record_round(2, run.round(1).clients, noisy, examples.labels, 0.1, 1.0, {})
     influence = "provenance.methods=[influence]"
-    table = trace_round(run, 2, model, examples, config(influence, "noise_multiplier=0.1", "clipping_norm=4"))
+    table = trace_round(config(influence, "noise_multiplier=0.1", "clipping_norm=4"), run, model, examples, 2)
     assert (table["noise"].abs() > 1e-3).all()
     np.testing.assert_allclose(table["server"], table["noise"], rtol=1e-5)
-    quiet = trace_round(run, 2, model, examples, config(influence))
+    quiet = trace_round(config(influence), run, model, examples, 2)
     assert (quiet["noise"] == 0).all()
     assert (quiet["server"] == table["server"]).all()

@@ -1,6 +1,7 @@
 """Clients in this process, without Ray: a grid whose nodes are TraceFL's own client, one after the other."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -9,6 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from tracefl.config import Config
 from tracefl.federation import client_app
+from tracefl.federation.grid import GridView
 
 
 class LocalGrid:
@@ -50,7 +52,7 @@ def simulate(config: Config, serve: Callable[[Grid], None]) -> None:
     for name, value in identity.items():
         setattr(TaskIdentity, name, value)  # Flower refuses to build messages outside of a run
     try:
-        serve(LocalGrid(config.num_clients))
+        serve(cast(Grid, GridView(cast(Grid, LocalGrid(config.num_clients)))))
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, name, value)

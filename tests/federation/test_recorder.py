@@ -90,7 +90,7 @@ def test_only_participants_are_asked(tmp_path):
         ("raise", "ValueError: out of data"),
         ("silent", "no reply in time"),
         ("nan", "'w' has non-finite values"),
-        ("shape", r"'w' is \(\(4,\), 'torch.float32'\), expected \(\(3,\), 'torch.float32'\)"),
+        ("shape", r"'w' must be \(\(3,\), 'torch.float32'\), got \(\(4,\), 'torch.float32'\)"),
         ("dtype", "torch.float64"),
         ("missing", "missing entry 'w'"),
         ("extra", "extra entry 'v'"),

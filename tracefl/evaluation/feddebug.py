@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracefl.config import Config
 from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
 from tracefl.evaluation.localization import NAN
 from tracefl.evaluation.metrics import Metric
+from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import load_exchanged_state
 from tracefl.runs import Run
@@ -36,18 +38,15 @@ COLUMNS = ["round", "image", "vote", "client"]  # vote 1 is the first suspect of
 Array = np.ndarray
 
 
-def debug_round(
-    run: Run, number: int, model: nn.Module, faulty: set[str], threshold: float, *, picky: bool, watch: Stopwatch
-) -> pd.DataFrame:
-    """Search round `number` for as many suspects as faulty clients took part.
+def debug_round(config: Config, run: Run, model: nn.Module, number: int, watch: Stopwatch) -> pd.DataFrame:
+    """Search a round for as many suspects as faulty clients took part.
 
     Args:
+        config: neuron_activation_threshold; faster_input_generation=false prefers, with ten clients or more, images
+            on whose class at least three agree; of the faulty clients only how many took part is used.
         run: the recorded run.
-        number: of the round, from 1.
         model: of the run's architecture, on the device to compute on; its weights are overwritten.
-        faulty: ids of the faulty clients; only how many of them take part is used.
-        threshold: a neuron is active above it, in [0, 1).
-        picky: with ten clients or more, prefer images on whose class at least three agree.
+        number: of the round, from 1.
         watch: measures the search as "FedDebug".
 
     Returns:
@@ -55,16 +54,14 @@ def debug_round(
     """
     view = run.round(number)
     clients = {client.id: view.client_state(client.id) for client in view.clients}
-    faults = len(faulty & clients.keys())
+    faults = len(faulty_clients(config) & clients.keys())
     if faults == 0:
         return pd.DataFrame(columns=COLUMNS)
     for state in clients.values():
         state.check()  # before the clock runs
-    seed = [run["seed"], number]
+    seed, picky = [run["seed"], number], not config.faster_input_generation and len(clients) >= PICKY_FROM
     with watch.measure("FedDebug", IMAGES):
-        active = observe(
-            model, list(clients.values()), threshold, picky=picky and len(clients) >= PICKY_FROM, seed=seed
-        )
+        active = observe(model, list(clients.values()), config.neuron_activation_threshold, picky=picky, seed=seed)
         rng = np.random.default_rng(seed)
         ids = list(clients)
         rows = [

@@ -9,12 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import put_trigger
 from tracefl.training import evaluate
 
 MIN_INPUTS = 10  # traced per round, as in the paper, if there are as many to choose from
 TRIGGERED_BATCH = 64  # inputs that get the trigger and are predicted at a time, until there are enough rows
+
+
+def faulty_clients(config: Config) -> set[str]:
+    """Ids of the clients that the configuration makes faulty."""
+    return {str(client) for client in config.faulty_clients_ids}
 
 
 def select_correct(

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from tracefl.config import Config
 from tracefl.data.examples import Examples, Inputs
 from tracefl.errors import TraceFLError
 from tracefl.evaluation.selection import (
+    faulty_clients,
     select_correct,
     select_flipped,
     select_triggered,
@@ -34,16 +33,16 @@ COLUMNS = [
 
 
 def trace_round(
-    run: Run, number: int, model: nn.Module, examples: Examples, config: Config, watch: Stopwatch | None = None
+    config: Config, run: Run, model: nn.Module, examples: Examples, number: int, watch: Stopwatch | None = None
 ) -> pd.DataFrame:
     """Trace round `number` with every method of `config.provenance.methods`.
 
     Args:
+        config: says which inputs are traced and how, and which clients are faulty.
         run: the recorded run.
-        number: of the round, from 1.
         model: of the run's architecture, on the device to compute on; its weights are overwritten.
         examples: the server's examples, those that the run's predictions are about.
-        config: says which inputs are traced and how, and which clients are faulty.
+        number: of the round, from 1.
         watch: measures every method, from checked client states on disk to answers.
 
     Returns:
@@ -55,19 +54,13 @@ def trace_round(
     """
     view, device, watch = run.round(number), next(model.parameters()).device, watch or Stopwatch()
     weights = {client.id: client.weight for client in view.clients}
-    # "neuron" as the paper and its artifact have it; "influence" over the whole state.
-    arguments: dict[str, dict[str, Any]] = {
-        "neuron": {
-            "weights": weights if config.client_weights_normalization else None,
-            "layer_decay": 0.9 if config.enable_beta else 1.0,
-            "layers": "paper",
-        },
-        "influence": {"weights": weights},
-    }
-    frames = []
+    paper = {"layers": "paper", "layer_decay": 0.9 if config.enable_beta else 1.0}
+    paper["weights"] = weights if config.client_weights_normalization else None
+    arguments: dict[str, dict[str, Any]] = {"neuron": paper, "influence": {"weights": weights}}
+    tables = []
     try:
         load_exchanged_state(model, dict(run.global_state(number)))
-        rows = _select(run, number, model, examples, config)
+        rows = _select(config, run, model, examples, number)
         if len(rows) == 0:
             return pd.DataFrame(columns=COLUMNS)
         chosen, predicted = examples[rows], run.predictions(number)[rows]
@@ -80,25 +73,23 @@ def trace_round(
         for method in config.provenance.methods:
             with watch.measure(method, len(rows)):
                 answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
-            frame = _frame(run, number, method, answer, rows, examples.labels[rows], predicted)
+            server = noise = torch.full((len(rows),), torch.nan)
             if method == "influence" and answer.residual is not None:
-                noise = _noise_share(run, number, model, inputs, targets, config)
-                frame["server"] = np.repeat(answer.residual.cpu().numpy(), len(answer.client_ids))
-                frame["noise"] = np.repeat(noise.cpu().numpy(), len(answer.client_ids))
-            frames.append(frame)
+                server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
+            tables.append(_table(run, number, answer, rows, examples.labels[rows], server, noise))
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be traced: {error}") from error
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(tables, ignore_index=True)
 
 
-def _select(run: Run, number: int, model: nn.Module, examples: Examples, config: Config) -> Tensor:
+def _select(config: Config, run: Run, model: nn.Module, examples: Examples, number: int) -> Tensor:
     """Rows to trace; `model` holds the round's global model.
 
     Correct predictions or, with faulty clients, the mispredictions that their fault would cause.
     """
     predictions, seed = run.predictions(number), [run["seed"], number]
     participants = {client.id for client in run.round(number).clients}
-    faulty = {str(client) for client in config.faulty_clients_ids}
+    faulty = faulty_clients(config)
     labels, limit = examples.labels, config.provenance.max_mispredictions
     if not faulty:
         held = {label for client in run.clients if client.id in participants for label in client.trained_label_counts}
@@ -126,26 +117,16 @@ def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, target
     return noise.contributions[:, 0]
 
 
-def _frame(
-    run: Run, number: int, method: str, answer: Provenance, rows: Tensor, labels: Tensor, predicted: Tensor
+def _table(
+    run: Run, number: int, answer: Provenance, rows: Tensor, labels: Tensor, server: Tensor, noise: Tensor
 ) -> pd.DataFrame:
-    N, K = answer.contributions.shape
-    contributions = answer.contributions.cpu().numpy()
+    """An answer with `COLUMNS`; rows, labels, server and noise are of its N inputs."""
+    table = answer.to_frame().rename(columns={"target": "predicted"})
     held = {client.id: client.trained_label_counts for client in run.clients}
-    return pd.DataFrame(
-        {
-            "round": number,
-            "method": method,
-            "input": np.repeat(rows.numpy(), K),
-            "client": np.tile(answer.client_ids, N),
-            "label": np.repeat(labels.numpy(), K),
-            "predicted": np.repeat(predicted.numpy(), K),
-            "contribution": contributions.ravel(),
-            "score": answer.scores.cpu().numpy().ravel(),
-            "rank": rankdata(-contributions, method="ordinal", axis=1).ravel(),
-            "label_examples": [held[c].get(label, 0) for label in predicted.tolist() for c in answer.client_ids],
-            "server": np.full(N * K, np.nan),
-            "noise": np.full(N * K, np.nan),
-        },
-        columns=COLUMNS,
-    )
+    of_input = {"input": rows, "label": labels, "server": server, "noise": noise}
+    return table.assign(
+        round=number,
+        method=answer.method,
+        label_examples=[held[c].get(label, 0) for c, label in zip(table["client"], table["predicted"], strict=True)],
+        **{name: values.cpu().numpy()[table["input"]] for name, values in of_input.items()},
+    )[COLUMNS]

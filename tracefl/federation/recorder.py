@@ -163,24 +163,13 @@ class Recorder(Wrapper):
         number = len(self.run.rounds) + 1 if number is None else number
         client = self.nodes[reply.metadata.src_node_id]
         self._waiting.discard(client)
-        if reply.has_error():
-            verb = "it raised" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "its process died"
-            self._fail(number, client, f"{verb}: {_last_line(reply.error.reason or 'no reason given')}")
-            return
-        arrays, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
-        if len(arrays) != 1 or len(metrics) != 1:
-            self._fail(number, client, f"it sent {len(arrays)} models and {len(metrics)} metric records, not one each")
-            return
-        state = dict(arrays[0].to_torch_state_dict())
-        count = metrics[0].get("num-examples")
-        if not isinstance(count, (int, float)) or not 1 <= count < float("inf"):
-            self._fail(number, client, f"its num-examples must be a number of at least 1, got {count}")
-        elif complaint := _complaint(state, self._expected):
+        if complaint := _complaint(reply, self._expected):
             self._fail(number, client, complaint)
-        else:
-            sha256 = self.run.record_client(number, client, state)
-            self._accepted[client] = _Update(reply, int(count), sha256)
-            self.on_client(number, client, metrics[0])
+            return
+        (arrays,), (metrics,) = reply.content.array_records.values(), reply.content.metric_records.values()
+        sha256 = self.run.record_client(number, client, arrays.to_torch_state_dict())
+        self._accepted[client] = _Update(reply, int(metrics["num-examples"]), sha256)  # type: ignore[arg-type]
+        self.on_client(number, client, metrics)
 
     def _fail(self, number: int, client: str, reason: str) -> None:
         if not self.accept_failures:
@@ -207,14 +196,24 @@ class _Update:
     sha256: str
 
 
-def _complaint(state: State, expected: State) -> str | None:
-    """What is wrong with an update, if anything: it must have the keys, shapes and types of the model that was sent."""
+def _complaint(reply: Message, expected: State) -> str | None:
+    """What is wrong with a reply, if anything: its model must have the keys, shapes and types of the one sent."""
+    if reply.has_error():
+        verb = "it raised" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "its process died"
+        return f"{verb}: {_last_line(reply.error.reason or 'no reason given')}"
+    models, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
+    if len(models) != 1 or len(metrics) != 1:
+        return f"it must send one model and one metric record, got {len(models)} and {len(metrics)}"
+    count = metrics[0].get("num-examples")
+    if not isinstance(count, (int, float)) or not 1 <= count < float("inf"):
+        return f"its num-examples must be a number of at least 1, got {count}"
+    state = models[0].to_torch_state_dict()
     if odd := sorted(state.keys() ^ expected.keys()):
         return f"its model has {'extra' if odd[0] in state else 'missing'} entry '{odd[0]}'"
     for name, value in state.items():
         if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
-            sent, wanted = ((tuple(t.shape), str(t.dtype)) for t in (value, expected[name]))
-            return f"its '{name}' is {sent}, expected {wanted}"
+            wanted, sent = ((tuple(t.shape), str(t.dtype)) for t in (expected[name], value))
+            return f"its '{name}' must be {wanted}, got {sent}"
         if not torch.isfinite(value).all():
             return f"its '{name}' has non-finite values"
     return None

@@ -39,7 +39,7 @@ def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
         raise TraceFLError(f"x must be one of {', '.join(SETTINGS)}, got {x}")
     table = read_runs(folders)
     table = table.sort_values(["model", "dataset", *varying(table)], ignore_index=True)
-    table.insert(0, "name", _unique(_names(table), table))
+    table.insert(0, "name", _names(table))
     write_csv(out / "runs.csv", table)
     rounds = {name: read_rounds(Path(folder)) for name, folder in zip(table["name"], table["run"], strict=True)}
     plot_rounds(rounds, out / "rounds")
@@ -66,18 +66,17 @@ def draw_data(folders: list[Path], out: Path) -> None:
 
 
 def _names(table: pd.DataFrame) -> list[str]:
-    """A name for each run from its model, its dataset and the settings, as far as they differ between the runs."""
+    """A name for each run from its model, its dataset and the settings, as far as they differ between the runs.
+
+    Runs that would have the same name get the hash of their folder too.
+    """
     differing = [name for name in ("model", "dataset", *SETTINGS) if table[name].nunique() > 1] or ["model", "dataset"]
-    return [", ".join(_word(name, row[name]) for name in differing) for row in table.to_dict("records")]
+    names = [", ".join(_word(name, row[name]) for name in differing) for row in table.to_dict("records")]
+    hashes = [Path(run).name.rsplit("-", 1)[-1] for run in table["run"]]
+    return [f"{name}, {hashes[i]}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _word(name: str, value: object) -> str:
     if name in ("model", "dataset"):
         return str(value)
     return f"{name} {value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def _unique(names: list[str], table: pd.DataFrame) -> list[str]:
-    """The names; where several runs have the same one, the hash of their folder is added."""
-    hashes = [Path(run).name.rsplit("-", 1)[-1] for run in table["run"]]
-    return [f"{name}, {hashes[i]}" if names.count(name) > 1 else name for i, name in enumerate(names)]

@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,22 +37,20 @@ def log_to_console() -> None:
         log.addHandler(handler)
 
 
-class LogFile(AbstractContextManager):
-    """While open, the package's log goes to this file too; an error that ends the block is logged as well."""
-
-    def __init__(self, file: Path) -> None:
-        self.handler = logging.FileHandler(file, mode="a", encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter(LINE))
-
-    def __enter__(self) -> "LogFile":
-        log.addHandler(self.handler)
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self.handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
-        log.removeHandler(self.handler)
-        self.handler.close()
+@contextmanager
+def log_to_file(file: Path) -> Iterator[None]:
+    """Send the package's log to this file too, and the error that ends the block."""
+    handler = logging.FileHandler(file, mode="a", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LINE))
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 class TrainingProgress(AbstractContextManager):
