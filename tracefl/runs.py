@@ -23,8 +23,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from tracefl.data.examples import Examples, load_examples
 from tracefl.errors import TraceFLError
 from tracefl.states import State, StateFile
 
@@ -176,7 +177,13 @@ class Run:
         return run
 
     def __getitem__(self, key: str) -> Any:
-        """An entry of the header, for example `run["seed"]`."""
+        """An entry of the header, for example `run["seed"]`.
+
+        Raises:
+            TraceFLError: the run was recorded without it.
+        """
+        if key not in self._header:
+            raise TraceFLError(f"{self.path / 'run.json'} has no entry '{key}': give it to Run.create, or train again")
         return self._header[key]
 
     def round(self, number: int) -> RoundView:
@@ -193,6 +200,26 @@ class Run:
         """The model released by round `number`; 0 is the initial model."""
         sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).record.global_sha256
         return StateFile(self.round_folder(number) / "global.safetensors", sha256)
+
+    def model(self, number: int) -> nn.Module:
+        """The model released by round `number` (0: the initial one), on the CPU in evaluation mode.
+
+        Raises:
+            TraceFLError: the run is one of an own Flower app, which alone knows how its model is built.
+        """
+        from tracefl.models import build_model, load_exchanged_state
+
+        model = build_model(self["model"])
+        load_exchanged_state(model, self.global_state(number))
+        return model.eval()
+
+    def server_examples(self) -> Examples:
+        """The server's examples, in the order of `predictions`.
+
+        Raises:
+            TraceFLError: the run is one of an own Flower app.
+        """
+        return load_examples(self.path / self["data_folder"] / "server.safetensors")
 
     def predictions(self, number: int) -> Tensor:
         """The class that round `number`'s global model predicts for each of the server's examples, int64 [N]."""

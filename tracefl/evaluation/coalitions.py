@@ -78,10 +78,7 @@ def values(
 
 
 def fusions(
-    clients: Sequence[State],
-    p: Sequence[float],
-    names: State,
-    incoming: State,
+    clients: Sequence[State], p: Sequence[float], names: State, incoming: State
 ) -> Iterator[tuple[int, Callable[[str], Tensor]]]:
     """Yield (mask, function from a tensor's name to that tensor of W_mask) for every set of clients.
 

@@ -104,10 +104,9 @@ def name_faulty(ranks: Array, clients: Sequence[str], faulty: set[str]) -> dict[
         return dict.fromkeys(("faulty_precision", "faulty_recall", *rank_names), Judged(NAN))
     hits = float((ranks[:, present] <= named).sum(axis=1).mean())
     mean_rank = dict(zip(clients, ranks.mean(axis=0).tolist(), strict=True))
-    return {
-        "faulty_precision": Judged(hits / named, M / K),
-        "faulty_recall": Judged(hits / M, named / K),
-    } | {name: Judged(mean_rank.get(client, NAN), (K + 1) / 2) for name, client in rank_names.items()}
+    return {"faulty_precision": Judged(hits / named, M / K), "faulty_recall": Judged(hits / M, named / K)} | {
+        name: Judged(mean_rank.get(client, NAN), (K + 1) / 2) for name, client in rank_names.items()
+    }
 
 
 def spearman(a: Array, b: Array) -> Array:

@@ -5,8 +5,6 @@ variance are no parameters: a step of Adam or Gaussian noise can make a variance
 consist of little else. `ParametersOnly` hides them from the strategy and averages them as they are.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid, strategy
@@ -14,15 +12,11 @@ from flwr.serverapp.strategy import Strategy
 
 from tracefl.config import Config
 from tracefl.errors import TraceFLError
-from tracefl.federation.privacy import FixedClipping
+from tracefl.federation.privacy import Aggregated, FixedClipping, Messages
 
+NAMES = ("FedAvg", "FedProx", "FedAdam", "FedYogi", "FedAdagrad", "FedAvgM", "FedMedian", "FedTrimmedAvg", "Krum")
 BY_NAME: dict[str, type[strategy.FedAvg]] = {
-    cls.__name__.lower(): cls
-    for cls in (
-        *(strategy.FedAvg, strategy.FedProx, strategy.FedAdam, strategy.FedYogi, strategy.FedAdagrad),
-        *(strategy.FedAvgM, strategy.FedMedian, strategy.FedTrimmedAvg, strategy.Krum, strategy.MultiKrum),
-        strategy.Bulyan,
-    )
+    name.lower(): getattr(strategy, name) for name in (*NAMES, "MultiKrum", "Bulyan")
 }
 SERVER_OPTIMIZERS = (strategy.FedAdam, strategy.FedYogi, strategy.FedAdagrad, strategy.FedAvgM)
 
@@ -55,12 +49,10 @@ class Wrapper(Strategy):
 
     strategy: Strategy
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
         return []
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(self, server_round: int, replies: Messages) -> MetricRecord | None:
         return None
 
     def summary(self) -> None:
@@ -73,17 +65,13 @@ class ParametersOnly(Wrapper):
     def __init__(self, inner: Strategy, buffers: frozenset[str]) -> None:
         self.strategy, self.buffers = inner, buffers
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
         messages = list(self.strategy.configure_train(server_round, self._parameters(arrays), config, grid))
         for message in messages:
             _replace_arrays(message, arrays)
         return messages
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
         replies = list(replies)
         whole = [_arrays(reply) for reply in replies]
         for reply, arrays in zip(replies, whole, strict=True):
@@ -93,13 +81,11 @@ class ParametersOnly(Wrapper):
             return None, metrics
         n_k = np.array([next(iter(reply.content.metric_records.values()))["num-examples"] for reply in replies], float)
         averaged = {
-            name: np.average([arrays[name].numpy() for arrays in whole], axis=0, weights=n_k)
-            for name in whole[0]
-            if name in self.buffers
+            name: _array(np.average([arrays[name].numpy() for arrays in whole], axis=0, weights=n_k))
+            for name in self.buffers & whole[0].keys()
         }
-        return ArrayRecord(
-            {name: _array(averaged[name]) if name in averaged else released[name] for name in whole[0]}
-        ), metrics
+        together = {**released, **averaged}
+        return ArrayRecord({name: together[name] for name in whole[0]}), metrics
 
     def _parameters(self, arrays: ArrayRecord) -> ArrayRecord:
         """In order of name: FedAvgM pairs arrays by their position, and a recorded model has another order."""

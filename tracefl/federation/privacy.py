@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, Strategy
-from flwr.supercore.privacy_accounting import (
-    GaussianPrivacyEvent,
-    NeighboringRelation,
-    PrivacyConfig,
-    SamplingMethod,
-)
+from flwr.supercore.privacy_accounting import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, SamplingMethod
 from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 
 from tracefl.federation.noise import gaussian_noise, noise_std
 
 TARGET_DELTA = 1e-5
+Messages = Iterable[Message]
+Aggregated = tuple[ArrayRecord | None, MetricRecord | None]  # the new model, and the mean of the clients' metrics
 
 
 class FixedClipping(DifferentialPrivacyServerSideFixedClipping):
@@ -34,9 +31,7 @@ class FixedClipping(DifferentialPrivacyServerSideFixedClipping):
         super().__init__(strategy, *args, **kwargs)
         self.seed = seed
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
         """Clip each update, let the inner strategy average them, add the noise."""
         replies, incoming = list(replies), self.current_arrays.to_torch_state_dict()
         for reply in replies:

@@ -5,7 +5,7 @@ it counts, and records it as received. Of the inner strategy it records the mode
 with which it took the updates, and the moments that it keeps from round to round.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Result, St
 from torch import Tensor
 
 from tracefl.errors import TraceFLError
-from tracefl.federation.aggregation import Wrapper
+from tracefl.federation.aggregation import Aggregated, Messages, Wrapper
 from tracefl.federation.grid import GridView
 from tracefl.runs import Participant, Run, client_file
 from tracefl.states import State
@@ -111,9 +111,7 @@ class Recorder(Wrapper):
         drawn = np.random.default_rng([self.seed, number]).choice(len(ids), self.clients_per_round, replace=False)
         return [ids[index] for index in sorted(drawn)]
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
         """The inner strategy's messages, to this round's participants."""
         number = server_round + self._offset
         chosen = self.participants(number)
@@ -124,9 +122,7 @@ class Recorder(Wrapper):
         messages = self.strategy.configure_train(number, arrays, config, only)
         return sorted(messages, key=lambda message: _natural(self.nodes[message.metadata.dst_node_id]))
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
         """Check and record the updates, let the inner strategy aggregate them, and record what it releases."""
         number = server_round + self._offset
         for reply in replies:

@@ -79,11 +79,7 @@ def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
 
 def _backend(config: Config) -> dict[str, Any]:
     on_gpu = config.device.startswith("cuda")
-    init: dict[str, Any] = {
-        "include_dashboard": False,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
+    init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
         init |= {"num_cpus": config.total_cpus} if config.total_cpus else {}
         init |= {"num_gpus": config.total_gpus} if on_gpu and config.total_gpus is not None else {}

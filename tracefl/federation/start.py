@@ -1,5 +1,6 @@
 """The run of a configuration: a new one, or the recorded one to go on with."""
 
+import os
 import platform
 import shutil
 from importlib.metadata import version
@@ -10,7 +11,7 @@ import torch
 from tracefl.config import Config, training_settings
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
-from tracefl.models import exchanged_state, initial_model
+from tracefl.models import exchanged_state, initial_model, model_spec
 from tracefl.results import ROUNDS
 from tracefl.runs import ClientInfo, Run
 from tracefl.states import State
@@ -49,13 +50,9 @@ def open_or_create(config: Config, data: PreparedData, folder: Path, initial: St
     for stale in ("run.json", ROUNDS):
         (folder / stale).unlink(missing_ok=True)
     shutil.rmtree(folder / "rounds", ignore_errors=True)
+    faults = dict.fromkeys(config.faulty_clients_ids, config.fault.kind)
     clients = [
-        ClientInfo(
-            client,
-            counts,
-            data.flipped_label_counts(config, client),
-            config.fault.kind if int(client) in config.faulty_clients_ids else None,
-        )
+        ClientInfo(client, counts, data.flipped_label_counts(config, client), faults.get(int(client)))
         for client, counts in data.label_counts.items()
     ]
     return Run.create(
@@ -65,6 +62,8 @@ def open_or_create(config: Config, data: PreparedData, folder: Path, initial: St
         seed=config.seed,
         data_sha256=data.digest,
         class_names=data.class_names,
+        model=model_spec(config, data),
+        data_folder=Path(os.path.relpath(data.folder, folder)).as_posix(),
         settings=training_settings(config),
         versions={"python": platform.python_version()}
         | {package: version(package) for package in ("tracefl", "torch", "flwr", "flwr-datasets")},
