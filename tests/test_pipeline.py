@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from tests.federation import local
@@ -87,6 +88,16 @@ def test_tables_hold_both_methods_and_every_chance_level(finished):
     influence = rows[rows["method"] == "influence"].groupby(["round", "input"])["contribution"]
     scale = influence.apply(lambda shares: shares.abs().max())
     assert (influence.sum().abs() <= 1e-3 * scale).all()  # FedAvg leaves nothing over; float32 weights
+
+
+def test_the_run_gives_its_models_and_the_servers_examples(finished):
+    run = Run.open(the_run(finished[0]))
+    examples = run.server_examples()
+    for number in (1, 3):
+        with torch.no_grad():
+            predictions = run.model(number)(examples.inputs).argmax(1)
+        assert torch.equal(predictions, run.predictions(number))
+    assert run.model(0).fc.out_features == 10
 
 
 def test_it_prints_the_lines_that_people_grep_for_and_logs_them(finished):

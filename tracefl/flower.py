@@ -1,4 +1,4 @@
-"""What a Flower app of your own imports to have its rounds recorded and traced (see examples/own_flower_app.py).
+"""What a Flower app of your own imports to have its rounds recorded and traced.
 
 client    app.query()(identify): the node tells the server which client it is
 server    identify_nodes, Run.create, and Recorder around any strategy of Flower

@@ -1,4 +1,4 @@
-"""One experiment, from its configuration to its report: each stage is a function that returns what the next takes."""
+"""One experiment from its configuration to its report: each stage returns what the next takes."""
 
 import logging
 import time
@@ -70,7 +70,7 @@ def train(config: Config, data: PreparedData, run: Run, model: nn.Module, exampl
         return
     if not config.do_training:
         raise TraceFLError(f"do_training=false needs {wanted} recorded rounds, got {done}: set do_training=true")
-    from tracefl.federation.server_app import serve  # Flower and Ray: only when there is something to train
+    from tracefl.federation.server_app import serve  # brings Flower and Ray
     from tracefl.federation.simulation import simulate
 
     log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, config.num_clients)
@@ -150,5 +150,5 @@ def _every_round(run: Run, columns: list[str], one_round: Callable[[int, Stopwat
 
 
 def _key(run: Run, settings: list[Any]) -> dict[str, str]:
-    """What answers depend on: the recorded models and these settings; others are part of the run's folder name."""
+    """What answers depend on, beside the settings in the folder's name: models and settings."""
     return {"settings": fingerprint(settings), "models": fingerprint([asdict(record) for record in run.rounds])}

@@ -1,4 +1,4 @@
-"""The tables beside a recorded run: rounds.csv, timings.csv, provenance.parquet, feddebug.parquet."""
+"""The tables beside a recorded run: rounds.csv, timings.csv, and two Parquet files of answers."""
 
 import io
 import shutil
@@ -45,7 +45,7 @@ def read_rounds(folder: Path) -> pd.DataFrame:
 
 
 def update_timings(folder: Path, measured: pd.DataFrame) -> None:
-    """Put what was measured into timings.csv; methods that were not measured again keep their rows."""
+    """Put what was measured into timings.csv; rows of other methods are kept."""
     kept = read_timings(folder)
     if len(measured):
         kept = kept[~kept["method"].isin(measured["method"])]
@@ -53,7 +53,7 @@ def update_timings(folder: Path, measured: pd.DataFrame) -> None:
 
 
 def read_timings(folder: Path) -> pd.DataFrame:
-    """One row per method: localizations, seconds, seconds_per_localization; none if nothing was ever measured."""
+    """timings.csv, a row per method: localizations, seconds, seconds_per_localization."""
     file = folder / TIMINGS
     return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["method", "seconds_per_localization"])
 

@@ -1,6 +1,7 @@
-"""A recorded federated run: a folder of safetensors under one JSON header, written so that a crash loses nothing.
+"""A recorded federated run: a folder of safetensors with a JSON header.
 
-    run.json                            schema, versions, seed, clients with label counts, rounds, SHA-256 of every file
+    run.json                            schema, versions, seed, clients with label counts, rounds,
+                                        SHA-256 of every file
     config.yaml                         the resolved configuration
     rounds/0000/global.safetensors      the initial model
     rounds/0003/global.safetensors      the released model of round 3
@@ -8,8 +9,9 @@
     rounds/0003/predictions.safetensors class predicted for every example of the server
     rounds/0003/strategy.safetensors    moments of a server optimizer, where there is one
 
-Every file is written under a temporary name, flushed to disk and renamed. A round exists once run.json names it;
-whatever an interrupted round left behind is overwritten when that round runs again.
+Every file is written under a temporary name, flushed to disk and renamed. A round exists once
+run.json names it, so a crash loses no complete round; what an interrupted round left behind is
+overwritten when that round runs again.
 """
 
 import hashlib
@@ -36,8 +38,9 @@ SCHEMA = 1
 class Participant:
     """A client that took part in a round.
 
-    `weight` is p_k, the share with which the strategy took its update: n_k / sum of n over the updates that it used,
-    or the same for each; 0 for an update that it did not use. `file` is relative to the round's folder.
+    `weight` is p_k, the share with which the strategy took its update: n_k / sum of n over the
+    updates that it used, or the same for each; 0 for an update that it did not use. `file` is
+    relative to the round's folder.
     """
 
     id: str
@@ -99,7 +102,7 @@ class RoundView:
         return self.record.clients
 
     def client_state(self, client_id: str) -> StateFile:
-        """The model that a client sent in this round, as received; its tensors are read when they are asked for.
+        """The model that a client sent, as received; a tensor is read when it is asked for.
 
         Raises:
             TraceFLError: the client did not take part, or (on reading) its file is damaged.
@@ -116,16 +119,17 @@ class RoundView:
 class Run:
     """A recorded run, open for reading and, while it is being trained, for adding rounds.
 
-    `clients` lists what the server knows of every client, `rounds` the complete rounds; `run["seed"]` reads an entry
-    of the header.
+    `clients` lists what the server knows of every client, `rounds` the complete rounds;
+    `run["seed"]` reads an entry of the header.
 
     Example:
         >>> import tempfile, torch
         >>> folder = tempfile.mkdtemp()
-        >>> run = Run.create(folder, initial={"w": torch.zeros(2)}, clients=[ClientInfo("0", {7: 3})], seed=0)
+        >>> initial, clients = {"w": torch.zeros(2)}, [ClientInfo("0", {7: 3})]
+        >>> run = Run.create(folder, initial=initial, clients=clients, seed=0)
         >>> sent = {"w": torch.ones(2)}
         >>> part = Participant("0", 3, 1.0, client_file("0"), run.record_client(1, "0", sent))
-        >>> run.record_round(1, [part], sent, torch.tensor([7]), loss=0.5, accuracy=1.0, failures={})
+        >>> run.record_round(1, [part], sent, torch.tensor([7]), 0.5, 1.0, failures={})
         >>> Run.open(folder).round(1).client_state("0")["w"].tolist()
         [1.0, 1.0]
     """
@@ -167,7 +171,7 @@ class Run:
             path: the run's folder; it is made if it is not there.
             initial: state dict of the model that the first round starts from.
             clients: every client of the federation.
-            **header: further entries of run.json, plain JSON; `seed` (an int) is needed for tracing.
+            **header: further entries of run.json, plain JSON; tracing needs `seed`, an int.
         """
         path = Path(path)
         sha256 = write_state(path / "rounds" / "0000" / "global.safetensors", initial)
@@ -205,7 +209,7 @@ class Run:
         """The model released by round `number` (0: the initial one), on the CPU in evaluation mode.
 
         Raises:
-            TraceFLError: the run is one of an own Flower app, which alone knows how its model is built.
+            TraceFLError: the run is an own Flower app's, which knows how its model is built.
         """
         from tracefl.models import build_model, load_exchanged_state
 
@@ -222,12 +226,12 @@ class Run:
         return load_examples(self.path / self["data_folder"] / "server.safetensors")
 
     def predictions(self, number: int) -> Tensor:
-        """The class that round `number`'s global model predicts for each of the server's examples, int64 [N]."""
+        """What round `number`'s global model predicts for the server's examples, int64 [N]."""
         sha256 = self.round(number).record.predictions_sha256
         return StateFile(self.round_folder(number) / "predictions.safetensors", sha256)["predictions"]
 
     def strategy_state(self, number: int) -> State:
-        """The moments that the server's optimizer keeps from round `number` to the next; empty if it keeps none."""
+        """Moments that the server's optimizer keeps after round `number`; empty if it has none."""
         sha256 = None if number == 0 else self.round(number).record.strategy_sha256
         return {} if sha256 is None else StateFile(self.round_folder(number) / "strategy.safetensors", sha256)
 

@@ -134,3 +134,9 @@ def test_observers_hear_of_every_client_and_round(tmp_path):
     )
     assert sorted(heard) == sorted((t, c.id, c.num_examples) for t in (1, 2) for c in run.round(t).clients)
     assert rounds == [1, 2]
+
+
+def test_a_run_without_its_models_description_says_so(tmp_path):
+    run = new_run(tmp_path)
+    with pytest.raises(TraceFLError, match="has no entry 'model': give it to Run.create"):
+        run.model(0)

@@ -39,13 +39,8 @@ def broken_app(how: str) -> ClientApp:
     return app
 
 
-BROKEN = [
-    ("raise", "the disk of this client is full"),
-    pytest.param("die", "its process died", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("how", "words"), BROKEN)
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "words"), [("raise", "the disk of this client is full"), ("die", "its process died")])
 def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_path, how, words):
     c = config(*SMALL)
     data = prepare(c)

@@ -1,11 +1,14 @@
 """The coalition game: a ground truth per prediction, without retraining.
 
-The value of a set S of a round's participants is the log-odds of the explained class under the model fused from S,
+The value of a set S of a round's participants is the log-odds of the explained class under the
+model fused from S,
 
-    v_n(S) = log-odds of class c_n under  W_S = Σ_{k in S} p_k W_k / Σ_{k in S} p_k,      W_∅ the incoming global model.
+    v_n(S) = log-odds of class c_n under  W_S = Σ_{k in S} p_k W_k / Σ_{k in S} p_k,
+    W_∅ the incoming global model.
 
-All 2^K sets are visited in Gray code order, so that consecutive sets differ by one client. A set is a bit mask: bit k
-stands for client k. N explained inputs, K clients. From the table v [2^K, N] follow, exactly,
+All 2^K sets are visited in Gray code order, so that consecutive sets differ by one client. A set is
+a bit mask: bit k stands for client k. N explained inputs, K clients. From the table v [2^K, N]
+follow, exactly,
 
     leave-one-out    v(all) - v(all \\ k)
     Shapley          Σ_S |S|! (K - 1 - |S|)! / K!  (v(S + k) - v(S))     over sets S without k
@@ -47,7 +50,8 @@ def values(
         targets: the explained class of each input, int64 [N].
 
     Returns:
-        v, float64 [2^K, N]: row `mask` is the value of the set of clients whose bits are set in `mask`.
+        v, float64 [2^K, N]: row `mask` is the value of the set of clients whose bits are set in
+        `mask`.
 
     Raises:
         TraceFLError: no clients, or more than 14 (16,384 fusions).
@@ -56,7 +60,8 @@ def values(
         >>> def state(bias):
         ...     return {"weight": torch.zeros(2, 1), "bias": torch.tensor([bias, 0.0])}
         >>> clients, weights = {"a": state(1.0), "b": state(3.0)}, {"a": 1, "b": 1}
-        >>> v = values(nn.Linear(1, 2), clients, weights, state(0.5), torch.zeros(1, 1), torch.tensor([0]))
+        >>> x, targets = torch.zeros(1, 1), torch.tensor([0])
+        >>> v = values(nn.Linear(1, 2), clients, weights, state(0.5), x, targets)
         >>> v[:, 0].tolist()  # of no client, a, b, and both
         [0.5, 1.0, 3.0, 2.0]
     """
@@ -80,10 +85,10 @@ def values(
 def fusions(
     clients: Sequence[State], p: Sequence[float], names: State, incoming: State
 ) -> Iterator[tuple[int, Callable[[str], Tensor]]]:
-    """Yield (mask, function from a tensor's name to that tensor of W_mask) for every set of clients.
+    """Yield (mask, name -> that tensor of W_mask) for every set of clients.
 
-    A running sum changes by one client at a time. It is float64, in which 2^K changes add up to an error of 1e-12.
-    Use a function before the next set is asked for.
+    A running sum changes by one client at a time. It is float64, in which 2^K changes add up to an
+    error of 1e-12. Use a function before the next set is asked for.
     """
     running = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in names.items()}
     mask = 0
@@ -147,17 +152,18 @@ def shapley(v: Tensor) -> Tensor:
 
 
 def client_lds(v: Tensor, scores: Tensor) -> Tensor:
-    """How well sums of scores predict the values of sets: the linear datamodeling score, of clients.
+    """How well sums of scores predict the values of sets: a linear datamodeling score of clients.
 
     Args:
         v: value of every set, [2^K, N].
         scores: score of each client for each input, [N, K].
 
     Returns:
-        [N] Spearman correlation, over all sets but the empty one, of Σ of the members' scores with v.
+        [N] Spearman correlation of v with the sum of the members' scores, over all sets but ∅.
 
     Example:
-        >>> client_lds(torch.tensor([[0.0], [1.0], [2.0], [5.0]]), torch.tensor([[0.1, 0.2]])).tolist()
+        >>> v = torch.tensor([[0.0], [1.0], [2.0], [5.0]])
+        >>> client_lds(v, torch.tensor([[0.1, 0.2]])).tolist()
         [1.0]
     """
     sums = members(scores.shape[1]).double() @ scores.double().T

@@ -1,14 +1,17 @@
-"""FedDebug (ICSE 2023), for comparison: find faulty clients by differential testing of their models on random images.
+"""FedDebug (ICSE 2023), for comparison: find faulty clients by differential testing.
 
-In every Conv2d and Linear layer a neuron z of client k is active on an image if relu(z), scaled to [0, 1] by the
-layer's minimum and maximum on that image, exceeds a threshold. Neurons active in all clients say nothing. Of the
-subsets of K - 1 clients the one with the most neurons active in common is taken for the benign one; the client left out
-is the suspect. With c_j the number of clients in which neuron j is active, the subset without k has in common
+The models of all clients see the same random images. In every Conv2d and Linear layer a neuron z of
+client k is active on an image if relu(z), scaled to [0, 1] by the layer's minimum and maximum on
+that image, exceeds a threshold. Neurons active in all clients say nothing. Of the subsets of K - 1
+clients the one with the most neurons active in common is taken for the benign one; the client left
+out is the suspect. With c_j the number of clients in which neuron j is active, the subset without k
+has in common
 
     A_k = #{j : c_j = K - 1 and j is not active in k},
 
-so one pass over the clients gives all K agreements. For F faulty clients the suspect is removed and the others are
-searched again. Of several suspects with the same A_k one is drawn at random, instead of always the first.
+so one pass over the clients gives all K agreements. For F faulty clients the suspect is removed and
+the others are searched again. Of several suspects with the same A_k one is drawn at random, instead
+of always the first.
 """
 
 from collections.abc import Iterator
@@ -42,15 +45,17 @@ def debug_round(config: Config, run: Run, model: nn.Module, number: int, watch: 
     """Search a round for as many suspects as faulty clients took part.
 
     Args:
-        config: neuron_activation_threshold; faster_input_generation=false prefers, with ten clients or more, images
-            on whose class at least three agree; of the faulty clients only how many took part is used.
+        config: neuron_activation_threshold; faster_input_generation=false prefers, with ten clients
+            or more, images on whose class at least three agree; of the faulty clients only how many
+            took part is used.
         run: the recorded run.
         model: of the run's architecture, on the device to compute on; its weights are overwritten.
         number: of the round, from 1.
         watch: measures the search as "FedDebug".
 
     Returns:
-        A table with `COLUMNS`, one row per (image, vote): the suspects. No rows if no faulty client took part.
+        A table with `COLUMNS`, one row per (image, vote): the suspects. No rows if no faulty client
+        took part.
     """
     view = run.round(number)
     clients = {client.id: view.client_state(client.id) for client in view.clients}
@@ -85,7 +90,7 @@ def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
 
     Example:
         >>> active = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-        >>> suspects(active, 1, np.random.default_rng(0))  # without client 1 the others have neurons 1 and 2 in common
+        >>> suspects(active, 1, np.random.default_rng(0))  # the others share neurons 1 and 2
         [1]
     """
     left, found = list(range(len(active))), []
@@ -101,9 +106,10 @@ def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
 
 
 def observe(model: nn.Module, states: list[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
-    """Which neurons are active in each of K clients on each image: bits, uint8 [K, IMAGES, neurons / 8 rounded up].
+    """Which neurons are active in each of K clients on each image.
 
-    If `picky`, images on whose class enough clients agree are taken first. Every client is read once, for all images.
+    Returns bits, uint8 [K, IMAGES, neurons / 8 rounded up]. If `picky`, images on whose class
+    enough clients agree are taken first. Every client is read once, for all images.
     """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     images = random_images(CANDIDATES if picky else IMAGES, generator).to(next(model.parameters()).device)
@@ -113,7 +119,7 @@ def observe(model: nn.Module, states: list[State], threshold: float, *, picky: b
         active, predicted = active_neurons(model, images, threshold)
         bits.append(np.packbits(active.cpu().numpy(), axis=1))
         classes.append(predicted)
-    agreeing = F.one_hot(torch.stack(classes)).sum(0).amax(1)  # the most clients that give an image the same class
+    agreeing = F.one_hot(torch.stack(classes)).sum(0).amax(1)  # of an image
     chosen = (agreeing < SAME_CLASS).to(torch.uint8).argsort(stable=True)[:IMAGES].cpu().numpy()
     return np.stack([client[chosen] for client in bits])
 
@@ -128,7 +134,10 @@ def random_images(count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Active neurons, bool [N, neurons], and the predicted classes [N]. A constant layer has none active."""
+    """Active neurons, bool [N, neurons], and the predicted classes [N].
+
+    A constant layer has none active.
+    """
     model.eval()
     with _outputs(model) as outputs:
         predicted = model(images).argmax(1)
@@ -142,7 +151,7 @@ def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[
 
 @contextmanager
 def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of every Conv2d and Linear in the order in which they run; copies, as a ReLU may work in place."""
+    """Copies of the outputs of every Conv2d and Linear, in the order in which they run."""
     outputs: list[Tensor] = []
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
@@ -154,9 +163,9 @@ def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def judge_votes(run: Run, votes: pd.DataFrame, faulty: set[str]) -> list[Metric]:
-    """Per round, the mean over images of the share of the faulty participants that was found, beside what chance finds.
+    """Per round, the share of the faulty participants that was found, mean over images.
 
-    NaN where no faulty client took part.
+    NaN where no faulty client took part; chance finds their share of the participants.
     """
     rows = []
     for record in run.rounds:

@@ -1,8 +1,9 @@
 """Localization metrics, each with its chance level.
 
-The paper calls an answer correct if the named client holds training examples of the label (with faulty clients: if it
-is a faulty one). Under mild skew most participants hold most labels, so a random name is often "correct": the paper's
-accuracy says little without the score of a uniformly random participant, which stands beside it here.
+The paper calls an answer correct if the named client holds training examples of the label (with
+faulty clients: if it is a faulty one). Under mild skew most participants hold most labels, so a
+random name is often "correct": the paper's accuracy says little without the score of a uniformly
+random participant, which stands beside it here.
 
 N traced inputs, K participants of the round.
 """
@@ -31,7 +32,7 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
 
     Args:
         contributions: contribution of each participant to each prediction, float [N, K].
-        label_counts: training examples of the explained label that each participant holds, int [N, K].
+        label_counts: training examples of the explained label on each participant, int [N, K].
         culprits: whether naming the participant counts as correct, bool [N, K].
         sizes: number of training examples of each participant, int [K].
 
@@ -42,7 +43,7 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
         - localization: the named client is a culprit (the paper's accuracy)
         - largest_client: the same if the participant with the most examples is always named
         - top_holder: the named client holds the most examples of the label
-        - spearman: rank correlation of contributions with label counts, over the inputs that have one
+        - spearman: rank correlation of contributions with label counts, where there is one
 
     Example:
         >>> label_counts = np.array([[30, 0, 10], [0, 20, 5]])
@@ -77,8 +78,9 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
 def name_faulty(ranks: Array, clients: Sequence[str], faulty: set[str]) -> dict[str, Judged]:
     """Judge how well a ranking names all faulty clients.
 
-    Of F faulty clients in the federation, M are among the K participants. The F ranked first (at most K) are named:
-    whoever looks for faulty clients knows how many there are, but not how many take part.
+    Of F faulty clients in the federation, M are among the K participants. The F ranked first (at
+    most K) are named: whoever looks for faulty clients knows how many there are, but not how many
+    take part.
 
     Args:
         ranks: rank of each participant by its contribution, from 1, int [N, K].
@@ -117,10 +119,11 @@ def spearman(a: Array, b: Array) -> Array:
         b: numbers, [N, M].
 
     Returns:
-        float [N]; equal numbers share their mean rank, and a row whose numbers are all equal has NaN.
+        float [N]; equal numbers share their mean rank; NaN for a row of equal numbers.
 
     Example:
-        >>> spearman(np.array([[1, 2, 3], [1, 2, 3]]), np.array([[5, 7, 9], [2, 1, 0]])).round(6).tolist()
+        >>> a, b = np.array([[1, 2, 3], [1, 2, 3]]), np.array([[5, 7, 9], [2, 1, 0]])
+        >>> spearman(a, b).round(6).tolist()
         [1.0, -1.0]
     """
     ranks = [rankdata(values, axis=1) for values in (a, b)]

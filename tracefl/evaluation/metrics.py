@@ -18,7 +18,8 @@ from tracefl.evaluation.localization import NAN, Judged, localize, name_faulty
 from tracefl.runs import Round, Run
 
 MODEL = "global model"
-# Column in rounds.csv of a metric's value and of its chance level; any other metric has its own name and no chance.
+# Column in rounds.csv of a metric's value and of its chance level.
+# Any other metric is called as it is and has no column for chance.
 COLUMNS = {
     "localization": ("localization_accuracy{suffix}", "chance_accuracy"),
     "largest_client": ("largest_client_accuracy", None),
@@ -70,7 +71,7 @@ def judge_answers(run: Run, answers: pd.DataFrame, methods: list[str], faulty: s
 
 
 def judge_times(run: Run, timings: pd.DataFrame, methods: list[str]) -> list[Metric]:
-    """Mean seconds per localization over all rounds, once for each round; `timings` as in timings.csv."""
+    """Mean seconds per localization over all rounds (timings.csv), repeated for each round."""
     seconds = timings.set_index("method")["seconds_per_localization"].to_dict()
     return [
         Metric(record.number, method, "seconds", seconds[method])
@@ -87,7 +88,10 @@ def means(metrics: pd.DataFrame) -> dict[tuple[str, str], Judged]:
 
 
 def wide(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row per round with the columns of rounds.csv; a chance level stands once, that of the last method."""
+    """One row per round with the columns of rounds.csv.
+
+    A chance level stands once, that of the last method.
+    """
     rounds: dict[int, dict[str, float]] = {}
     for row in map(Metric._make, metrics.itertuples(index=False)):
         cells = rounds.setdefault(row.round, {"round": row.round})
@@ -118,7 +122,7 @@ def _judge(record: Round, part: pd.DataFrame, faulty: set[str]) -> dict[str, Jud
 
 
 def _server_shares(part: pd.DataFrame) -> dict[str, Judged]:
-    """What the server added to the fusion (clipping, noise, momentum, a median), and its noise alone.
+    """What the server itself contributed (clipping, noise, momentum), and its noise alone.
 
     Mean over inputs of |server| and |noise| as shares of sum_k |contribution_k| + |server|.
     """

@@ -1,6 +1,6 @@
 """Which of the server's examples are traced. Every choice is a function of its arguments.
 
-Predictions and labels are int64 [N]; what is returned are rows, int64 [n], drawn at random by `seed`.
+Predictions and labels are int64 [N]; the answers are rows, int64 [n], drawn at random by `seed`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from tracefl.data.faults import put_trigger
 from tracefl.training import evaluate
 
 MIN_INPUTS = 10  # traced per round, as in the paper, if there are as many to choose from
-TRIGGERED_BATCH = 64  # inputs that get the trigger and are predicted at a time, until there are enough rows
+TRIGGERED_BATCH = 64  # inputs that get the trigger and are predicted at a time
 
 
 def faulty_clients(config: Config) -> set[str]:
@@ -26,7 +26,7 @@ def faulty_clients(config: Config) -> set[str]:
 def select_correct(
     predictions: Tensor, labels: Tensor, of_interest: set[int], per_label: int, seed: list[int]
 ) -> Tensor:
-    """Rows of correct predictions, balanced over the labels of interest: `per_label` each, at least ten in all.
+    """Rows of correct predictions, `per_label` of each label of interest, at least ten in all.
 
     A label with too few correct predictions gives what it has.
     """
@@ -63,7 +63,8 @@ def select_triggered(
 ) -> Tensor:
     """Rows whose prediction becomes the target when the trigger is put on them, at most `limit`.
 
-    Rows of that label, and those predicted as the target without the trigger (`predictions`), are left out.
+    Rows of that label, and those predicted as the target without the trigger (`predictions`), are
+    left out.
     """
     order = _shuffled(examples.labels, seed)
     order = order[(examples.labels[order] != target) & (predictions[order] != target)]

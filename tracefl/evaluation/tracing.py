@@ -1,4 +1,4 @@
-"""Trace a round of a recorded run: choose the inputs, ask the provenance engine, lay the answers out as a table."""
+"""Trace a round of a recorded run: choose inputs, trace them, lay the answers out as a table."""
 
 from typing import Any
 
@@ -23,9 +23,10 @@ from tracefl.models import load_exchanged_state
 from tracefl.provenance import Provenance, trace
 from tracefl.runs import Run
 
-# One row per (round, method, input, client). `input` is the row of the server's examples, `score` the softmax of the
-# contributions (eq. 7), `rank` counts from 1, `label_examples` are the client's training examples of the predicted
-# label; `server` and `noise` are the server's own part and that of its noise, where influence knows them.
+# One row per (round, method, input, client). `input` is the row of the server's examples, `score`
+# the softmax of the contributions (eq. 7), `rank` counts from 1, `label_examples` are the client's
+# training examples of the predicted label; `server` and `noise` are the contributions of the server
+# itself and of its noise, where influence knows them.
 COLUMNS = [
     *("round", "method", "input", "client", "label", "predicted", "contribution", "score", "rank"),
     *("label_examples", "server", "noise"),
@@ -46,8 +47,8 @@ def trace_round(
         watch: measures every method, from checked client states on disk to answers.
 
     Returns:
-        A table with `COLUMNS`, without rows if there is nothing to trace. With a backdoor, an input is the example
-        with the trigger on it.
+        A table with `COLUMNS`, without rows if there is nothing to trace. With a backdoor, an input
+        is the example with the trigger on it.
 
     Raises:
         TraceFLError: the round cannot be traced, for example because a client's file is damaged.
@@ -104,7 +105,7 @@ def _select(config: Config, run: Run, model: nn.Module, examples: Examples, numb
 
 
 def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, targets: Tensor, config: Config) -> Tensor:
-    """[N] contribution of the round's noise to each prediction, < noise, dy/dW >: the noise is drawn once more."""
+    """[N] contribution of the round's noise, drawn again, to each prediction: < noise, dy/dW >."""
     if config.noise_multiplier <= 0:
         return torch.zeros(len(targets))
     released, buffers = run.global_state(number), dict(model.named_buffers())

@@ -1,8 +1,9 @@
-"""How updates become a model: Flower's strategies by name, made right for models with running statistics.
+"""How updates become a model: Flower's strategies by name, correct for running statistics too.
 
-Server optimizers (such as FedAdam) and differential privacy work on a model's parameters. BatchNorm's running mean and
-variance are no parameters: a step of Adam or Gaussian noise can make a variance negative, and a clipping norm would
-consist of little else. `ParametersOnly` hides them from the strategy and averages them as they are.
+Server optimizers (such as FedAdam) and differential privacy work on a model's parameters.
+BatchNorm's running mean and variance are no parameters: a step of Adam or Gaussian noise can make a
+variance negative, and a clipping norm would consist of little else. `ParametersOnly` hides them
+from the strategy and averages them as they are.
 """
 
 import numpy as np
@@ -45,7 +46,7 @@ def build_strategy(config: Config, buffers: frozenset[str] = frozenset()) -> Str
 
 
 class Wrapper(Strategy):
-    """A strategy around another one, without evaluation on clients: the server evaluates the model that it releases."""
+    """A strategy around another one; clients do not evaluate, the server does."""
 
     strategy: Strategy
 
@@ -60,7 +61,10 @@ class Wrapper(Strategy):
 
 
 class ParametersOnly(Wrapper):
-    """Shows the inner strategy the parameters alone; the model's buffers are averaged, weighted by num-examples."""
+    """Shows the inner strategy the parameters alone.
+
+    The model's buffers are averaged, weighted by num-examples.
+    """
 
     def __init__(self, inner: Strategy, buffers: frozenset[str]) -> None:
         self.strategy, self.buffers = inner, buffers
@@ -88,7 +92,10 @@ class ParametersOnly(Wrapper):
         return ArrayRecord({name: together[name] for name in whole[0]}), metrics
 
     def _parameters(self, arrays: ArrayRecord) -> ArrayRecord:
-        """In order of name: FedAvgM pairs arrays by their position, and a recorded model has another order."""
+        """In order of name: FedAvgM pairs arrays by position.
+
+        A recorded model has another order.
+        """
         return ArrayRecord({name: arrays[name] for name in sorted(arrays) if name not in self.buffers})
 
 

@@ -22,7 +22,8 @@ app = ClientApp()
 def identify(message: Message, context: Context) -> Message:
     """Answer the server's question which partition of the data this node holds (`identify_nodes`).
 
-    An own client app registers it by `app.query()(identify)`; the node's configuration names the partition-id.
+    An own client app registers it by `app.query()(identify)`; the node's configuration names the
+    partition-id.
     """
     reply = ConfigRecord({"partition-id": context.node_config["partition-id"]})
     return Message(RecordDict({"config": reply}), reply_to=message)

@@ -1,4 +1,4 @@
-"""A view of Flower's grid: only some nodes, each reply as soon as it is there, an end on request."""
+"""A view of Flower's grid: some of its nodes, each reply as soon as it comes, an end on request."""
 
 import threading
 import time

@@ -1,6 +1,7 @@
-"""The Gaussian noise of differential privacy: a function of (seed, round, tensor), so that it can be drawn again.
+"""The Gaussian noise of differential privacy, a function of (seed, round, tensor).
 
-So the contribution of the noise to a prediction, < noise, dy/dW >, can be computed without storing the noise.
+It can be drawn again, so the contribution of the noise to a prediction, < noise, dy/dW >, can be
+computed without storing the noise.
 """
 
 import zlib
@@ -16,7 +17,8 @@ def gaussian_noise(name: str, like: Tensor, std: float, seed: int, server_round:
     """Draws from N(0, std^2) in the shape and type of `like`, the parameter `name`.
 
     Example:
-        >>> first, again = (gaussian_noise("w", torch.zeros(3), 0.1, seed=0, server_round=1) for _ in range(2))
+        >>> like = torch.zeros(3)
+        >>> first, again = (gaussian_noise("w", like, 0.1, seed=0, server_round=1) for _ in "ab")
         >>> torch.equal(first, again)
         True
     """
@@ -25,7 +27,7 @@ def gaussian_noise(name: str, like: Tensor, std: float, seed: int, server_round:
 
 
 def noise_std(noise_multiplier: float, clipping_norm: float, participants: int) -> float:
-    """Standard deviation of the noise on the mean of `participants` updates, each clipped to `clipping_norm`.
+    """Standard deviation of the noise on the mean of `participants` clipped updates.
 
     Example:
         >>> noise_std(0.5, 3.0, participants=10)

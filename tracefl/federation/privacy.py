@@ -1,11 +1,12 @@
 """Central differential privacy: Flower's server-side fixed clipping, corrected.
 
-    W_g = W_in + (1/n) sum_k min(1, C / |delta_k|) delta_k + N(0, (z C / n)^2),   delta_k = W_k - W_in
+    W_g = W_in + (1/n) sum_k min(1, C / |delta_k|) delta_k + N(0, (z C / n)^2),
+    delta_k = W_k - W_in
 
-over the parameters (`ParametersOnly` keeps running statistics out of the norm). It differs from Flower's own class:
-every client weighs the same, since with other weights z C / n is not the noise that the guarantee needs; n counts the
-updates that came, not those that were asked for; an update of zero does not divide by zero; the noise is a function of
-(seed, round).
+over the parameters (`ParametersOnly` keeps running statistics out of the norm). It differs from
+Flower's own class: every client weighs the same, since with other weights z C / n is not the noise
+that the guarantee needs; n counts the updates that came, not those that were asked for; an update
+of zero does not divide by zero; the noise is a function of (seed, round).
 """
 
 from collections.abc import Iterable
@@ -21,11 +22,14 @@ from tracefl.federation.noise import gaussian_noise, noise_std
 
 TARGET_DELTA = 1e-5
 Messages = Iterable[Message]
-Aggregated = tuple[ArrayRecord | None, MetricRecord | None]  # the new model, and the mean of the clients' metrics
+Aggregated = tuple[ArrayRecord | None, MetricRecord | None]  # model, mean metrics
 
 
 class FixedClipping(DifferentialPrivacyServerSideFixedClipping):
-    """Flower's wrapper of this name with noise from `seed`; the inner strategy must be the mean of its replies."""
+    """Flower's wrapper of this name with noise from `seed`.
+
+    The inner strategy must be the mean of its replies.
+    """
 
     def __init__(self, strategy: Strategy, *args: Any, seed: int, **kwargs: Any) -> None:
         super().__init__(strategy, *args, **kwargs)
@@ -56,9 +60,10 @@ class FixedClipping(DifferentialPrivacyServerSideFixedClipping):
 def epsilon(noise_multiplier: float, rounds: int, clients_per_round: int, num_clients: int) -> float:
     """Epsilon of `rounds` releases at delta 1e-5, by Renyi accounting (Mironov, 2017).
 
-    Two runs are neighbours if one client's updates are replaced by zero in one of them; the number of participants is
-    public. That changes the mean by at most C / n. Sampling is not counted in favour of privacy, because the
-    participants follow from the seed. Running statistics are released as they are and not covered.
+    Two runs are neighbours if one client's updates are replaced by zero in one of them; the number
+    of participants is public. That changes the mean by at most C / n. Sampling is not counted in
+    favour of privacy, because the participants follow from the seed. Running statistics are
+    released as they are and not covered.
 
     Args:
         noise_multiplier: z.

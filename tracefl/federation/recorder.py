@@ -1,8 +1,9 @@
 """The recorder: wraps any Flower strategy from outside and records its rounds into a run.
 
-It draws the participants by client id, names clients by what the server knows of a node, checks every update before
-it counts, and records it as received. Of the inner strategy it records the model that it releases, the weights p_k
-with which it took the updates, and the moments that it keeps from round to round.
+It draws the participants by client id, names clients by what the server knows of a node, checks
+every update before it counts, and records it as received. Of the inner strategy it records the
+model that it releases, the weights p_k with which it took the updates, and the moments that it
+keeps from round to round.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,8 +38,10 @@ class Recorder(Wrapper):
         nodes: Flower's node id -> client id, for every client (`identify_nodes`).
         clients_per_round: participants drawn for a round, at most `len(nodes)`.
         seed: of the draw; the participants of round t depend on (seed, t) alone.
-        evaluate: called with the state dict of every released model; returns its evaluation on the server's data.
-        accept_failures: record why a client failed and go on without it, instead of stopping the run.
+        evaluate: called with the state dict of every released model; returns its evaluation on the
+            server's data.
+        accept_failures: record why a client failed and go on without it, instead of stopping the
+            run.
         on_client: called with (round, client id, metrics) after every accepted update.
         on_round: called with the run after every complete round.
 
@@ -47,7 +50,9 @@ class Recorder(Wrapper):
 
             nodes = identify_nodes(grid, num_clients=4)
             run = Run.create("logs/mine", initial=model.state_dict(), clients=clients, seed=0)
-            recorder = Recorder(FedAvg(...), run, nodes, clients_per_round=4, seed=0, evaluate=score)
+            recorder = Recorder(
+                FedAvg(...), run, nodes, clients_per_round=4, seed=0, evaluate=score
+            )
             recorder.start(grid, ArrayRecord(model.state_dict()), num_rounds=3)
     """
 
@@ -72,12 +77,12 @@ class Recorder(Wrapper):
         self._waiting: set[str] = set()
         self._accepted: dict[str, _Update] = {}
         self._failures: dict[str, str] = {}
-        self._used: dict[int, float] = {}  # id() of a reply's content -> the strategy's weight for it
+        self._used: dict[int, float] = {}  # id() of a content -> its weight
         self._watch_weights(_innermost(strategy))
         load_optimizer_state(strategy, run.strategy_state(self._offset))
 
     def _watch_weights(self, inner: Any) -> None:
-        """Learn which replies the strategy uses, and with which weights, from the call that averages their metrics."""
+        """Learn which replies the strategy uses, and how it weighs them, as it averages metrics."""
         average = inner.train_metrics_aggr_fn
 
         def watched(contents: list[RecordDict], weight_key: str) -> MetricRecord:
@@ -99,8 +104,8 @@ class Recorder(Wrapper):
             **kwargs: likewise, such as timeout (seconds per round) and train_config.
 
         Raises:
-            TraceFLError: a client failed (unless `accept_failures`), or the released model is broken. The rounds
-                before are kept.
+            TraceFLError: a client failed (unless `accept_failures`), or the released model is
+                broken. The rounds before are kept.
         """
         watched = cast(Grid, GridView(grid, on_reply=self._receive))
         return super().start(watched, initial_arrays, max(num_rounds - self._offset, 0), *args, **kwargs)
@@ -123,7 +128,7 @@ class Recorder(Wrapper):
         return sorted(messages, key=lambda message: _natural(self.nodes[message.metadata.dst_node_id]))
 
     def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
-        """Check and record the updates, let the inner strategy aggregate them, and record what it releases."""
+        """Check and record the updates, aggregate them, and record the released model."""
         number = server_round + self._offset
         for reply in replies:
             if self.nodes[reply.metadata.src_node_id] in self._waiting:
@@ -155,7 +160,10 @@ class Recorder(Wrapper):
         return ArrayRecord(released), metrics
 
     def _receive(self, reply: Message, number: int | None = None) -> None:
-        """Check one reply and record it; its client is the one that the server knows for its node."""
+        """Check one reply and record it.
+
+        Its client is the one that the server knows for its node.
+        """
         number = len(self.run.rounds) + 1 if number is None else number
         client = self.nodes[reply.metadata.src_node_id]
         self._waiting.discard(client)
@@ -193,7 +201,10 @@ class _Update:
 
 
 def _complaint(reply: Message, expected: State) -> str | None:
-    """What is wrong with a reply, if anything: its model must have the keys, shapes and types of the one sent."""
+    """What is wrong with a reply.
+
+    Its model must have the keys, shapes and types of the one sent.
+    """
     if reply.has_error():
         verb = "it raised" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "its process died"
         return f"{verb}: {_last_line(reply.error.reason or 'no reason given')}"
@@ -223,7 +234,7 @@ def _innermost(wrapped: Strategy) -> Strategy:
 
 
 def optimizer_state(wrapped: Strategy) -> dict[str, Tensor]:
-    """The moments that a server optimizer keeps from round to round, as tensors by name; empty for other strategies."""
+    """Moments that a server optimizer keeps from round to round, by name; otherwise empty."""
     inner = _innermost(wrapped)
     state = {
         f"{moment}/{name}": value

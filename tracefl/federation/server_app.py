@@ -98,10 +98,11 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
         num_clients: how many nodes must be there; they are waited for, at most 5 minutes.
 
     Returns:
-        Flower's node id -> client id; the client ids are "0" to str(num_clients - 1), from the nodes' partition-id.
+        Flower's node id -> client id, the node's partition-id: "0" to str(num_clients - 1).
 
     Raises:
-        TraceFLError: a node failed to answer (`identify` answers for it), or the partitions are other ones.
+        TraceFLError: a node failed to answer (`identify` answers for it), or the partitions are
+            other ones.
     """
     deadline = time.monotonic() + IDENTIFY_TIMEOUT_S
     while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < deadline:

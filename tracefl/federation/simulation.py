@@ -66,7 +66,7 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
 
 @contextmanager
 def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets `stop`: by KeyboardInterrupt, Flower's threads would wait for each other for ever."""
+    """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -88,6 +88,6 @@ def _backend(config: Config) -> dict[str, Any]:
         "client_resources": {
             "num_cpus": config.client_cpus,
             "num_gpus": config.client_gpu if on_gpu else 0.0,
-            "max_restarts": -1,  # a killed actor is replaced; the client that it ran counts as failed
+            "max_restarts": -1,  # a killed actor is replaced, its client counts as failed
         },
     }

@@ -18,10 +18,11 @@ from tracefl.states import State
 
 
 def initial_state(config: Config, data: PreparedData, folder: Path) -> State | None:
-    """The model that a new run in `folder` starts from; None if the folder holds a run to go on with.
+    """The model that a new run starts from; None if the folder holds a run to go on with.
 
     Raises:
-        TraceFLError: the folder holds no run and do_training=false, or pretrained weights cannot be had.
+        TraceFLError: the folder holds no run and do_training=false, or pretrained weights cannot be
+            had.
     """
     if (folder / "run.json").exists() and (config.check_train_cache or not config.do_training):
         return None

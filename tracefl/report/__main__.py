@@ -3,8 +3,8 @@
     python -m tracefl.report runs='logs/alpha-*' [x=dirichlet_alpha] [out=logs/figures]
     python -m tracefl.report data='logs/data/*' [out=logs/figures]
 
-Draws each run into its own plots/, and all of them together into `out`, beside the table that they are drawn from; of
-prepared data it draws how labels are spread over clients.
+Draws each run into its own plots/, and all of them together into `out`, beside the table that they
+are drawn from; of prepared data it draws how labels are spread over clients.
 """
 
 import sys

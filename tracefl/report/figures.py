@@ -13,7 +13,7 @@ from tracefl.runs import Run
 
 
 def draw_run(folder: Path) -> None:
-    """Draw accuracy by round, labels per client and contributions of one recorded run into its `plots/`."""
+    """Draw accuracy by round, labels per client and contributions of one run into its plots/."""
     run, plots = Run.open(folder), folder / "plots"
     plot_rounds({folder.name: read_rounds(folder)}, plots / "rounds")
     plot_labels({c.id: c.trained_label_counts for c in run.clients}, run["class_names"], plots / "labels")
@@ -22,7 +22,7 @@ def draw_run(folder: Path) -> None:
 
 
 def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
-    """Draw several recorded runs together: their rounds, and their means against the settings that vary.
+    """Draw several runs together: their rounds, and their means against what varies.
 
     Args:
         folders: of the runs.
@@ -51,7 +51,10 @@ def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
 
 
 def draw_data(folders: list[Path], out: Path) -> None:
-    """Draw how many examples of each label each client holds, a figure per folder of prepared data; and labels.csv."""
+    """Draw the examples of each label on each client, a figure per prepared data.
+
+    And labels.csv.
+    """
     rows: list[tuple[str, str, int, int]] = []
     for folder in folders:
         info = json.loads((folder / "data.json").read_text())
@@ -66,7 +69,7 @@ def draw_data(folders: list[Path], out: Path) -> None:
 
 
 def _names(table: pd.DataFrame) -> list[str]:
-    """A name for each run from its model, its dataset and the settings, as far as they differ between the runs.
+    """A name for each run: what differs of model, dataset and settings.
 
     Runs that would have the same name get the hash of their folder too.
     """

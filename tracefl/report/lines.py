@@ -14,7 +14,7 @@ from tracefl.evaluation.metrics import MODEL, means
 from tracefl.runs import Run
 
 SHOWN_CLIENTS = 20
-Found = Mapping[tuple[str, str], Judged]  # (method, metric) -> value and chance, of one round or as means over rounds
+Found = Mapping[tuple[str, str], Judged]  # (method, metric) -> value and chance, see `means`
 
 
 def provenance_lines(metrics: pd.DataFrame, answers: pd.DataFrame, faulty: set[str]) -> Iterator[str]:

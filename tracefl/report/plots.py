@@ -1,7 +1,8 @@
 """Figures, each as PNG and PDF: one function per figure, from tables to a file.
 
-The colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles and markers differ too, for grey
-print. Localization is never drawn without its chance level. Columns are those of rounds.csv.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles and markers
+differ too, for grey print. Localization is never drawn without its chance level. Columns are those
+of rounds.csv.
 """
 
 import textwrap
@@ -50,7 +51,8 @@ def plot_setting(table: pd.DataFrame, setting: str, file: Path) -> None:
     """Mean accuracies against one setting of the runs: one panel per model and dataset, in percent.
 
     Args:
-        table: one row per run, with a column `setting` and those of rounds.csv (`report.sweep.read_runs`).
+        table: one row per run, with a column `setting` and those of rounds.csv
+            (`report.sweep.read_runs`).
     """
     groups = {", ".join(map(str, key)): part.sort_values(setting) for key, part in table.groupby(["model", "dataset"])}
     figure, panels = _panels(len(groups))
@@ -65,7 +67,8 @@ def plot_setting(table: pd.DataFrame, setting: str, file: Path) -> None:
 def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: Path) -> None:
     """Who contributed to which prediction: inputs by clients, the last round, one panel per method.
 
-    Shares are scaled to [-1, 1] per input; a green dot marks the client that holds the most examples of the label.
+    Shares are scaled to [-1, 1] per input; a green dot marks the client that holds the most
+    examples of the label.
     """
     last = answers[answers["round"] == answers["round"].max()]
     methods = list(last["method"].unique())
@@ -92,14 +95,14 @@ def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: 
 
 
 def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[str], file: Path) -> None:
-    """Training examples per client and label, as a heat map and as stacked bars (figure 1 of the paper)."""
+    """Training examples per client and label: a heat map and stacked bars (figure 1)."""
     clients = list(counts)
     table = np.array([[counts[client].get(label, 0) for label in range(len(class_names))] for client in clients])
     width = max(4.5, 0.3 * len(clients) + 1.5) + 0.12 * max(len(name) for name in class_names)
     figure = Figure(figsize=(width, 2.2 + 0.2 * len(class_names) + 2.2), layout="constrained")
     heat, bars = figure.subplots(2, 1, sharex=True, height_ratios=(0.2 * len(class_names) + 0.6, 2.2))
     image = heat.imshow(table.T, cmap="cividis", aspect="auto", interpolation="nearest")
-    class_names = [name.replace("$", r"\$") for name in class_names]  # matplotlib would set $...$ as mathematics
+    class_names = [name.replace("$", r"\$") for name in class_names]  # no TeX
     heat.set_yticks(range(len(class_names)), class_names, fontsize=7)
     heat.set_ylabel("label")
     figure.colorbar(image, ax=heat, label="examples")
@@ -117,7 +120,7 @@ def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[s
 
 
 def plot_times(table: pd.DataFrame, file: Path) -> None:
-    """Seconds per localization of TraceFL and FedDebug (figure 6), and how often each was right, per run."""
+    """Seconds per localization of TraceFL and FedDebug (figure 6), and how often each is right."""
     figure = Figure(figsize=(2 * PANEL[0], PANEL[1] + 0.4), layout="constrained")
     time, right = figure.subplots(1, 2)
     methods = [

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: the log on the console and in a file, and the progress of training."""
+"""What a run shows while it goes on: the log, on the console and in a file, and its progress."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ log = logging.getLogger("tracefl")
 
 
 class _Stdout(logging.StreamHandler):
-    """Writes to the `sys.stdout` of the moment: a progress display replaces it, to keep its bars below the lines."""
+    """Writes to the current `sys.stdout`, which a progress display replaces while it is shown."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

@@ -1,4 +1,7 @@
-"""One row per recorded run: its settings and the means over its rounds. Figures over several runs are drawn from it."""
+"""One row per recorded run: its settings and the means over its rounds.
+
+Figures over several runs are drawn from it.
+"""
 
 import glob
 from pathlib import Path
@@ -57,8 +60,8 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
         folders: of finished runs, with config.yaml and rounds.csv.
 
     Returns:
-        Columns run (the folder), dataset, model, one for each of `SETTINGS`, accuracy (the last round's), and the
-        mean over rounds of every other column of rounds.csv.
+        Columns run (the folder), dataset, model, one for each of `SETTINGS`, accuracy (the last
+        round's), and the mean over rounds of every other column of rounds.csv.
     """
     return pd.DataFrame([_row(folder) for folder in folders])
 

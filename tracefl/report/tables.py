@@ -14,7 +14,8 @@ def print_summary(metrics: pd.DataFrame, methods: list[str]) -> None:
     """One line per round; every localization accuracy stands beside its chance level, in percent.
 
     Args:
-        metrics: tidy rows (see `evaluation.metrics`); those of the global model alone if nothing was traced.
+        metrics: tidy rows (see `evaluation.metrics`); those of the global model alone if nothing
+            was traced.
         methods: the methods that were traced.
     """
     columns = {"accuracy": (MODEL, "accuracy", "value")}
@@ -35,10 +36,10 @@ def print_summary(metrics: pd.DataFrame, methods: list[str]) -> None:
 
 
 def print_faulty(metrics: pd.DataFrame, methods: list[str], faulty: set[str]) -> None:
-    """One line per method that looked for the faulty clients: means over the rounds in which it could.
+    """One line per method that looked for the faulty clients: means over its rounds.
 
-    FedDebug names as many suspects as there are faulty participants, so its accuracy, the share of them that it
-    found, is its precision and its recall.
+    FedDebug names as many suspects as there are faulty participants, so its accuracy, the share of
+    them that it found, is its precision and its recall.
 
     Args:
         metrics: tidy rows (see `evaluation.metrics`).
