@@ -1,8 +1,10 @@
 """What a Flower app of your own imports to have its rounds recorded and traced.
 
-client    app.query()(identify): the node tells the server which client it is
-server    identify_nodes, Run.create, and Recorder around any strategy of Flower
-later     tracefl.Run.open and tracefl.trace
+    client    app.query()(identify): the node tells the server which client it is
+    server    identify_nodes, Run.create, and Recorder around any strategy of Flower
+    later     tracefl.Run.open and tracefl.trace
+
+examples/own_flower_app.py is such an app.
 """
 
 from tracefl.data.examples import Examples

@@ -138,5 +138,5 @@ def test_observers_hear_of_every_client_and_round(tmp_path):
 
 def test_a_run_without_its_models_description_says_so(tmp_path):
     run = new_run(tmp_path)
-    with pytest.raises(TraceFLError, match="has no entry 'model': give it to Run.create"):
+    with pytest.raises(TraceFLError, match=r"has no entry 'model': give it to Run\.create"):
         run.model(0)
