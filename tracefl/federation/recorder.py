@@ -7,7 +7,7 @@ keeps from round to round.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -75,7 +75,7 @@ class Recorder(Wrapper):
         self._offset = len(run.rounds)  # Flower counts rounds from 1 in every process
         self._expected: dict[str, Tensor] = {}
         self._waiting: set[str] = set()
-        self._accepted: dict[str, _Update] = {}
+        self._accepted: dict[str, tuple[Message, Participant]] = {}
         self._failures: dict[str, str] = {}
         self._used: dict[int, float] = {}  # id() of a content -> its weight
         self._watch_weights(_innermost(strategy))
@@ -135,20 +135,20 @@ class Recorder(Wrapper):
                 self._receive(reply, number)
         for client in sorted(self._waiting, key=_natural):
             self._fail(number, client, "it sent no reply in time (round_timeout)")
-        order = sorted(self._accepted, key=_natural)
-        if not order:
+        accepted = [self._accepted[client] for client in sorted(self._accepted, key=_natural)]
+        if not accepted:
             client, reason = min(self._failures.items(), key=lambda failure: _natural(failure[0]))
             raise TraceFLError(f"round {number}: every client failed; the first said: client {client}: {reason}.")
-        arrays, metrics = self.strategy.aggregate_train(number, [self._accepted[client].reply for client in order])
+        arrays, metrics = self.strategy.aggregate_train(number, [reply for reply, _ in accepted])
         if arrays is None:
-            raise TraceFLError(f"round {number}: the strategy released no model from {len(order)} updates.")
+            raise TraceFLError(f"round {number}: the strategy released no model from {len(accepted)} updates")
         released = {name: value.to(self._expected[name].dtype) for name, value in arrays.to_torch_state_dict().items()}
         if broken := [name for name, value in released.items() if not torch.isfinite(value).all()]:
             raise TraceFLError(f"round {number}: the released model has non-finite values in '{broken[0]}'.")
         evaluation = self.evaluate(released)
         self.run.record_round(
             number,
-            self._shares(order),
+            self._weighted(accepted),
             released,
             evaluation.predictions,
             evaluation.loss,
@@ -172,7 +172,8 @@ class Recorder(Wrapper):
             return
         (arrays,), (metrics,) = reply.content.array_records.values(), reply.content.metric_records.values()
         sha256 = self.run.record_client(number, client, arrays.to_torch_state_dict())
-        self._accepted[client] = _Update(reply, int(metrics["num-examples"]), sha256)  # type: ignore[arg-type]
+        examples = int(metrics["num-examples"])  # type: ignore[arg-type]
+        self._accepted[client] = reply, Participant(client, examples, 0.0, client_file(client), sha256)
         self.on_client(number, client, metrics)
 
     def _fail(self, number: int, client: str, reason: str) -> None:
@@ -184,20 +185,11 @@ class Recorder(Wrapper):
         self._waiting.discard(client)
         self._failures[client] = reason
 
-    def _shares(self, order: list[str]) -> list[Participant]:
-        updates = [self._accepted[client] for client in order]
-        weights = [self._used.get(id(update.reply.content), 0.0) for update in updates]
-        return [
-            Participant(client, update.num_examples, weight / sum(weights), client_file(client), update.sha256)
-            for client, update, weight in zip(order, updates, weights, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class _Update:
-    reply: Message
-    num_examples: int
-    sha256: str
+    def _weighted(self, accepted: list[tuple[Message, Participant]]) -> list[Participant]:
+        """The participants with the p_k that the strategy has just used."""
+        weights = [(participant, self._used.get(id(reply.content), 0.0)) for reply, participant in accepted]
+        total = sum(weight for _, weight in weights)
+        return [replace(participant, weight=weight / total) for participant, weight in weights]
 
 
 def _complaint(reply: Message, expected: State) -> str | None:
@@ -235,15 +227,12 @@ def _innermost(wrapped: Strategy) -> Strategy:
 
 def optimizer_state(wrapped: Strategy) -> dict[str, Tensor]:
     """Moments that a server optimizer keeps from round to round, by name; otherwise empty."""
-    inner = _innermost(wrapped)
-    state = {
-        f"{moment}/{name}": value
-        for moment in ("m_t", "v_t")
-        for name, value in (getattr(inner, moment, None) or {}).items()
-    }
-    momentum = getattr(inner, "momentum_vector", None) or []
-    state |= {f"momentum_vector/{index}": value for index, value in enumerate(momentum)}
-    return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    inner, state = _innermost(wrapped), dict[str, Tensor]()
+    for moment in ("m_t", "v_t", "momentum_vector"):
+        values = getattr(inner, moment, None) or {}
+        named = values.items() if isinstance(values, dict) else enumerate(values)
+        state |= {f"{moment}/{name}": torch.from_numpy(np.array(value)) for name, value in named}
+    return state
 
 
 def load_optimizer_state(wrapped: Strategy, state: Mapping[str, Tensor]) -> None:
