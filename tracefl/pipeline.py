@@ -107,7 +107,7 @@ def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
 
 
 def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.DataFrame | None) -> pd.DataFrame:
-    """All metrics as tidy rows; those of the global model alone if nothing was traced."""
+    """All metrics as tidy rows; only the global model's if nothing was traced."""
     metrics, methods, faulty = judge_models(run), config.provenance.methods, faulty_clients(config)
     if answers is not None:
         metrics += judge_answers(run, answers, methods, faulty)

@@ -18,7 +18,7 @@ def cached(file: Path, key: dict[str, Any], make: Callable[[], pd.DataFrame], *,
     """The table in a Parquet file if it was made under the same key; otherwise make and write it.
 
     Args:
-        file: where the table is kept; the key stands in its metadata.
+        file: where the table is kept, with its key in the metadata.
         key: all that the table depends on, as plain JSON.
         make: computes the table.
         reuse: False computes it in any case.

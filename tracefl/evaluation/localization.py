@@ -3,7 +3,7 @@
 The paper calls an answer correct if the named client holds training examples of the label (with
 faulty clients: if it is a faulty one). Under mild skew most participants hold most labels, so a
 random name is often "correct": the paper's accuracy says little without the score of a uniformly
-random participant, which stands beside it here.
+random participant, which is given beside it here.
 
 N traced inputs, K participants of the round.
 """

@@ -90,7 +90,7 @@ def means(metrics: pd.DataFrame) -> dict[tuple[str, str], Judged]:
 def wide(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row per round with the columns of rounds.csv.
 
-    A chance level stands once, that of the last method.
+    A chance level has one column; it is that of the last method.
     """
     rounds: dict[int, dict[str, float]] = {}
     for row in map(Metric._make, metrics.itertuples(index=False)):
@@ -122,7 +122,7 @@ def _judge(record: Round, part: pd.DataFrame, faulty: set[str]) -> dict[str, Jud
 
 
 def _server_shares(part: pd.DataFrame) -> dict[str, Judged]:
-    """What the server itself contributed (clipping, noise, momentum), and its noise alone.
+    """What the server itself contributed (clipping, noise, momentum), and the noise by itself.
 
     Mean over inputs of |server| and |noise| as shares of sum_k |contribution_k| + |server|.
     """

@@ -61,7 +61,7 @@ class Wrapper(Strategy):
 
 
 class ParametersOnly(Wrapper):
-    """Shows the inner strategy the parameters alone.
+    """Shows the inner strategy only the parameters.
 
     The model's buffers are averaged, weighted by num-examples.
     """

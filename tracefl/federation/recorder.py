@@ -37,7 +37,7 @@ class Recorder(Wrapper):
         run: the run that rounds are added to; those that it holds are not run again.
         nodes: Flower's node id -> client id, for every client (`identify_nodes`).
         clients_per_round: participants drawn for a round, at most `len(nodes)`.
-        seed: of the draw; the participants of round t depend on (seed, t) alone.
+        seed: of the draw; the participants of round t depend only on (seed, t).
         evaluate: called with the state dict of every released model; returns its evaluation on the
             server's data.
         accept_failures: record why a client failed and go on without it, instead of stopping the
@@ -101,7 +101,7 @@ class Recorder(Wrapper):
             initial_arrays: the model that the next round starts from.
             num_rounds: how many rounds the run holds in the end.
             *args: as of Flower's `Strategy.start`.
-            **kwargs: likewise, such as timeout (seconds per round) and train_config.
+            **kwargs: as of Flower's, such as timeout (seconds per round) and train_config.
 
         Raises:
             TraceFLError: a client failed (unless `accept_failures`), or the released model is

@@ -102,7 +102,7 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
 
     Raises:
         TraceFLError: a node failed to answer (`identify` answers for it), or the partitions are
-            other ones.
+            not 0 to num_clients - 1.
     """
     deadline = time.monotonic() + IDENTIFY_TIMEOUT_S
     while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < deadline:

@@ -102,7 +102,7 @@ def percent(share: float, missing: str = "n/a") -> str:
 
 
 def _shown(found: Found) -> str:
-    """The method that the lines speak of: the paper's, or influence where it is traced alone."""
+    """The method of the artifact's lines: the paper's, or influence if only that is traced."""
     return "neuron" if ("neuron", "localization") in found else "influence"
 
 

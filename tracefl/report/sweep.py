@@ -37,7 +37,7 @@ def find(key: str, pattern: str, holding: str) -> list[Path]:
     Args:
         key: the argument's name, for the error.
         pattern: the glob, as 'logs/alpha-*'.
-        holding: name of a file that stands in every finished folder.
+        holding: name of a file that every finished folder has.
 
     Returns:
         The folders in order of name.

@@ -11,11 +11,11 @@ from tracefl.report.lines import percent
 
 
 def print_summary(metrics: pd.DataFrame, methods: list[str]) -> None:
-    """One line per round; every localization accuracy stands beside its chance level, in percent.
+    """One line per round; every localization accuracy is followed by its chance level, in percent.
 
     Args:
-        metrics: tidy rows (see `evaluation.metrics`); those of the global model alone if nothing
-            was traced.
+        metrics: tidy rows (see `evaluation.metrics`); only the global model's if nothing was
+            traced.
         methods: the methods that were traced.
     """
     columns = {"accuracy": (MODEL, "accuracy", "value")}
