@@ -19,6 +19,7 @@ def test_the_table_names_the_client_that_caused_each_prediction(recorded, config
     table = trace_round(config(), run, model, examples, 1)
     assert list(table.columns) == COLUMNS
     assert len(table) == 2 * 10 * 2  # methods, inputs, clients
+    assert (table[["contribution", "score", "server", "noise"]].dtypes == "float64").all()
     first = table[table["rank"] == 1]
     assert (first["client"].astype(int) == first["label"]).all()
     assert table["label_examples"].isin([0, 10, 30]).all()

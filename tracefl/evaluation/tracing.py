@@ -74,7 +74,7 @@ def trace_round(
         for method in config.provenance.methods:
             with watch.measure(method, len(rows)):
                 answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
-            server = noise = torch.full((len(rows),), torch.nan)
+            server = noise = torch.full((len(rows),), torch.nan, dtype=torch.float64)
             if method == "influence" and answer.residual is not None:
                 server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
             tables.append(_table(run, number, answer, rows, examples.labels[rows], server, noise))
@@ -107,7 +107,7 @@ def _select(config: Config, run: Run, model: nn.Module, examples: Examples, numb
 def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, targets: Tensor, config: Config) -> Tensor:
     """[N] contribution of the round's noise, drawn again, to each prediction: < noise, dy/dW >."""
     if config.noise_multiplier <= 0:
-        return torch.zeros(len(targets))
+        return torch.zeros(len(targets), dtype=torch.float64)
     released, buffers = run.global_state(number), dict(model.named_buffers())
     std = noise_std(config.noise_multiplier, config.clipping_norm, len(run.round(number).clients))
     noisy = {
