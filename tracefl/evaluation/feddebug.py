@@ -14,9 +14,6 @@ the others are searched again. Of several suspects with the same A_k one is draw
 of always the first.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pandas as pd
 import torch
@@ -136,30 +133,22 @@ def random_images(count: int, generator: torch.Generator) -> Tensor:
 def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Active neurons, bool [N, neurons], and the predicted classes [N].
 
-    A constant layer has none active.
+    A layer whose outputs are all the same has none active.
     """
-    model.eval()
-    with _outputs(model) as outputs:
-        predicted = model(images).argmax(1)
+    outputs: list[Tensor] = []  # copies, as a ReLU may work in place
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
+    try:
+        predicted = model.eval()(images).argmax(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
     active = []
     for output in outputs:
         z = output.flatten(1).relu()
         low, high = z.amin(1, keepdim=True), z.amax(1, keepdim=True)
         active.append((z - low > threshold * (high - low)) & (high > low))
     return torch.cat(active, 1), predicted
-
-
-@contextmanager
-def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Copies of the outputs of every Conv2d and Linear, in the order in which they run."""
-    outputs: list[Tensor] = []
-    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def judge_votes(run: Run, votes: pd.DataFrame, faulty: set[str]) -> list[Metric]:
