@@ -26,16 +26,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from tracefl.checks import load
-from tracefl.data.prepare import prepare
-from tracefl.evaluation import coalitions
-from tracefl.models import build_model, load_exchanged_state, model_spec
+from tracefl import trace
 from tracefl.classifier import log_odds
-from tracefl.provenance import trace
+from tracefl.evaluation import coalitions
+from tracefl.evaluation.localization import spearman
 from tracefl.runs import Run
 
 Inputs = Tensor | dict[str, Tensor]
@@ -156,7 +153,7 @@ def judge(
     for name, s in scores.items():
         cells = [
             coalitions.client_lds(v, s).mean().item(),
-            *(coalitions.spearman(s, truth).mean().item() for truth in (*exact.values(), nudged)),
+            *(spearman(s.numpy(), truth.numpy()).mean() for truth in (*exact.values(), nudged)),
             (s.argmax(1) == held[:, y].argmax(0)).double().mean().item(),
         ]
         lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
@@ -171,18 +168,16 @@ def report(model: nn.Module, *given: Any) -> None:
 
 
 def judge_recorded(folder: Path, judged: int, inputs: int) -> None:
-    run, config = Run.open(folder), load(OmegaConf.load(folder / "config.yaml"))
-    data = prepare(config)
-    model, examples = build_model(model_spec(config, data)), data.server()
+    run = Run.open(folder)
+    examples, classes = run.server_examples(), len(run["class_names"])
     labels = {client.id: client.label_counts for client in run.clients}
     for record in run.rounds[-judged:]:
-        view = run.round(record.number)
-        load_exchanged_state(model, dict(run.global_state(record.number)))
+        view, model = run.round(record.number), run.model(record.number)
         states = {client.id: dict(view.client_state(client.id)) for client in view.clients}
         weights = {client.id: client.weight for client in view.clients}
         right = (run.predictions(record.number) == examples.labels).nonzero()[:inputs, 0]
         chosen = examples[right]
-        held = torch.tensor([[labels[who].get(label, 0) for label in range(data.num_classes)] for who in states])
+        held = torch.tensor([[labels[who].get(label, 0) for label in range(classes)] for who in states])
         print(f"round {record.number}: accuracy {record.accuracy:.2f} on {len(examples)} examples of the server")
         if len(right):
             incoming = dict(run.global_state(record.number - 1))

@@ -49,19 +49,20 @@ def row(family: str, setting: str, logs: Path, data: str, extra: list[str]) -> d
     folder = max(logs.glob(f"{key}-*"), key=lambda path: (path / "rounds.csv").stat().st_mtime)
     rounds, timings = pd.read_csv(folder / "rounds.csv"), pd.read_csv(folder / "timings.csv").set_index("method")
     mean, seconds = rounds.mean(), timings["seconds_per_localization"]
-    found, top = (
-        f"{100 * mean[metric]:.1f} / {100 * mean[metric + '_influence']:.1f}"
-        for metric in ("localization_accuracy", "top_holder_accuracy")
-    )
+    percent = (100 * mean).map("{:.1f}".format)
     return {
         "model, data": family,
         "setting": setting,
         "global accuracy": f"{100 * rounds['accuracy'].iloc[-1]:.1f}",
-        "localization (neuron / influence)": found,
-        "by chance": f"{100 * mean['chance_accuracy']:.1f}",
-        "top holder (neuron / influence)": top,
-        "top holder by chance": f"{100 * mean['top_holder_chance']:.1f}",
-        "FedDebug": f"{100 * mean['feddebug_accuracy']:.1f}" if "feddebug_accuracy" in mean else "-",
+        "localization (neuron / influence)": " / ".join(
+            percent[["localization_accuracy", "localization_accuracy_influence"]]
+        ),
+        "by chance": percent["chance_accuracy"],
+        "top holder (neuron / influence)": " / ".join(
+            percent[["top_holder_accuracy", "top_holder_accuracy_influence"]]
+        ),
+        "top holder by chance": percent["top_holder_chance"],
+        "FedDebug": percent.get("feddebug_accuracy", "-"),
         "seconds per input": " / ".join(
             f"{seconds.get(method, float('nan')):.3f}" for method in ("neuron", "influence")
         ),

@@ -57,7 +57,7 @@ def plain_round(config: Config, data: PreparedData, state: State) -> tuple[float
             data.client(client),
             epochs=config.client.epochs,
             lr=config.client.lr,
-            batch_size=config.data_dist.batch_size,
+            batch_size=config.batch_size,
             seed=int(client),
         )
         for name, value in exchanged_state(model).items():
@@ -68,16 +68,17 @@ def plain_round(config: Config, data: PreparedData, state: State) -> tuple[float
 def simulated_rounds(config: Config, data: PreparedData, folder: Path) -> tuple[float, list[float]]:
     """Seconds until the first round starts (Ray, actors), then of every round."""
     torch.manual_seed(0)
-    initial = exchanged_state(build_model(model_spec(config, data)))
+    model, examples = build_model(model_spec(config, data)), data.server()
+    initial = {name: value.clone() for name, value in exchanged_state(model).items()}
     clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
     run = Run.create(folder, initial=initial, clients=clients, seed=0)
     marks = [time.perf_counter()]
 
     def drive(grid: Grid) -> None:
-        identify_nodes(grid, config.data_dist.num_clients)  # answered once Ray and its actors are up
+        identify_nodes(grid, config.num_clients)  # answered once Ray and its actors are up
         marks.append(time.perf_counter())
         on_round = lambda _: marks.append(time.perf_counter())  # noqa: E731
-        serve(grid, config, data, run, on_client=lambda *_: None, on_round=on_round)
+        serve(grid, config, data, run, model, examples, on_round=on_round)
 
     simulate(config, drive)
     return marks[1] - marks[0], [later - earlier for earlier, later in pairwise(marks[1:])]

@@ -11,12 +11,7 @@ from flwr.simulation import run_simulation
 from torch import nn
 
 from tracefl import Run, trace
-from tracefl.data.examples import Examples
-from tracefl.federation.client_app import identify
-from tracefl.federation.server_app import identify_nodes
-from tracefl.federation.strategy import Recorder
-from tracefl.runs import ClientInfo
-from tracefl.training import evaluate
+from tracefl.flower import ClientInfo, Examples, Recorder, evaluate, identify, identify_nodes
 
 FOLDER, CLIENTS, ROUNDS = sys.argv[1] if len(sys.argv) > 1 else "logs/own-app", 4, 3
 client_app, server_app = ClientApp(), ServerApp()

@@ -35,15 +35,9 @@ def job(composed: DictConfig) -> None:
         if config.dry_run:
             print(f"dry run, nothing is trained; the run would be {run_folder(config)}:\n\n{resolved}")
             return
-        from tracefl.data.prepare import prepare
+        from tracefl.pipeline import run_experiment
 
-        data = prepare(config)
-        if not (config.do_training or config.do_provenance):
-            print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
-            return
-        from tracefl.experiment import run_experiment
-
-        run_experiment(config, data, resolved)
+        run_experiment(config, resolved)
     except TraceFLError as error:
         print(f"error: {error}", file=sys.stderr)
         if HydraConfig.get().mode == RunMode.MULTIRUN:

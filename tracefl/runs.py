@@ -1,6 +1,7 @@
-"""A recorded federated run: a folder of safetensors under one JSON header, written so that a crash loses nothing.
+"""A recorded federated run: a folder of safetensors with a JSON header.
 
-    run.json                            schema, versions, seed, clients with label counts, rounds, SHA-256 of every file
+    run.json                            schema, versions, seed, clients with label counts, rounds,
+                                        SHA-256 of every file
     config.yaml                         the resolved configuration
     rounds/0000/global.safetensors      the initial model
     rounds/0003/global.safetensors      the released model of round 3
@@ -8,33 +9,39 @@
     rounds/0003/predictions.safetensors class predicted for every example of the server
     rounds/0003/strategy.safetensors    moments of a server optimizer, where there is one
 
-Every file is written under a temporary name, flushed to disk and renamed. A round exists once run.json names it;
-whatever an interrupted round left behind is overwritten when that round runs again.
+Every file is written under a temporary name, flushed to disk and renamed. A round exists once
+run.json names it, so a crash loses no complete round; what an interrupted round left behind is
+overwritten when that round runs again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from tracefl.data.examples import Examples, load_examples
 from tracefl.errors import TraceFLError
-from tracefl.states import StateFile
+from tracefl.states import State, StateFile
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Participant:
-    """A client's part in one round. `weight` is p_k as the strategy took it: n_k / sum of n over the updates that it
-    used, or the same for each; 0 for an update that it left out."""
+    """A client that took part in a round.
+
+    `weight` is p_k, the share with which the strategy took its update: n_k / sum of n over the
+    updates that it used, or the same for each; 0 for an update that it did not use. `file` is
+    relative to the round's folder.
+    """
 
     id: str
     num_examples: int
@@ -59,21 +66,33 @@ class Round:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows of a client: its id and how many examples of each label it holds."""
+    """What the server knows of a client.
+
+    Args:
+        id: the client's id, "0", "1", ...
+        label_counts: label -> number of training examples that the client holds.
+        flipped_label_counts: of a faulty client, the same for the labels that it trains on.
+        fault: of a faulty client, the kind of its fault.
+
+    Example:
+        >>> ClientInfo("3", {0: 10, 1: 5}, flipped_label_counts={0: 15}).trained_label_counts
+        {0: 15}
+    """
 
     id: str
     label_counts: dict[int, int]
-    flipped_label_counts: dict[int, int] | None = None  # of a faulty client: the labels that it trains on
-    fault: str | None = None  # the kind of fault of a faulty client
+    flipped_label_counts: dict[int, int] | None = None
+    fault: str | None = None
 
     @property
     def trained_label_counts(self) -> dict[int, int]:
+        """Label -> number of examples that the client trains on with that label."""
         return self.label_counts if self.flipped_label_counts is None else self.flipped_label_counts
 
 
 @dataclass(frozen=True)
 class RoundView:
-    """A round with access to its states."""
+    """A complete round: its record, and what its clients sent."""
 
     record: Round
     folder: Path
@@ -83,36 +102,50 @@ class RoundView:
         return self.record.clients
 
     def client_state(self, client_id: str) -> StateFile:
-        """What client `client_id` sent in this round."""
+        """The model that a client sent, as received; a tensor is read when it is asked for.
+
+        Raises:
+            TraceFLError: the client did not take part, or (on reading) its file is damaged.
+        """
         for client in self.clients:
             if client.id == client_id:
                 return StateFile(self.folder / client.file, client.sha256)
         raise TraceFLError(
             f"client '{client_id}' took no part in round {self.record.number}: its participants were "
-            f"{', '.join(client.id for client in self.clients)}."
+            f"{', '.join(client.id for client in self.clients)}"
         )
 
 
 class Run:
-    """A recorded run, open for reading and, while it is being trained, for adding rounds."""
+    """A recorded run, open for reading and, while it is being trained, for adding rounds.
+
+    `clients` lists what the server knows of every client, `rounds` the complete rounds;
+    `run["seed"]` reads an entry of the header.
+
+    Example:
+        >>> import tempfile, torch
+        >>> folder = tempfile.mkdtemp()
+        >>> initial, clients = {"w": torch.zeros(2)}, [ClientInfo("0", {7: 3})]
+        >>> run = Run.create(folder, initial=initial, clients=clients, seed=0)
+        >>> sent = {"w": torch.ones(2)}
+        >>> part = Participant("0", 3, 1.0, client_file("0"), run.record_client(1, "0", sent))
+        >>> run.record_round(1, [part], sent, torch.tensor([7]), 0.5, 1.0, failures={})
+        >>> Run.open(folder).round(1).client_state("0")["w"].tolist()
+        [1.0, 1.0]
+    """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self._header = header
-        self.clients = [
-            ClientInfo(
-                c["id"],
-                _counts(c["label_counts"]),
-                c["flipped_label_counts"] and _counts(c["flipped_label_counts"]),
-                c.get("fault"),
-            )
-            for c in header["clients"]
-        ]
+        self.clients = [_client_from_json(entry) for entry in header["clients"]]
         self.rounds = [_round_from_json(entry) for entry in header["rounds"]]
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
-        """Open a recorded run; files are checked when they are read.
+        """Open a recorded run. Its files are compared with their hashes when they are read.
+
+        Args:
+            path: the run's folder.
 
         Raises:
             TraceFLError: there is no run at `path`, or its header cannot be read.
@@ -121,40 +154,50 @@ class Run:
         try:
             header = json.loads((path / "run.json").read_text())
         except FileNotFoundError:
-            raise TraceFLError(f"{path} holds no recorded run (no run.json): give a run's folder.") from None
+            raise TraceFLError(f"{path} holds no recorded run (no run.json): give a run's folder") from None
         except json.JSONDecodeError as error:
-            raise TraceFLError(f"{path / 'run.json'} is no JSON ({error}): restore it or train again.") from error
+            raise TraceFLError(f"{path / 'run.json'} is no JSON ({error}): restore it or train again") from error
         if header.get("schema") != SCHEMA:
             raise TraceFLError(
-                f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}: train the run again."
+                f"the schema of {path} must be {SCHEMA}, got {header.get('schema')}: train the run again"
             )
         return cls(path, header)
 
     @classmethod
-    def create(
-        cls, path: str | Path, *, initial: Mapping[str, Tensor], clients: list[ClientInfo], **header: Any
-    ) -> "Run":
-        """Start a run at `path` with the initial global model; `header` is kept in run.json as it is."""
+    def create(cls, path: str | Path, *, initial: State, clients: list[ClientInfo], **header: Any) -> "Run":
+        """Start a run, in place of one that may be recorded at `path`.
+
+        Args:
+            path: the run's folder; it is made if it is not there.
+            initial: state dict of the model that the first round starts from.
+            clients: every client of the federation.
+            **header: further entries of run.json, plain JSON; tracing needs `seed`, an int.
+        """
         path = Path(path)
         sha256 = write_state(path / "rounds" / "0000" / "global.safetensors", initial)
-        start = {
-            "schema": SCHEMA,
-            **header,
-            "initial_sha256": sha256,
-            "clients": [asdict(c) for c in clients],
-        }
+        start = {"schema": SCHEMA, **header, "initial_sha256": sha256, "clients": [asdict(c) for c in clients]}
         run = cls(path, json.loads(json.dumps({**start, "rounds": []})))
         run._save()
         return run
 
     def __getitem__(self, key: str) -> Any:
-        """An entry of the header, for example `run["seed"]`."""
+        """An entry of the header, for example `run["seed"]`.
+
+        Raises:
+            TraceFLError: the run was recorded without it.
+        """
+        if key not in self._header:
+            raise TraceFLError(f"{self.path / 'run.json'} has no entry '{key}': give it to Run.create, or train again")
         return self._header[key]
 
     def round(self, number: int) -> RoundView:
-        """Round `number`, counted from 1."""
+        """Round `number`, counted from 1.
+
+        Raises:
+            TraceFLError: it is not recorded.
+        """
         if not 1 <= number <= len(self.rounds):
-            raise TraceFLError(f"round {number} is not recorded in {self.path}: it has rounds 1 to {len(self.rounds)}.")
+            raise TraceFLError(f"round {number} is not recorded in {self.path}: it has rounds 1 to {len(self.rounds)}")
         return RoundView(self.rounds[number - 1], self.round_folder(number))
 
     def global_state(self, number: int) -> StateFile:
@@ -162,37 +205,70 @@ class Run:
         sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).record.global_sha256
         return StateFile(self.round_folder(number) / "global.safetensors", sha256)
 
-    def predictions(self, number: int) -> Tensor:
-        """Class that round `number`'s global model predicts for each of the server's examples, int64 [N]."""
-        record = self.round(number).record
-        return StateFile(self.round_folder(number) / "predictions.safetensors", record.predictions_sha256)[
-            "predictions"
-        ]
+    def model(self, number: int) -> nn.Module:
+        """The model released by round `number` (0: the initial one), on the CPU in evaluation mode.
 
-    def strategy_state(self, number: int) -> Mapping[str, Tensor]:
-        """What the server's optimizer carries from round `number` to the next; empty if it carries nothing."""
+        Raises:
+            TraceFLError: the run is an own Flower app's, which knows how its model is built.
+        """
+        from tracefl.models import build_model, load_exchanged_state
+
+        model = build_model(self["model"])
+        load_exchanged_state(model, self.global_state(number))
+        return model.eval()
+
+    def server_examples(self) -> Examples:
+        """The server's examples, in the order of `predictions`.
+
+        Raises:
+            TraceFLError: the run is one of an own Flower app.
+        """
+        return load_examples(self.path / self["data_folder"] / "server.safetensors")
+
+    def predictions(self, number: int) -> Tensor:
+        """What round `number`'s global model predicts for the server's examples, int64 [N]."""
+        sha256 = self.round(number).record.predictions_sha256
+        return StateFile(self.round_folder(number) / "predictions.safetensors", sha256)["predictions"]
+
+    def strategy_state(self, number: int) -> State:
+        """Moments that the server's optimizer keeps after round `number`; empty if it has none."""
         sha256 = None if number == 0 else self.round(number).record.strategy_sha256
         return {} if sha256 is None else StateFile(self.round_folder(number) / "strategy.safetensors", sha256)
 
     def round_folder(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:04d}"
 
-    def record_client(self, number: int, client_id: str, state: Mapping[str, Tensor]) -> str:
-        """Write a client's model of a round that is still under way; its SHA-256."""
+    def record_client(self, number: int, client_id: str, state: State) -> str:
+        """Write a client's model of a round that is not complete yet.
+
+        Returns:
+            The file's SHA-256.
+        """
         return write_state(self.round_folder(number) / client_file(client_id), state)
 
     def record_round(
         self,
         number: int,
         clients: list[Participant],
-        released: Mapping[str, Tensor],
+        released: State,
         predictions: Tensor,
         loss: float,
         accuracy: float,
         failures: dict[str, str],
-        strategy_state: Mapping[str, Tensor] | None = None,
+        strategy_state: State | None = None,
     ) -> None:
-        """Complete a round: from here on it is part of the run."""
+        """Complete a round: from now on it is part of the run.
+
+        Args:
+            number: the round's, one more than the last one's.
+            clients: the participants, whose models `record_client` has written.
+            released: state dict of the new global model.
+            predictions: the class that it predicts for each of the server's examples, int64 [N].
+            loss: its mean loss on the server's examples.
+            accuracy: its accuracy on them, in [0, 1].
+            failures: client id -> why the client was left out.
+            strategy_state: the moments that a server optimizer keeps.
+        """
         folder = self.round_folder(number)
         strategy_sha256 = write_state(folder / "strategy.safetensors", strategy_state) if strategy_state else None
         global_sha256 = write_state(folder / "global.safetensors", released)
@@ -209,42 +285,54 @@ class Run:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for writing; a second writer is refused."""
+    """Hold a run's folder for writing.
+
+    Raises:
+        TraceFLError: another process holds it; it is not waited for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TraceFLError(
-                f"{folder} is being written by another process: wait for it, or choose another exp_key."
-            ) from None
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise TraceFLError(
+            f"{folder} is being written by another process: wait for it, or choose another exp_key"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def client_file(client_id: str) -> str:
     return f"clients/{client_id}.safetensors"
 
 
-def write_state(file: Path, state: Mapping[str, Tensor]) -> str:
-    """Write a state dict as safetensors, atomically; the SHA-256 of the file."""
+def write_state(file: Path, state: State) -> str:
+    """Write a state dict as safetensors, atomically; return the file's SHA-256."""
     content = save({name: tensor.contiguous() for name, tensor in state.items()})
     write_atomically(file, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """The file has its old content or the new one, also after a power cut."""
+    """Write so that the file has its old content or the new one, also after a power cut."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.tmp")
     with partial.open("wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
-    partial.rename(file)
+    os.replace(partial, file)
+
+
+def _client_from_json(entry: dict[str, Any]) -> ClientInfo:
+    flipped = entry["flipped_label_counts"]
+    return ClientInfo(entry["id"], _counts(entry["label_counts"]), flipped and _counts(flipped), entry.get("fault"))
 
 
 def _counts(entry: dict[str, int]) -> dict[int, int]:
-    """JSON knows only strings as keys."""
+    """JSON's keys are strings."""
     return {int(label): count for label, count in entry.items()}
 
 

@@ -15,7 +15,7 @@ from tracefl.evaluation.feddebug import (
     IMAGES,
     active_neurons,
     debug_round,
-    judge_rounds,
+    judge_votes,
     observe,
     random_images,
     suspects,
@@ -138,23 +138,30 @@ def trained(tmp_path_factory) -> Run:
     return run
 
 
-def test_a_trained_faulty_client_is_found(trained):
+FAULTY = ("fault.kind=random_labels", "neuron_activation_threshold=0.003")
+
+
+def test_a_trained_faulty_client_is_found(trained, config):
     watch = Stopwatch()
-    votes = debug_round(trained, 1, Net(), {"2"}, 0.003, picky=True, watch=watch)
+    votes = debug_round(config(*FAULTY, "faulty_clients_ids=[2]"), trained, Net(), 1, watch)
     assert votes[["image", "vote"]].to_numpy().tolist() == [[image, 1] for image in range(IMAGES)]
-    row = judge_rounds(trained, votes, {"2"}).iloc[0]
-    assert row["feddebug_chance"] == 0.2
-    assert row["feddebug_accuracy"] >= 0.8
+    (row,) = judge_votes(trained, votes, {"2"})
+    assert row.chance == 0.2
+    assert row.value >= 0.8
     assert watch.table().loc[0, ["method", "localizations"]].tolist() == ["FedDebug", IMAGES]
 
 
-def test_several_faults_get_as_many_suspects(trained):
-    votes = debug_round(trained, 1, Net(), {"2", "4", "9"}, 0.003, picky=False, watch=Stopwatch())
+def test_several_faults_get_as_many_suspects(trained, config):
+    votes = debug_round(config(*FAULTY, "faulty_clients_ids=[2,4,9]"), trained, Net(), 1, Stopwatch())
     assert votes.groupby("image")["client"].nunique().tolist() == [2] * IMAGES
-    assert judge_rounds(trained, votes, {"2", "4", "9"}).loc[0, "feddebug_chance"] == 2 / 5
+    (row,) = judge_votes(trained, votes, {"2", "4", "9"})
+    assert row.chance == 2 / 5
+    found = votes["client"].isin({"2", "4"}).sum()  # of two on each of ten images
+    assert row.value == found / 20
 
 
-def test_a_round_without_a_faulty_participant_gets_no_votes(trained):
-    votes = debug_round(trained, 1, Net(), {"7"}, 0.003, picky=False, watch=Stopwatch())
+def test_a_round_without_a_faulty_participant_gets_no_votes(trained, config):
+    votes = debug_round(config(*FAULTY, "faulty_clients_ids=[7]"), trained, Net(), 1, Stopwatch())
     assert votes.empty
-    assert judge_rounds(trained, votes, {"7"}).empty
+    (row,) = judge_votes(trained, votes, {"7"})
+    assert np.isnan([row.value, row.chance]).all()

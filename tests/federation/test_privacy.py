@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.federation.instant import START, state_of
-from tests.federation.test_strategies import run_rounds
-from tests.federation.test_strategy import files
+from tests.federation.test_aggregation import run_rounds
+from tests.federation.test_recorder import files
 from tracefl.federation.noise import gaussian_noise, noise_std
 from tracefl.federation.privacy import epsilon
 

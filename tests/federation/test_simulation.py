@@ -39,20 +39,16 @@ def broken_app(how: str) -> ClientApp:
     return app
 
 
-BROKEN = [
-    ("raise", "the disk of this client is full"),
-    pytest.param("die", "its process died", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("how", "words"), BROKEN)
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "words"), [("raise", "the disk of this client is full"), ("die", "its process died")])
 def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_path, how, words):
     c = config(*SMALL)
     data = prepare(c)
     initial = exchanged_state(initial_model(c, data))
     clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
     run = Run.create(tmp_path / "run", initial=initial, clients=clients, seed=0)
-    drive = partial(serve, config=c, data=data, run=run, on_client=lambda *_: None, on_round=lambda _: None)
+    model = build_model({"name": "resnet18", "num_classes": 10})
+    drive = partial(serve, config=c, data=data, run=run, model=model, examples=data.server())
     with pytest.raises(TraceFLError, match=rf"round 2, client 1: .*{words}"):
         simulate(c, drive, broken_app(how))
     assert len(Run.open(run.path).rounds) == 1
@@ -61,17 +57,13 @@ def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_pat
         assert [len(record.clients) for record in Run.open(run.path).rounds] == [3, 3]
 
 
-def test_a_simulation_that_cannot_start_ends_at_once(config, tmp_path, monkeypatch):
+def test_a_simulation_that_cannot_start_ends_at_once(config, tmp_path):
     c = config(*SMALL)
     data = prepare(c)
-    run = Run.create(
-        tmp_path / "run",
-        initial=exchanged_state(build_model({"name": "resnet18", "num_classes": 10})),
-        clients=[],
-        seed=0,
-    )
-    c.client_resources.cpus = 10_000.0  # more than the check of the configuration lets through
-    drive = partial(serve, config=c, data=data, run=run, on_client=lambda *_: None, on_round=lambda _: None)
+    model = build_model({"name": "resnet18", "num_classes": 10})
+    run = Run.create(tmp_path / "run", initial=exchanged_state(model), clients=[], seed=0)
+    c.client_cpus = 10_000.0  # more than the check of the configuration lets through
+    drive = partial(serve, config=c, data=data, run=run, model=model, examples=data.server())
     before = set(threading.enumerate())
     with pytest.raises(TraceFLError, match=r"client_cpus=10000\.0"):
         simulate(c, drive)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
+from tests.report.metrics import NAN, table, tidy
 from tracefl.report.lines import provenance_lines
 
 
@@ -17,19 +18,16 @@ def provenance() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns.split())
 
 
-ROUNDS = pd.DataFrame(
-    [
-        {
-            "round": 3, "loss": 3.244, "accuracy": 0.18, "num_inputs": 6, "localization_accuracy": 1.0,
-            "chance_accuracy": 1 / 3, "largest_client_accuracy": 0.5, "top_holder_accuracy": 1.0,
-            "top_holder_chance": 1 / 3, "spearman": 0.9,
-        }
-    ]
-)  # fmt: skip
+MODEL = {"loss": 3.244, "accuracy": 0.18}
+NEURON = {
+    "num_inputs": 6, "localization": (1.0, 1 / 3), "largest_client": (0.5, 1 / 3), "top_holder": (1.0, 1 / 3),
+    "spearman": (0.9, 0),
+}  # fmt: skip
+METRICS = table(tidy(3, model=MODEL, neuron=NEURON))
 
 
 def test_lines_word_for_word(provenance):
-    lines = list(provenance_lines(ROUNDS, provenance, faulty=set()))
+    lines = list(provenance_lines(METRICS, provenance, faulty=set()))
     for expected in (
         "*********** Input Label: 8, Responsible Client(s): c1  *************",
         "Traced Client: c1 || Tracing = Correct",
@@ -42,7 +40,7 @@ def test_lines_word_for_word(provenance):
 
 
 def test_every_accuracy_is_followed_by_its_chance(provenance):
-    lines = list(provenance_lines(ROUNDS, provenance, faulty=set()))
+    lines = list(provenance_lines(METRICS, provenance, faulty=set()))
     for line, following in pairwise(lines):
         if re.search(r"Localization Accuracy( =|:)", line):
             assert "Chance = 33.3" in following
@@ -51,30 +49,51 @@ def test_every_accuracy_is_followed_by_its_chance(provenance):
 
 
 def test_a_wrong_answer_and_a_faulty_client(provenance):
-    assert "Traced Client: c1 || Tracing = Wrong" in provenance_lines(ROUNDS, provenance, faulty={"9"})
-    assert "Traced Client: c1 || Tracing = Correct" in provenance_lines(ROUNDS, provenance, faulty={"1", "9"})
+    assert "Traced Client: c1 || Tracing = Wrong" in provenance_lines(METRICS, provenance, faulty={"9"})
+    assert "Traced Client: c1 || Tracing = Correct" in provenance_lines(METRICS, provenance, faulty={"1", "9"})
 
 
 def test_a_round_without_inputs_says_so(provenance):
-    empty = ROUNDS.assign(num_inputs=0, **{c: float("nan") for c in ROUNDS.columns if "accuracy_" in c})
+    empty = table(tidy(3, model=MODEL, neuron=dict.fromkeys(NEURON, NAN) | {"num_inputs": 0}))
     lines = list(provenance_lines(empty, provenance.iloc[:0], faulty=set()))
     assert any("found no input to trace" in line for line in lines)
     assert "Average over the 0 of 1 rounds" in lines[-1]
 
 
-FAULTY = {
-    "faulty_precision": 0.5, "faulty_precision_chance": 0.2, "faulty_recall": 0.5, "faulty_recall_chance": 0.2,
-    "rank_of_c1": 1.25, "rank_of_c9": float("nan"), "faulty_rank_chance": 5.5, "feddebug_accuracy": 0.3,
-    "feddebug_chance": 0.2,
-}  # fmt: skip
+FAULTY = table(
+    tidy(
+        3,
+        model=MODEL,
+        neuron=NEURON
+        | {
+            "faulty_precision": (0.5, 0.2), "faulty_recall": (0.5, 0.2), "rank_of_c1": (1.25, 5.5),
+            "rank_of_c9": (NAN, 5.5),
+        },
+        FedDebug={"found": (0.3, 0.2)},
+    )
+)  # fmt: skip
 
 
 def test_faulty_clients_are_ranked_and_compared_with_feddebug(provenance):
-    lines = list(provenance_lines(ROUNDS.assign(**FAULTY), provenance, faulty={"1", "9"}))
+    lines = list(provenance_lines(FAULTY, provenance, faulty={"1", "9"}))
     ranked = "Faulty Clients: Rank = {'c1': 1.2} (chance 5.5)"
     several = f"{ranked}, Precision = 50.0 (chance 20.0), Recall = 50.0 (chance 20.0)"
     assert f"[Round 3] {several}" in lines
     assert "[Round 3] FedDebug: Localization = 30.0 (chance 20.0)" in lines
     assert f"Average over the 1 of 1 rounds with inputs to trace: {several}" in lines
     assert lines[-1] == "Average over 1 rounds: FedDebug: Localization = 30.0 (chance 20.0)"
-    assert f"[Round 3] {ranked}" in provenance_lines(ROUNDS.assign(**FAULTY), provenance, faulty={"1"})
+    assert f"[Round 3] {ranked}" in provenance_lines(FAULTY, provenance, faulty={"1"})
+
+
+def test_influence_and_the_servers_own_share_have_their_words(provenance):
+    influence = {"localization": (0.75, 0.3), "top_holder": (0.5, 0.3), "spearman": (0.25, 0), "num_inputs": 6}
+    influence |= {"server_share": 0.125, "noise_share": 0.1, "largest_client": 0.5}
+    lines = list(provenance_lines(table(tidy(3, model=MODEL, neuron=NEURON, influence=influence)), provenance, set()))
+    beside = " || Influence: Localization = 75.0, Top Holder = 50.0, Spearman = 0.25"
+    assert sum(line.endswith(beside) for line in lines) == 2
+    server = "[Round 3] Server's own share of the influence = 12.5%s (plain averaging: 0)"
+    assert server % ", noise alone 10.0" in lines
+    alone = table(tidy(3, model=MODEL, influence=influence | {"noise_share": 0.0}))
+    lines = list(provenance_lines(alone, provenance.assign(method="influence"), set()))
+    assert "TraceFL Average Localization Accuracy: 75.0" in lines
+    assert server % "" in lines

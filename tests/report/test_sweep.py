@@ -30,5 +30,5 @@ def test_folders_are_found_by_what_they_hold(tmp_path):
     record(tmp_path / "run-1")
     (tmp_path / "run-2").mkdir()
     assert find("runs", f"{tmp_path}/run-*", "rounds.csv") == [tmp_path / "run-1"]
-    with pytest.raises(TraceFLError, match=r"runs=nowhere/\* matches no folder with a rounds\.csv"):
+    with pytest.raises(TraceFLError, match=r"runs must match folders with a rounds\.csv, got runs=nowhere/\*"):
         find("runs", "nowhere/*", "rounds.csv")

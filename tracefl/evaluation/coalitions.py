@@ -1,11 +1,14 @@
 """The coalition game: a ground truth per prediction, without retraining.
 
-The value of a set S of a round's participants is the log-odds of the explained class under the model fused from S,
+The value of a set S of a round's participants is the log-odds of the explained class under the
+model fused from S,
 
-    v_n(S) = log-odds of class c_n under  W_S = Σ_{k in S} p_k W_k / Σ_{k in S} p_k,      W_∅ the incoming global model.
+    v_n(S) = log-odds of class c_n under  W_S = Σ_{k in S} p_k W_k / Σ_{k in S} p_k,
+    W_∅ the incoming global model.
 
-All 2^K sets are visited in Gray code order, so that one client is added or taken away at a time. A set is a bit mask:
-bit k stands for client k. From the table v [2^K, N] come, exactly,
+All 2^K sets are visited in Gray code order, so that consecutive sets differ by one client. A set is
+a bit mask: bit k stands for client k. N explained inputs, K clients. From the table v [2^K, N]
+follow, exactly,
 
     leave-one-out    v(all) - v(all \\ k)
     Shapley          Σ_S |S|! (K - 1 - |S|)! / K!  (v(S + k) - v(S))     over sets S without k
@@ -22,22 +25,51 @@ from torch import Tensor, nn
 
 from tracefl.classifier import log_odds, logits_of
 from tracefl.errors import TraceFLError
+from tracefl.evaluation.localization import spearman
+from tracefl.states import State
 
 MOST_CLIENTS = 14  # 16,384 fusions
 
 
 def values(
     model: nn.Module,
-    clients: Mapping[str, Mapping[str, Tensor]],
+    clients: Mapping[str, State],
     weights: Mapping[str, float],
-    incoming: Mapping[str, Tensor],
+    incoming: State,
     inputs: Tensor | Mapping[str, Tensor],
     targets: Tensor,
 ) -> Tensor:
-    """v [2^K, N] float64. `model` gives the architecture alone; it is copied."""
+    """Play the game: fuse every set of clients and evaluate it on the inputs.
+
+    Args:
+        model: gives the architecture; it is copied, and its weights do not matter.
+        clients: client id -> state dict of the client's model, K of them.
+        weights: client id -> p_k; they need not add up to 1.
+        incoming: state dict of the global model that the round started from, v(∅).
+        inputs: Tensor [N, ...], or the model's keyword arguments.
+        targets: the explained class of each input, int64 [N].
+
+    Returns:
+        v, float64 [2^K, N]: row `mask` is the value of the set of clients whose bits are set in
+        `mask`.
+
+    Raises:
+        TraceFLError: no clients, or more than 14 (16,384 fusions).
+
+    Example:
+        >>> def state(bias):
+        ...     return {"weight": torch.zeros(2, 1), "bias": torch.tensor([bias, 0.0])}
+        >>> clients, weights = {"a": state(1.0), "b": state(3.0)}, {"a": 1, "b": 1}
+        >>> x, targets = torch.zeros(1, 1), torch.tensor([0])
+        >>> v = values(nn.Linear(1, 2), clients, weights, state(0.5), x, targets)
+        >>> v[:, 0].tolist()  # of no client, a, b, and both
+        [0.5, 1.0, 3.0, 2.0]
+    """
     K = len(clients)
     if not 1 <= K <= MOST_CLIENTS:
-        raise TraceFLError(f"{K} clients make 2^{K} coalitions: play the game with 1 to {MOST_CLIENTS}")
+        raise TraceFLError(
+            f"the number of clients must be 1 to {MOST_CLIENTS}, got {K} (2^{K} coalitions): choose fewer"
+        )
     model = copy.deepcopy(model).eval()
     state = {name: w for name, w in model.state_dict().items() if w.is_floating_point()}
     p = {who: float(weights[who]) for who in clients}
@@ -51,12 +83,13 @@ def values(
 
 
 def fusions(
-    clients: Sequence[Mapping[str, Tensor]],
-    p: Sequence[float],
-    names: Mapping[str, Tensor],
-    incoming: Mapping[str, Tensor],
+    clients: Sequence[State], p: Sequence[float], names: State, incoming: State
 ) -> Iterator[tuple[int, Callable[[str], Tensor]]]:
-    """(mask, name -> tensor of W_mask) for every set. Sums are float64, in which 2^K of them drift by 1e-12."""
+    """Yield (mask, name -> that tensor of W_mask) for every set of clients.
+
+    A running sum changes by one client at a time. It is float64, in which 2^K changes add up to an
+    error of 1e-12. Use a function before the next set is asked for.
+    """
     running = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in names.items()}
     mask = 0
     yield mask, incoming.__getitem__
@@ -67,53 +100,71 @@ def fusions(
         for name, total in running.items():
             total.add_(clients[changed][name], alpha=sign * p[changed])
         size = math.fsum(p[k] for k in range(len(clients)) if mask >> k & 1)
-        if size == 0:  # members without weight fuse to nothing new
+        if size == 0:  # all members have weight 0
             yield mask, incoming.__getitem__
         else:
             yield mask, lambda name, size=size: running[name] / size  # type: ignore[misc]
 
 
 def members(K: int) -> Tensor:
-    """[2^K, K]: which clients are in which set."""
+    """bool [2^K, K]: which clients are in which set."""
     return (torch.arange(1 << K)[:, None] >> torch.arange(K) & 1).bool()
 
 
 def leave_one_out(v: Tensor) -> Tensor:
-    """[N, K]: what the prediction loses when the round is fused without client k."""
+    """What a prediction loses when the round is fused without client k.
+
+    Args:
+        v: value of every set, [2^K, N].
+
+    Returns:
+        [N, K]
+
+    Example:
+        >>> leave_one_out(torch.tensor([[0.0], [1.0], [2.0], [5.0]])).tolist()
+        [[3.0, 4.0]]
+    """
     everyone = len(v) - 1
     return torch.stack([v[everyone] - v[everyone ^ (1 << k)] for k in range(everyone.bit_length())], 1)
 
 
 def shapley(v: Tensor) -> Tensor:
-    """[N, K] exact Shapley values; a row adds up to v(all) - v(∅)."""
+    """Exact Shapley values (Shapley, 1953).
+
+    Args:
+        v: value of every set, [2^K, N].
+
+    Returns:
+        float64 [N, K]; a row adds up to v(all) - v(∅).
+
+    Example:
+        >>> shapley(torch.tensor([[0.0], [1.0], [2.0], [5.0]])).tolist()
+        [[2.0, 3.0]]
+    """
     K = (len(v) - 1).bit_length()
-    size = members(K).sum(1)
+    size, sets = members(K).sum(1), torch.arange(1 << K)
     weight = torch.tensor([1 / (K * math.comb(K - 1, s)) for s in range(K)], dtype=torch.float64)
     found = []
     for k in range(K):
-        without = torch.arange(1 << K)[(torch.arange(1 << K) >> k & 1) == 0]
+        without = sets[(sets >> k & 1) == 0]
         found.append((weight[size[without], None] * (v[without | 1 << k] - v[without])).sum(0))
     return torch.stack(found, 1)
 
 
 def client_lds(v: Tensor, scores: Tensor) -> Tensor:
-    """[N] Spearman correlation, over all sets but the empty one, of Σ of the members' scores [N, K] with v."""
+    """How well sums of scores predict the values of sets: a linear datamodeling score of clients.
+
+    Args:
+        v: value of every set, [2^K, N].
+        scores: score of each client for each input, [N, K].
+
+    Returns:
+        [N] Spearman correlation of v with the sum of the members' scores, over all sets but ∅.
+
+    Example:
+        >>> v = torch.tensor([[0.0], [1.0], [2.0], [5.0]])
+        >>> client_lds(v, torch.tensor([[0.1, 0.2]])).tolist()
+        [1.0]
+    """
     sums = members(scores.shape[1]).double() @ scores.double().T
-    return spearman(sums[1:].T, v[1:].T)
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Rank correlation of the rows of a and b [N, M]; ties share their mean rank; NaN where a row is constant."""
-    ranks = [ranked(x.double()) for x in (a, b)]
-    centred = [r - r.mean(1, keepdim=True) for r in ranks]
-    norms = centred[0].norm(dim=1) * centred[1].norm(dim=1)
-    return (centred[0] * centred[1]).sum(1) / norms
-
-
-def ranked(x: Tensor) -> Tensor:
-    rows = []
-    for row in x:
-        _, inverse, counts = row.unique(return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        rows.append((last - (counts - 1) / 2)[inverse])
-    return torch.stack(rows)
+    return torch.from_numpy(spearman(sums[1:].T.numpy(), v[1:].T.numpy()))

@@ -1,18 +1,18 @@
-"""FedDebug (ICSE 2023), the rival: find faulty clients by differential testing of their models on random images.
+"""FedDebug (ICSE 2023), for comparison: find faulty clients by differential testing.
 
-In every Conv2d and Linear layer a neuron z of client k is active on an image if relu(z), scaled to [0, 1] by the
-layer's minimum and maximum on that image, exceeds a threshold. Neurons active in all clients say nothing. Of the
-subsets of K - 1 clients the one with the most neurons active in common is taken for the benign one; the client left out
-is the suspect. With c_j the number of clients in which neuron j is active, the subset without k has in common
+The models of all clients see the same random images. In every Conv2d and Linear layer a neuron z of
+client k is active on an image if relu(z), scaled to [0, 1] by the layer's minimum and maximum on
+that image, exceeds a threshold. Neurons active in all clients say nothing. Of the subsets of K - 1
+clients the one with the most neurons active in common is taken for the benign one; the client left
+out is the suspect. With c_j the number of clients in which neuron j is active, the subset without k
+has in common
 
     A_k = #{j : c_j = K - 1 and j is not active in k},
 
-so one pass over the clients gives all K agreements. For F faults the suspect leaves and the rest is searched again.
-Suspects with equal A_k are drawn from at random, instead of blaming the first.
+so one pass over the clients gives all K agreements. For F faulty clients the suspect is removed and
+the others are searched again. Of several suspects with the same A_k one is drawn at random, instead
+of always the first.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -20,42 +20,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracefl.config import Config
 from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
+from tracefl.evaluation.localization import NAN
+from tracefl.evaluation.metrics import Metric
+from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import load_exchanged_state
 from tracefl.runs import Run
 from tracefl.states import State
 
 IMAGES = 10  # one vote each
-PICKY_FROM, SAME_CLASS = 10, 3  # with so many clients, so many have to agree on an image's class
-CANDIDATES = 30  # from which such images are picked
+PICKY_FROM, SAME_CLASS = 10, 3  # from 10 clients on, at least 3 have to agree on an image's class
+CANDIDATES = 30  # images that are drawn to choose such ones from
 COLUMNS = ["round", "image", "vote", "client"]  # vote 1 is the first suspect of F
 
 Array = np.ndarray
 
 
-def debug_round(
-    run: Run, number: int, model: nn.Module, faulty: set[str], threshold: float, *, picky: bool, watch: Stopwatch
-) -> pd.DataFrame:
-    """One row per (image, vote) of round `number`: the suspects. No rows if no faulty client took part.
+def debug_round(config: Config, run: Run, model: nn.Module, number: int, watch: Stopwatch) -> pd.DataFrame:
+    """Search a round for as many suspects as faulty clients took part.
 
     Args:
+        config: neuron_activation_threshold; faster_input_generation=false prefers, with ten clients
+            or more, images on whose class at least three agree; of the faulty clients only how many
+            took part is used.
+        run: the recorded run.
         model: of the run's architecture, on the device to compute on; its weights are overwritten.
-        threshold: above which a neuron is active.
-        picky: with ten clients or more, pick images on whose class at least three agree.
+        number: of the round, from 1.
+        watch: measures the search as "FedDebug".
+
+    Returns:
+        A table with `COLUMNS`, one row per (image, vote): the suspects. No rows if no faulty client
+        took part.
     """
     view = run.round(number)
     clients = {client.id: view.client_state(client.id) for client in view.clients}
-    faults = len(faulty & clients.keys())
+    faults = len(faulty_clients(config) & clients.keys())
     if faults == 0:
         return pd.DataFrame(columns=COLUMNS)
     for state in clients.values():
         state.check()  # before the clock runs
-    seed = [run["seed"], number]
+    seed, picky = [run["seed"], number], not config.faster_input_generation and len(clients) >= PICKY_FROM
     with watch.measure("FedDebug", IMAGES):
-        active = observe(
-            model, list(clients.values()), threshold, picky=picky and len(clients) >= PICKY_FROM, seed=seed
-        )
+        active = observe(model, list(clients.values()), config.neuron_activation_threshold, picky=picky, seed=seed)
         rng = np.random.default_rng(seed)
         ids = list(clients)
         rows = [
@@ -67,12 +75,26 @@ def debug_round(
 
 
 def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
-    """The `faults` clients that agree least with the others, first one first. active: 0 or 1 [K, neurons]."""
+    """The clients that agree least with the others, the most suspect one first.
+
+    Args:
+        active: 1 where a client's neuron is active on the image, otherwise 0, [K, neurons].
+        faults: how many suspects are wanted, at most K - 1.
+        rng: chooses among clients that agree equally little.
+
+    Returns:
+        The places of the suspects among the K clients.
+
+    Example:
+        >>> active = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+        >>> suspects(active, 1, np.random.default_rng(0))  # the others share neurons 1 and 2
+        [1]
+    """
     left, found = list(range(len(active))), []
     count = active.sum(axis=0, dtype=np.int32)
     for _ in range(faults):
-        lonely = count == len(left) - 1  # active in all but one of those left
-        agreement = np.array([(lonely & (active[k] == 0)).sum() for k in left])
+        in_all_but_one = count == len(left) - 1
+        agreement = np.array([(in_all_but_one & (active[k] == 0)).sum() for k in left])
         k = left[rng.choice(np.flatnonzero(agreement == agreement.max()))]
         count -= active[k]
         left.remove(k)
@@ -81,9 +103,10 @@ def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
 
 
 def observe(model: nn.Module, states: list[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
-    """Which neurons are active in each of K clients on each image: bits, uint8 [K, IMAGES, neurons / 8 rounded up].
+    """Which neurons are active in each of K clients on each image.
 
-    If `picky`, images on whose class enough clients agree come first, and others fill up: a client is read once.
+    Returns bits, uint8 [K, IMAGES, neurons / 8 rounded up]. If `picky`, images on whose class
+    enough clients agree are taken first. Every client is read once, for all images.
     """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     images = random_images(CANDIDATES if picky else IMAGES, generator).to(next(model.parameters()).device)
@@ -93,7 +116,7 @@ def observe(model: nn.Module, states: list[State], threshold: float, *, picky: b
         active, predicted = active_neurons(model, images, threshold)
         bits.append(np.packbits(active.cpu().numpy(), axis=1))
         classes.append(predicted)
-    agreeing = F.one_hot(torch.stack(classes)).sum(0).amax(1)  # the most clients that give an image the same class
+    agreeing = F.one_hot(torch.stack(classes)).sum(0).amax(1)  # of an image
     chosen = (agreeing < SAME_CLASS).to(torch.uint8).argsort(stable=True)[:IMAGES].cpu().numpy()
     return np.stack([client[chosen] for client in bits])
 
@@ -108,10 +131,18 @@ def random_images(count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Active neurons, bool [N, neurons], and the predicted classes [N]. A constant layer has none active."""
-    model.eval()
-    with _outputs(model) as outputs:
-        predicted = model(images).argmax(1)
+    """Active neurons, bool [N, neurons], and the predicted classes [N].
+
+    A layer whose outputs are all the same has none active.
+    """
+    outputs: list[Tensor] = []  # copies, as a ReLU may work in place
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
+    try:
+        predicted = model.eval()(images).argmax(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
     active = []
     for output in outputs:
         z = output.flatten(1).relu()
@@ -120,27 +151,15 @@ def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[
     return torch.cat(active, 1), predicted
 
 
-@contextmanager
-def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of every Conv2d and Linear in the order in which they run; copies, as a ReLU may work in place."""
-    outputs: list[Tensor] = []
-    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+def judge_votes(run: Run, votes: pd.DataFrame, faulty: set[str]) -> list[Metric]:
+    """Per round, the share of the faulty participants that was found, mean over images.
 
-
-def judge_rounds(run: Run, votes: pd.DataFrame, faulty: set[str]) -> pd.DataFrame:
-    """Per round with a faulty participant: the mean over images of the share of them found, and what chance finds."""
+    NaN where no faulty client took part; chance finds their share of the participants.
+    """
     rows = []
-    for number, part in votes.groupby("round"):
-        clients = [client.id for client in run.round(int(str(number))).clients]
-        faults = len(faulty.intersection(clients))
-        hits = part["client"].isin(faulty).sum()
-        rows.append((number, hits / (IMAGES * faults), faults / len(clients)))
-    return pd.DataFrame(rows, columns=["round", "feddebug_accuracy", "feddebug_chance"]).astype(
-        {"round": "int64", "feddebug_accuracy": "float64", "feddebug_chance": "float64"}
-    )
+    for record in run.rounds:
+        faults = sum(client.id in faulty for client in record.clients)
+        hits = votes.loc[votes["round"] == record.number, "client"].isin(faulty).sum()
+        judged = (hits / (IMAGES * faults), faults / len(record.clients)) if faults else (NAN, NAN)
+        rows.append(Metric(record.number, "FedDebug", "found", *judged))
+    return rows

@@ -1,109 +1,134 @@
 """Localization metrics, each with its chance level.
 
-The paper calls an answer correct if the named client holds training examples of the label (with faulty clients: if it
-is a faulty one). Under mild skew most participants hold most labels, so a random name is often "correct": the paper's
-accuracy says little without the score of a uniformly random participant, which stands beside it here.
+The paper calls an answer correct if the named client holds training examples of the label (with
+faulty clients: if it is a faulty one). Under mild skew most participants hold most labels, so a
+random name is often "correct": the paper's accuracy says little without the score of a uniformly
+random participant, which is given beside it here.
+
+N traced inputs, K participants of the round.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 Array = np.ndarray
+NAN = float("nan")
 
 
-@dataclass(frozen=True)
-class Localization:
-    """Means over a round's traced inputs; NaN where no input was traced.
+class Judged(NamedTuple):
+    """A metric's value, and the value that a uniformly random participant (or ranking) gets."""
 
-    accuracy              the named client is a culprit (the paper's rule)
-    chance                the same for a uniformly random participant
-    largest_client        the same for always naming the participant with the most examples (a tie: one of them)
-    top_holder            the named client holds the most examples of the label
-    top_holder_chance     the same for a uniformly random participant
-    spearman              rank correlation of contributions with label counts; a random ranking gives 0
-    """
-
-    num_inputs: int
-    accuracy: float
-    chance: float
-    largest_client: float
-    top_holder: float
-    top_holder_chance: float
-    spearman: float
+    value: float
+    chance: float = NAN
 
 
-def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: Array) -> Localization:
-    """Judge the argmax of `contributions` [N, K]; where all shares are the same, nobody is named and nothing judged.
+def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: Array) -> dict[str, Judged]:
+    """Judge, for each input, the client with the largest contribution: the named client.
+
+    An input to which all clients contribute the same names nobody and is not judged.
 
     Args:
-        contributions: share of each of K participants in each of N predictions, float [N, K].
-        label_counts: training examples of the explained label that each participant holds, int [N, K].
+        contributions: contribution of each participant to each prediction, float [N, K].
+        label_counts: training examples of the explained label on each participant, int [N, K].
         culprits: whether naming the participant counts as correct, bool [N, K].
-        sizes: all training examples of each participant, int [K].
+        sizes: number of training examples of each participant, int [K].
+
+    Returns:
+        Means over the judged inputs, shares in [0, 1]; NaN if there is none. By name:
+
+        - num_inputs: N, judged or not
+        - localization: the named client is a culprit (the paper's accuracy)
+        - largest_client: the same if the participant with the most examples is always named
+        - top_holder: the named client holds the most examples of the label
+        - spearman: rank correlation of contributions with label counts, where there is one
+
+    Example:
+        >>> label_counts = np.array([[30, 0, 10], [0, 20, 5]])
+        >>> contributions = np.array([[0.9, 0.1, 0.4], [0.2, 0.1, 0.5]])
+        >>> found = localize(contributions, label_counts, label_counts > 0, np.array([30, 20, 15]))
+        >>> found["localization"].value, round(found["localization"].chance, 3)
+        (1.0, 0.667)
+        >>> found["top_holder"].value, round(found["top_holder"].chance, 3)
+        (0.5, 0.333)
     """
-    traced, K = contributions.shape
+    N, K = contributions.shape
     decided = (contributions.max(axis=1, initial=-np.inf) > contributions.min(axis=1, initial=np.inf)) | (K == 1)
     contributions, label_counts, culprits = contributions[decided], label_counts[decided], culprits[decided]
     if len(contributions) == 0:
-        return Localization(traced, *[float("nan")] * 6)
-    inputs = np.arange(len(contributions))
-    named = contributions.argmax(axis=1)
-    top = (label_counts == label_counts.max(axis=1, keepdims=True)) & (label_counts.max(axis=1, keepdims=True) > 0)
-    return Localization(
-        num_inputs=traced,
-        accuracy=culprits[inputs, named].mean(),
-        chance=culprits.mean(),
-        largest_client=culprits[:, sizes == sizes.max()].mean(),
-        top_holder=top[inputs, named].mean(),
-        top_holder_chance=top.mean(),
-        spearman=_mean_spearman(contributions, label_counts),
-    )
+        return {"num_inputs": Judged(N)} | dict.fromkeys(
+            ("localization", "largest_client", "top_holder", "spearman"), Judged(NAN)
+        )
+    inputs, named = np.arange(len(contributions)), contributions.argmax(axis=1)
+    most = label_counts.max(axis=1, keepdims=True)
+    top, chance = (label_counts == most) & (most > 0), float(culprits.mean())
+    correlation = spearman(contributions, label_counts)
+    correlation = correlation[~np.isnan(correlation)]
+    return {
+        "num_inputs": Judged(N),
+        "localization": Judged(float(culprits[inputs, named].mean()), chance),
+        "largest_client": Judged(float(culprits[:, sizes == sizes.max()].mean()), chance),
+        "top_holder": Judged(float(top[inputs, named].mean()), float(top.mean())),
+        "spearman": Judged(float(correlation.mean()) if len(correlation) else NAN, 0.0),
+    }
 
 
-@dataclass(frozen=True)
-class FaultNaming:
-    """How well a ranking names all faulty clients. Means over a round's traced inputs; NaN where there were none.
+def name_faulty(ranks: Array, clients: Sequence[str], faulty: set[str]) -> dict[str, Judged]:
+    """Judge how well a ranking names all faulty clients.
 
-    Of F faulty clients in the federation, M among the K participants, the F ranked first (at most K) are named: whoever
-    looks for them knows how many there are, not how many take part.
+    Of F faulty clients in the federation, M are among the K participants. The F ranked first (at
+    most K) are named: whoever looks for faulty clients knows how many there are, but not how many
+    take part.
 
-    precision     faulty ones among the named / named;                     chance M / K
-    recall        faulty ones among the named / M;                         chance min(F, K) / K
-    ranks         mean rank, from 1, of each faulty participant [M];       chance (K + 1) / 2
+    Args:
+        ranks: rank of each participant by its contribution, from 1, int [N, K].
+        clients: ids of the participants, [K].
+        faulty: ids of the F faulty clients.
+
+    Returns:
+        Means over the N inputs; NaN if N or M is 0. By name:
+
+        - faulty_precision: faulty ones among the named / named;   chance M / K
+        - faulty_recall: faulty ones among the named / M;          chance min(F, K) / K
+        - rank_of_c3: rank of the faulty client 3;                 chance (K + 1) / 2
+
+    Example:
+        >>> found = name_faulty(np.array([[2, 1, 3, 4]]), ["0", "1", "2", "3"], faulty={"1"})
+        >>> found["faulty_precision"], found["rank_of_c1"]
+        (Judged(value=1.0, chance=0.25), Judged(value=1.0, chance=2.5))
     """
-
-    precision: float
-    precision_chance: float
-    recall: float
-    recall_chance: float
-    ranks: Array
-    rank_chance: float
-
-
-def name_faulty(ranks: Array, faulty: Array, count: int) -> FaultNaming:
-    """Judge `ranks`, int [N, K] from 1, where `faulty`, bool [K], are M >= 1 of the `count` faulty clients."""
-    K, M, named = len(faulty), faulty.sum(), min(count, len(faulty))
-    if len(ranks) == 0:
-        nan = float("nan")
-        return FaultNaming(nan, nan, nan, nan, np.full(M, nan), nan)
-    hits = (ranks[:, faulty] <= named).sum(axis=1).mean()
-    return FaultNaming(
-        precision=hits / named,
-        precision_chance=M / K,
-        recall=hits / M,
-        recall_chance=named / K,
-        ranks=ranks[:, faulty].mean(axis=0),
-        rank_chance=(K + 1) / 2,
-    )
+    rank_names = {f"rank_of_c{client}": client for client in sorted(faulty, key=int)}
+    present = np.array([client in faulty for client in clients])
+    K, M, named = len(clients), int(present.sum()), min(len(faulty), len(clients))
+    if len(ranks) == 0 or M == 0:
+        return dict.fromkeys(("faulty_precision", "faulty_recall", *rank_names), Judged(NAN))
+    hits = float((ranks[:, present] <= named).sum(axis=1).mean())
+    mean_rank = dict(zip(clients, ranks.mean(axis=0).tolist(), strict=True))
+    return {"faulty_precision": Judged(hits / named, M / K), "faulty_recall": Judged(hits / M, named / K)} | {
+        name: Judged(mean_rank.get(client, NAN), (K + 1) / 2) for name, client in rank_names.items()
+    }
 
 
-def _mean_spearman(contributions: Array, label_counts: Array) -> float:
-    """Mean over the inputs whose label counts differ between participants."""
-    pairs = [
-        (c, n)
-        for c, n in zip(contributions, label_counts, strict=True)
-        if len(np.unique(n)) > 1 and len(np.unique(c)) > 1
-    ]
-    return float(np.mean([spearmanr(c, n).statistic for c, n in pairs])) if pairs else float("nan")
+def spearman(a: Array, b: Array) -> Array:
+    """Rank correlation of the rows of `a` and `b`.
+
+    Args:
+        a: numbers, [N, M].
+        b: numbers, [N, M].
+
+    Returns:
+        float [N]; equal numbers share their mean rank; NaN for a row of equal numbers.
+
+    Example:
+        >>> a, b = np.array([[1, 2, 3], [1, 2, 3]]), np.array([[5, 7, 9], [2, 1, 0]])
+        >>> spearman(a, b).round(6).tolist()
+        [1.0, -1.0]
+    """
+    ranks = [rankdata(values, axis=1) for values in (a, b)]
+    x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    scale = 1 / max(x.shape[1] - 1, 1)
+    with np.errstate(invalid="ignore"):
+        xy, xx, yy = (scale * product.sum(axis=1) for product in (x * y, x * x, y * y))
+        return xy / np.sqrt(yy) / np.sqrt(xx)  # in this order as scipy's spearmanr, to the last bit

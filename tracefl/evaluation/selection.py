@@ -1,4 +1,7 @@
-"""Which of the server's examples are traced. Every choice is a function of its arguments."""
+"""Which of the server's examples are traced. Every choice is a function of its arguments.
+
+Predictions and labels are int64 [N]; the answers are rows, int64 [n], drawn at random by `seed`.
+"""
 
 from collections.abc import Mapping
 
@@ -6,18 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import put_trigger
 from tracefl.training import evaluate
 
 MIN_INPUTS = 10  # traced per round, as in the paper, if there are as many to choose from
-TRIGGERED_BATCH = 64  # inputs that get a trigger and are predicted at a time, until enough are misled
+TRIGGERED_BATCH = 64  # inputs that get the trigger and are predicted at a time
+
+
+def faulty_clients(config: Config) -> set[str]:
+    """Ids of the clients that the configuration makes faulty."""
+    return {str(client) for client in config.faulty_clients_ids}
 
 
 def select_correct(
     predictions: Tensor, labels: Tensor, of_interest: set[int], per_label: int, seed: list[int]
 ) -> Tensor:
-    """Rows of correct predictions, balanced over the labels of interest: `per_label` each, at least ten in all.
+    """Rows of correct predictions, `per_label` of each label of interest, at least ten in all.
 
     A label with too few correct predictions gives what it has.
     """
@@ -52,8 +61,10 @@ def select_wrong(predictions: Tensor, labels: Tensor, limit: int, seed: list[int
 def select_triggered(
     model: nn.Module, predictions: Tensor, examples: Examples, target: int, limit: int, seed: list[int]
 ) -> Tensor:
-    """Rows of other classes that `model` takes for the target once they show the trigger, and that it did not take
-    for it before (`predictions`), at most `limit`: the trigger's doing.
+    """Rows whose prediction becomes the target when the trigger is put on them, at most `limit`.
+
+    Rows of that label, and those predicted as the target without the trigger (`predictions`), are
+    left out.
     """
     order = _shuffled(examples.labels, seed)
     order = order[(examples.labels[order] != target) & (predictions[order] != target)]
@@ -66,6 +77,7 @@ def select_triggered(
 
 
 def with_trigger(examples: Examples) -> Examples:
+    """The same examples, each with the trigger on its input."""
     return Examples(put_trigger(examples.inputs, torch.arange(len(examples))), examples.labels)
 
 

@@ -20,7 +20,11 @@ app = ClientApp()
 
 @app.query()
 def identify(message: Message, context: Context) -> Message:
-    """Which partition of the data this node holds."""
+    """Answer the server's question which partition of the data this node holds (`identify_nodes`).
+
+    An own client app registers it by `app.query()(identify)`; the node's configuration names the
+    partition-id.
+    """
     reply = ConfigRecord({"partition-id": context.node_config["partition-id"]})
     return Message(RecordDict({"config": reply}), reply_to=message)
 

@@ -1,24 +1,24 @@
-"""The server: find out which node is which client, then let the recorded strategy run its rounds."""
+"""The server: find out which node is which client, then run the rounds of the recorded strategy."""
 
 import json
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from torch import Tensor
+from torch import nn
 
 from tracefl.config import Config, client_threads, fault_settings
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
-from tracefl.federation.grid import PULL_INTERVAL_S
-from tracefl.federation.strategies import build_strategy
-from tracefl.federation.strategy import Recorder
-from tracefl.models import build_model, load_exchanged_state, model_spec
+from tracefl.federation import grid as grid_module
+from tracefl.federation.aggregation import build_strategy
+from tracefl.federation.recorder import Recorder
+from tracefl.models import load_exchanged_state, model_spec
 from tracefl.runs import Run
+from tracefl.states import State
 from tracefl.training import Evaluation, evaluate
 
 IDENTIFY_TIMEOUT_S = 300.0
@@ -29,24 +29,38 @@ def serve(
     config: Config,
     data: PreparedData,
     run: Run,
-    *,
-    on_client: Callable[[int, str, Mapping[str, Any]], None],
-    on_round: Callable[[Run], None],
+    model: nn.Module,
+    examples: Examples,
+    on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None,
+    on_round: Callable[[Run], None] = lambda _: None,
 ) -> None:
     """Run what is left of the run's rounds on the nodes of `grid`.
+
+    Args:
+        grid: Flower's.
+        config: the experiment's settings.
+        data: the prepared data; clients read their own part.
+        run: the run that rounds are added to.
+        model: of the run's architecture, on the device to evaluate on; its weights are overwritten.
+        examples: the server's.
+        on_client: called with (round, client id, metrics) after every accepted update.
+        on_round: called with the run after every complete round.
 
     Raises:
         TraceFLError: a client failed; the message names the round and the client.
     """
-    spec = model_spec(config, data)
-    buffers = dict(build_model(spec).named_buffers())
+
+    def evaluate_state(state: State) -> Evaluation:
+        load_exchanged_state(model, state)
+        return evaluate(model, examples)
+
     recorder = Recorder(
-        build_strategy(config, frozenset(buffers)),
+        build_strategy(config, frozenset(name for name, _ in model.named_buffers())),
         run,
-        identify_nodes(grid, config.data_dist.num_clients),
-        clients_per_round=config.strategy.clients_per_round,
+        identify_nodes(grid, config.num_clients),
+        clients_per_round=config.clients_per_round,
         seed=config.seed,
-        evaluate=partial(_evaluate_state, config, spec, data.server()),
+        evaluate=evaluate_state,
         accept_failures=config.accept_failures,
         on_client=on_client,
         on_round=on_round,
@@ -54,21 +68,21 @@ def serve(
     recorder.start(
         grid,
         ArrayRecord(dict(run.global_state(len(run.rounds)))),
-        config.strategy.num_rounds,
+        config.num_rounds,
         timeout=config.round_timeout,
         train_config=ConfigRecord({"task": json.dumps(client_task(config, data))}),
     )
 
 
 def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
-    """All that a client must know, as plain JSON."""
+    """The settings that a client needs, as plain JSON."""
     return {
         "seed": config.seed,
         "data": str(data.folder.resolve()),
         "model": model_spec(config, data),
         "epochs": config.client.epochs,
         "lr": config.client.lr,
-        "batch_size": config.data_dist.batch_size,
+        "batch_size": config.batch_size,
         "device": config.device,
         "threads": client_threads(config),
         "faulty_clients_ids": config.faulty_clients_ids,
@@ -77,10 +91,22 @@ def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
 
 
 def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
-    """Client id of every node: asked once, before any training, and held by the server from then on."""
+    """Ask every node once, before any training, which client it is.
+
+    Args:
+        grid: Flower's.
+        num_clients: how many nodes must be there; they are waited for, at most 5 minutes.
+
+    Returns:
+        Flower's node id -> client id, the node's partition-id: "0" to str(num_clients - 1).
+
+    Raises:
+        TraceFLError: a node failed to answer (`identify` answers for it), or the partitions are
+            not 0 to num_clients - 1.
+    """
     deadline = time.monotonic() + IDENTIFY_TIMEOUT_S
     while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < deadline:
-        time.sleep(PULL_INTERVAL_S)
+        time.sleep(grid_module.PULL_INTERVAL_S)
     queries = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
     found: dict[int, str] = {}
     for reply in grid.send_and_receive(queries, timeout=IDENTIFY_TIMEOUT_S):
@@ -90,15 +116,7 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
         found[reply.metadata.src_node_id] = str(partition)
     if sorted(found.values(), key=int) != [str(index) for index in range(num_clients)]:
         raise TraceFLError(
-            f"num_clients={num_clients} clients are wanted, but the {len(nodes)} connected nodes hold partitions "
-            f"{sorted(found.values(), key=int)}: start one node per client."
+            f"the connected nodes must hold partitions 0 to {num_clients - 1} (num_clients={num_clients}), got "
+            f"{sorted(found.values(), key=int)} from {len(nodes)} nodes: start one node per client"
         )
     return found
-
-
-def _evaluate_state(
-    config: Config, spec: dict[str, Any], examples: Examples, state: Mapping[str, Tensor]
-) -> Evaluation:
-    model = build_model(spec)
-    load_exchanged_state(model, state)
-    return evaluate(model.to(config.device), examples)

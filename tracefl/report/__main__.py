@@ -3,8 +3,8 @@
     python -m tracefl.report runs='logs/alpha-*' [x=dirichlet_alpha] [out=logs/figures]
     python -m tracefl.report data='logs/data/*' [out=logs/figures]
 
-Draws each run into its own plots/, and all of them together into `out`, beside the table that they are drawn from; of
-prepared data it draws how labels are spread over clients.
+Draws each run into its own plots/, and all of them together into `out`, beside the table that they
+are drawn from; of prepared data it draws how labels are spread over clients.
 """
 
 import sys
@@ -36,7 +36,8 @@ def _arguments(words: list[str]) -> dict[str, str]:
     source = arguments.keys() & {"runs", "data"}
     if len(arguments) < len(words) or len(source) != 1 or arguments.keys() - source - {"x", "out"}:
         raise TraceFLError(
-            f"'{' '.join(words)}' cannot be read: give runs='GLOB' or data='GLOB', and x=SETTING or out=FOLDER."
+            "the arguments must be runs='GLOB' or data='GLOB', with x=SETTING or out=FOLDER after it where wanted, "
+            f"got '{' '.join(words)}'"
         )
     return arguments
 

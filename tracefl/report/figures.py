@@ -6,35 +6,40 @@ from pathlib import Path
 import pandas as pd
 
 from tracefl.errors import TraceFLError
-from tracefl.report.files import write_csv
 from tracefl.report.plots import plot_contributions, plot_labels, plot_rounds, plot_setting, plot_times
-from tracefl.report.sweep import SETTINGS, read_rounds, read_runs, varying
+from tracefl.report.sweep import SETTINGS, read_runs, varying
+from tracefl.results import PROVENANCE, read_rounds, write_csv
 from tracefl.runs import Run
 
 
 def draw_run(folder: Path) -> None:
-    """Everything that one run can show, into its `plots/`."""
+    """Draw accuracy by round, labels per client and contributions of one run into its plots/."""
     run, plots = Run.open(folder), folder / "plots"
     plot_rounds({folder.name: read_rounds(folder)}, plots / "rounds")
     plot_labels({c.id: c.trained_label_counts for c in run.clients}, run["class_names"], plots / "labels")
-    if (folder / "provenance.parquet").exists() and len(provenance := pd.read_parquet(folder / "provenance.parquet")):
-        plot_contributions(provenance, run["class_names"], plots / "contributions")
+    if (folder / PROVENANCE).exists() and len(answers := pd.read_parquet(folder / PROVENANCE)):
+        plot_contributions(answers, run["class_names"], plots / "contributions")
 
 
 def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
-    """Several runs together, into `out`: runs.csv, their rounds, and their means against the settings that vary.
+    """Draw several runs together: their rounds, and their means against what varies.
 
     Args:
+        folders: of the runs.
         x: the setting to draw against; None: every numeric one that varies.
+        out: folder for the figures, and for runs.csv with the numbers behind them.
+
+    Returns:
+        The table of runs.csv, one row per run.
 
     Raises:
         TraceFLError: `x` is no setting of the table.
     """
     if x not in (None, *SETTINGS):
-        raise TraceFLError(f"x={x} cannot be: give one of {', '.join(SETTINGS)}.")
+        raise TraceFLError(f"x must be one of {', '.join(SETTINGS)}, got {x}")
     table = read_runs(folders)
     table = table.sort_values(["model", "dataset", *varying(table)], ignore_index=True)
-    table.insert(0, "name", _unique(_names(table), table))
+    table.insert(0, "name", _names(table))
     write_csv(out / "runs.csv", table)
     rounds = {name: read_rounds(Path(folder)) for name, folder in zip(table["name"], table["run"], strict=True)}
     plot_rounds(rounds, out / "rounds")
@@ -46,7 +51,10 @@ def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
 
 
 def draw_data(folders: list[Path], out: Path) -> None:
-    """How prepared data spread labels over clients: labels.csv (examples of each), and a figure per folder."""
+    """Draw the examples of each label on each client, a figure per prepared data.
+
+    And labels.csv.
+    """
     rows: list[tuple[str, str, int, int]] = []
     for folder in folders:
         info = json.loads((folder / "data.json").read_text())
@@ -61,23 +69,17 @@ def draw_data(folders: list[Path], out: Path) -> None:
 
 
 def _names(table: pd.DataFrame) -> list[str]:
-    """What tells each run from the others: model and dataset, and the settings that vary."""
-    told = [name for name in ("model", "dataset", *SETTINGS) if table[name].nunique() > 1]
-    told = told or ["model", "dataset"]
-    return [
-        ", ".join(
-            str(row[n]) if n in ("model", "dataset") else f"{n} {row[n]:g}" if _number(row[n]) else f"{row[n]}"
-            for n in told
-        )
-        for row in table.to_dict("records")
-    ]
+    """A name for each run: what differs of model, dataset and settings.
 
-
-def _unique(names: list[str], table: pd.DataFrame) -> list[str]:
-    """Runs that no setting of the table tells apart get the hash of their folder."""
+    Runs that would have the same name get the hash of their folder too.
+    """
+    differing = [name for name in ("model", "dataset", *SETTINGS) if table[name].nunique() > 1] or ["model", "dataset"]
+    names = [", ".join(_word(name, row[name]) for name in differing) for row in table.to_dict("records")]
     hashes = [Path(run).name.rsplit("-", 1)[-1] for run in table["run"]]
     return [f"{name}, {hashes[i]}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float))
+def _word(name: str, value: object) -> str:
+    if name in ("model", "dataset"):
+        return str(value)
+    return f"{name} {value:g}" if isinstance(value, (int, float)) else str(value)

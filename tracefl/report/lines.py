@@ -1,27 +1,37 @@
 """The log lines that people grep for, word for word as the published artifact prints them.
 
-After each of its accuracies comes a line with what chance gives: the artifact's own line stays as it is.
+Each of the artifact's accuracies is followed by a line of our own with what chance gives.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
+from tracefl.config import Config
+from tracefl.evaluation.localization import Judged
+from tracefl.evaluation.metrics import MODEL, means
 from tracefl.runs import Run
 
 SHOWN_CLIENTS = 20
+Found = Mapping[tuple[str, str], Judged]  # (method, metric) -> value and chance, see `means`
 
 
-def provenance_lines(rounds: pd.DataFrame, provenance: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
-    """Lines of the first method in `provenance`, round by round, and the averages at the end."""
-    for row in rounds.to_dict("records"):
-        part = provenance[provenance["round"] == row["round"]]
-        first = part[part["method"] == part["method"].iloc[0]] if len(part) else part
+def provenance_lines(metrics: pd.DataFrame, answers: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
+    """Lines of the first method in `answers`, round by round, and the averages at the end.
+
+    Args:
+        metrics: tidy rows (see `evaluation.metrics`) of every round.
+        answers: what was traced, one row per (round, method, input, client).
+        faulty: ids of the faulty clients.
+    """
+    for number, part in metrics.groupby("round"):
+        traced = answers[answers["round"] == number]
+        first = traced[traced["method"] == traced["method"].iloc[0]] if len(traced) else traced
         for _, answer in first.groupby("input", sort=False):
             yield from _input_lines(answer, faulty)
-        yield from _round_lines(row, faulty)
-    yield from _closing_lines(rounds, faulty)
+        yield from (f"[Round {number}] {line}" for line in _round_lines(means(part), faulty))
+    yield from _closing_lines(metrics, faulty)
 
 
 def _input_lines(answer: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
@@ -34,39 +44,38 @@ def _input_lines(answer: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
     yield f"TraceFL Clients Contributions Rank:     {scores}"
 
 
-def _round_lines(row: dict, faulty: set[str]) -> Iterator[str]:
-    number, inputs = int(row["round"]), int(row["num_inputs"])
-    model = f"GM_(loss, acc) ({row['loss']:.2f},{row['accuracy']:.2f})"
-    if not math.isnan(row.get("feddebug_accuracy", float("nan"))):
-        yield f"[Round {number}] {_feddebug(row)}"
+def _round_lines(found: Found, faulty: set[str]) -> Iterator[str]:
+    method = _shown(found)
+    inputs = int(found[method, "num_inputs"].value)
+    model = f"GM_(loss, acc) ({found[MODEL, 'loss'].value:.2f},{found[MODEL, 'accuracy'].value:.2f})"
+    if ("FedDebug", "found") in found and not math.isnan(found["FedDebug", "found"].value):
+        yield _feddebug(found)
     if inputs == 0:
-        yield f"[Round {number}] TraceFL found no input to trace || Total Inputs Used In Prov: 0 || {model}"
+        yield f"TraceFL found no input to trace || Total Inputs Used In Prov: 0 || {model}"
         return
-    yield (
-        f"[Round {number}] TraceFL Localization Accuracy = {_percent(row['localization_accuracy' + _first(row)])} || "
-        f"Total Inputs Used In Prov: {inputs} || {model}"
-    )
-    yield f"[Round {number}] {_chance(row)}"
-    if ledger := _ledger(row):
-        yield f"[Round {number}] {ledger}"
-    if naming := _naming(row, faulty):
-        yield f"[Round {number}] {naming}"
+    accuracy = percent(found[method, "localization"].value)
+    yield f"TraceFL Localization Accuracy = {accuracy} || Total Inputs Used In Prov: {inputs} || {model}"
+    yield _beside_chance(found)
+    yield from _server(found)
+    yield from _faulty(found, faulty)
 
 
-def _closing_lines(rounds: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
-    mean = rounds.mean(numeric_only=True)
-    traced = int((rounds["num_inputs"] > 0).sum())
-    yield f"Total Rounds: {len(rounds)}"
-    yield f"TraceFL Average Localization Accuracy: {_percent(mean['localization_accuracy' + _first(mean)])}"
-    yield f"Average over the {traced} of {len(rounds)} rounds with inputs to trace: {_chance(mean)}"
-    if naming := _naming(mean.to_dict(), faulty):
-        yield f"Average over the {traced} of {len(rounds)} rounds with inputs to trace: {naming}"
-    if "feddebug_accuracy" in rounds:
-        yield f"Average over {rounds['feddebug_accuracy'].notna().sum()} rounds: {_feddebug(mean)}"
+def _closing_lines(metrics: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
+    mean, count = means(metrics), metrics["round"].nunique()
+    method = _shown(mean)
+    inputs = metrics[(metrics["method"] == method) & (metrics["metric"] == "num_inputs")]["value"]
+    over = f"Average over the {(inputs > 0).sum()} of {count} rounds with inputs to trace"
+    yield f"Total Rounds: {count}"
+    yield f"TraceFL Average Localization Accuracy: {percent(mean[method, 'localization'].value)}"
+    yield f"{over}: {_beside_chance(mean)}"
+    yield from (f"{over}: {line}" for line in _faulty(mean, faulty))
+    if ("FedDebug", "found") in mean:
+        rounds = metrics[metrics["metric"] == "found"]["value"].count()
+        yield f"Average over {rounds} rounds: {_feddebug(mean)}"
 
 
 def fusion_lines(run: Run, strategy: str) -> Iterator[str]:
-    """Which p_k the contributions of the last round were weighed with."""
+    """With which p_k the strategy took the updates of the last round."""
     if run.rounds:
         last = run.rounds[-1]
         shares = {f"c{client.id}": round(client.weight, 3) for client in last.clients[:SHOWN_CLIENTS]}
@@ -74,55 +83,73 @@ def fusion_lines(run: Run, strategy: str) -> Iterator[str]:
         yield f"Weights p_k with which {strategy} took the updates of round {last.number}: {shares}{more}"
 
 
-def _ledger(row: dict) -> str:
-    """The server's own part in the influence, where it did more than average."""
-    share = row.get("server_share", float("nan"))
-    if not share > 1e-3:
-        return ""
-    noise = f", noise alone {_percent(row['noise_share'])}" if row["noise_share"] else ""
-    return f"Server's own share of the influence = {_percent(share)}{noise} (plain averaging: 0)"
+def privacy_lines(config: Config, rounds: int) -> Iterator[str]:
+    """The privacy that `rounds` rounds have spent, if the run is private."""
+    if config.noise_multiplier != -1:
+        from tracefl.federation.privacy import TARGET_DELTA, epsilon
+
+        spent = epsilon(config.noise_multiplier, rounds, config.clients_per_round, config.num_clients)
+        yield (
+            f"Differential privacy of the parameters after {rounds} rounds: epsilon = {spent:.4g} at delta = "
+            f"{TARGET_DELTA:g} (one client's updates against none); BatchNorm's running statistics are released as "
+            "they are"
+        )
 
 
-def _chance(row: dict | pd.Series) -> str:
-    first = _first(row)
+def percent(share: float, missing: str = "n/a") -> str:
+    """A share in percent with one decimal; `missing` for NaN."""
+    return missing if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def _shown(found: Found) -> str:
+    """The method of the artifact's lines: the paper's, or influence if only that is traced."""
+    return "neuron" if ("neuron", "localization") in found else "influence"
+
+
+def _beside_chance(found: Found) -> str:
+    method = _shown(found)
+    chance, (top, top_chance) = found[method, "localization"].chance, found[method, "top_holder"]
     text = (
-        f"Chance = {_percent(row['chance_accuracy'])} || "
-        f"Largest Client = {_percent(row['largest_client_accuracy'])} || "
-        f"Top Holder = {_percent(row['top_holder_accuracy' + first])} (chance {_percent(row['top_holder_chance'])}) || "
-        f"Spearman = {row['spearman' + first]:.2f} (chance 0)"
+        f"Chance = {percent(chance)} || Largest Client = {percent(found[method, 'largest_client'].value)} || "
+        f"Top Holder = {percent(top)} (chance {percent(top_chance)}) || "
+        f"Spearman = {found[method, 'spearman'].value:.2f} (chance 0)"
     )
-    if not first and "localization_accuracy_influence" in row:
+    if method == "neuron" and ("influence", "localization") in found:
+        accuracy, top, spearman = (
+            found["influence", name].value for name in ("localization", "top_holder", "spearman")
+        )
         text += (
-            f" || Influence: Localization = {_percent(row['localization_accuracy_influence'])}, "
-            f"Top Holder = {_percent(row['top_holder_accuracy_influence'])}, Spearman = {row['spearman_influence']:.2f}"
+            f" || Influence: Localization = {percent(accuracy)}, Top Holder = {percent(top)}, Spearman = {spearman:.2f}"
         )
     return text
 
 
-def _first(row: dict | pd.Series) -> str:
-    """Suffix of the metrics that the lines speak of: the paper's, or influence's where it is traced alone."""
-    return "" if "localization_accuracy" in row else "_influence"
+def _server(found: Found) -> Iterator[str]:
+    """The server's own part in the influence, where it did more than average."""
+    share = found.get(("influence", "server_share"), Judged(0.0)).value
+    if share > 1e-3:
+        noise = found["influence", "noise_share"].value
+        alone = f", noise alone {percent(noise)}" if noise else ""
+        yield f"Server's own share of the influence = {percent(share)}{alone} (plain averaging: 0)"
 
 
-def _naming(row: dict, faulty: set[str]) -> str:
-    """How well the rankings name all faulty clients; empty where nothing was traced for them."""
+def _faulty(found: Found, faulty: set[str]) -> Iterator[str]:
+    """How well the rankings name all faulty clients; nothing where no input was traced for them."""
     texts = []
-    for method, suffix in (("Faulty Clients", ""), ("Influence", "_influence")):
-        if math.isnan(row.get(f"faulty_precision{suffix}", float("nan"))):
+    for method, title in (("neuron", "Faulty Clients"), ("influence", "Influence")):
+        if math.isnan(found.get((method, "faulty_precision"), Judged(math.nan)).value):
             continue
-        means = {f"c{client}": row[f"rank_of_c{client}{suffix}"] for client in sorted(faulty, key=int)}
-        ranks = {client: round(rank, 1) for client, rank in means.items() if not math.isnan(rank)}
-        text = f"{method}: Rank = {ranks} (chance {row['faulty_rank_chance']:.1f})"
+        of_client = {f"c{client}": found[method, f"rank_of_c{client}"] for client in sorted(faulty, key=int)}
+        ranks = {client: round(rank.value, 1) for client, rank in of_client.items() if not math.isnan(rank.value)}
+        text = f"{title}: Rank = {ranks} (chance {next(iter(of_client.values())).chance:.1f})"
         for name in ("precision", "recall") if len(faulty) > 1 else ():
-            share, chance = row[f"faulty_{name}{suffix}"], row[f"faulty_{name}_chance"]
-            text += f", {name.capitalize()} = {_percent(share)} (chance {_percent(chance)})"
+            share, chance = found[method, f"faulty_{name}"]
+            text += f", {name.capitalize()} = {percent(share)} (chance {percent(chance)})"
         texts.append(text)
-    return " || ".join(texts)
+    if texts:
+        yield " || ".join(texts)
 
 
-def _feddebug(row: dict | pd.Series) -> str:
-    return f"FedDebug: Localization = {_percent(row['feddebug_accuracy'])} (chance {_percent(row['feddebug_chance'])})"
-
-
-def _percent(share: float) -> str:
-    return "n/a" if math.isnan(share) else str(round(100 * share, 1))
+def _feddebug(found: Found) -> str:
+    share, chance = found["FedDebug", "found"]
+    return f"FedDebug: Localization = {percent(share)} (chance {percent(chance)})"

@@ -1,7 +1,8 @@
 """Figures, each as PNG and PDF: one function per figure, from tables to a file.
 
-Okabe and Ito's colours, told apart by the colour-blind; in grey print line styles and markers tell them apart.
-Localization is never drawn without its chance level.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles and markers
+differ too, for grey print. Localization is never drawn without its chance level. Columns are those
+of rounds.csv.
 """
 
 import textwrap
@@ -21,7 +22,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
     *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
 )
-# column of a table, label, and how it is drawn; a column that the table lacks is left out
+# column of rounds.csv, label, style; a column that the table lacks is not drawn
 CURVES: list[tuple[str, str, dict[str, Any]]] = [
     ("accuracy", "global model", {"color": BLACK, "ls": "-", "marker": "o"}),
     ("localization_accuracy", "localization (paper)", {"color": BLUE, "ls": "-", "marker": "s"}),
@@ -33,6 +34,7 @@ CURVES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 PALETTE, HATCHES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK), ("", "//", "..", "xx")
 PANEL = (3.4, 2.4)  # inches
+DPI, KINDS = 200, ("png", "pdf")  # of the files
 
 
 def plot_rounds(tables: Mapping[str, pd.DataFrame], file: Path) -> None:
@@ -40,7 +42,7 @@ def plot_rounds(tables: Mapping[str, pd.DataFrame], file: Path) -> None:
     figure, panels = _panels(len(tables))
     for axes, (title, rounds) in zip(panels, tables.items(), strict=True):
         _curves(axes, rounds, "round")
-        axes.set_title(_wrapped(title), fontsize=8)
+        axes.set_title(textwrap.fill(title, 40), fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(figure, panels, file)
 
@@ -49,7 +51,8 @@ def plot_setting(table: pd.DataFrame, setting: str, file: Path) -> None:
     """Mean accuracies against one setting of the runs: one panel per model and dataset, in percent.
 
     Args:
-        table: one row per run, with a column `setting` and those of rounds.csv (`report.sweep.read_runs`).
+        table: one row per run, with a column `setting` and those of rounds.csv
+            (`report.sweep.read_runs`).
     """
     groups = {", ".join(map(str, key)): part.sort_values(setting) for key, part in table.groupby(["model", "dataset"])}
     figure, panels = _panels(len(groups))
@@ -61,12 +64,13 @@ def plot_setting(table: pd.DataFrame, setting: str, file: Path) -> None:
     _finish(figure, panels, file)
 
 
-def plot_contributions(provenance: pd.DataFrame, class_names: Sequence[str], file: Path) -> None:
+def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: Path) -> None:
     """Who contributed to which prediction: inputs by clients, the last round, one panel per method.
 
-    Shares are scaled to [-1, 1] per input; a green dot marks the client that holds the most examples of the label.
+    Shares are scaled to [-1, 1] per input; a green dot marks the client that holds the most
+    examples of the label.
     """
-    last = provenance[provenance["round"] == provenance["round"].max()]
+    last = answers[answers["round"] == answers["round"].max()]
     methods = list(last["method"].unique())
     clients = sorted(last["client"].unique(), key=lambda name: (len(name), name))
     rows = last[["input", "predicted"]].drop_duplicates().sort_values(["predicted", "input"])
@@ -78,9 +82,8 @@ def plot_contributions(provenance: pd.DataFrame, class_names: Sequence[str], fil
         shares = shares.sub(shares.mean(axis=1), axis=0) if method == "neuron" else shares
         scaled = shares.to_numpy() / np.abs(shares.to_numpy()).max(axis=1, keepdims=True).clip(1e-300)
         image = axes.imshow(scaled, cmap="PuOr", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
-        held = (
-            part.pivot(index="input", columns="client", values="label_examples").loc[rows["input"], clients].to_numpy()
-        )
+        held = part.pivot(index="input", columns="client", values="label_examples")
+        held = held.loc[rows["input"], clients].to_numpy()
         y, x = np.nonzero((held == held.max(axis=1, keepdims=True)) & (held > 0))
         axes.plot(x, y, "o", ms=4, mfc=GREEN, mec="white", mew=0.6)
         axes.set(xlabel="client", title=f"{method}, round {int(last['round'].max())}")
@@ -92,14 +95,14 @@ def plot_contributions(provenance: pd.DataFrame, class_names: Sequence[str], fil
 
 
 def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[str], file: Path) -> None:
-    """Training examples per client and label, as a heat map and as stacked bars (figure 1 of the paper)."""
+    """Training examples per client and label: a heat map and stacked bars (figure 1)."""
     clients = list(counts)
     table = np.array([[counts[client].get(label, 0) for label in range(len(class_names))] for client in clients])
     width = max(4.5, 0.3 * len(clients) + 1.5) + 0.12 * max(len(name) for name in class_names)
     figure = Figure(figsize=(width, 2.2 + 0.2 * len(class_names) + 2.2), layout="constrained")
     heat, bars = figure.subplots(2, 1, sharex=True, height_ratios=(0.2 * len(class_names) + 0.6, 2.2))
     image = heat.imshow(table.T, cmap="cividis", aspect="auto", interpolation="nearest")
-    class_names = [name.replace("$", r"\$") for name in class_names]  # not to be read as mathematics
+    class_names = [name.replace("$", r"\$") for name in class_names]  # no TeX
     heat.set_yticks(range(len(class_names)), class_names, fontsize=7)
     heat.set_ylabel("label")
     figure.colorbar(image, ax=heat, label="examples")
@@ -117,7 +120,7 @@ def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[s
 
 
 def plot_times(table: pd.DataFrame, file: Path) -> None:
-    """Seconds per localization of TraceFL and FedDebug (figure 6), and how often each was right, per run."""
+    """Seconds per localization of TraceFL and FedDebug (figure 6), and how often each is right."""
     figure = Figure(figsize=(2 * PANEL[0], PANEL[1] + 0.4), layout="constrained")
     time, right = figure.subplots(1, 2)
     methods = [
@@ -150,10 +153,6 @@ def _curves(axes: Axes, table: pd.DataFrame, x: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _wrapped(title: str) -> str:
-    return textwrap.fill(title, 40)
-
-
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     columns = min(count, 4)
     rows = -(-count // columns)
@@ -174,5 +173,5 @@ def _finish(figure: Figure, panels: Sequence[Axes], file: Path) -> None:
 
 def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "pdf"):
-        figure.savefig(file.with_name(f"{file.name}.{kind}"), dpi=200)
+    for kind in KINDS:
+        figure.savefig(file.with_name(f"{file.name}.{kind}"), dpi=DPI)

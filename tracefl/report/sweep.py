@@ -1,4 +1,7 @@
-"""One row per recorded run: its settings and the means over its rounds. What every figure over several runs draws."""
+"""One row per recorded run: its settings and the means over its rounds.
+
+Figures over several runs are drawn from it.
+"""
 
 import glob
 from pathlib import Path
@@ -8,16 +11,17 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from tracefl.errors import TraceFLError
+from tracefl.results import read_rounds
 
-# Settings that tell the runs of a sweep apart, by the name that a figure's axis gets.
+# Settings that tell the runs of a sweep apart: name on a figure's axis -> key in config.yaml.
 SETTINGS = {
-    "dirichlet_alpha": "data_dist.dirichlet_alpha",
+    "dirichlet_alpha": "dirichlet_alpha",
     "dist_type": "data_dist.dist_type",
-    "num_clients": "data_dist.num_clients",
-    "clients_per_round": "strategy.clients_per_round",
-    "num_rounds": "strategy.num_rounds",
-    "noise_multiplier": "strategy.noise_multiplier",
-    "clipping_norm": "strategy.clipping_norm",
+    "num_clients": "num_clients",
+    "clients_per_round": "clients_per_round",
+    "num_rounds": "num_rounds",
+    "noise_multiplier": "noise_multiplier",
+    "clipping_norm": "clipping_norm",
     "strategy": "strategy.name",
     "fault": "fault.kind",
     "faulty_clients": "faulty_clients_ids",
@@ -28,23 +32,37 @@ SETTINGS = {
 
 
 def find(key: str, pattern: str, holding: str) -> list[Path]:
-    """Folders that match a glob and hold a file `holding`, in order of name.
+    """Folders that match a glob and hold a certain file.
+
+    Args:
+        key: the argument's name, for the error.
+        pattern: the glob, as 'logs/alpha-*'.
+        holding: name of a file that every finished folder has.
+
+    Returns:
+        The folders in order of name.
 
     Raises:
         TraceFLError: there is none.
     """
     found = sorted(Path(name) for name in glob.glob(pattern) if (Path(name) / holding).exists())
     if not found:
-        raise TraceFLError(f"{key}={pattern} matches no folder with a {holding}: name finished ones, quoted.")
+        raise TraceFLError(
+            f"{key} must match folders with a {holding}, got {key}={pattern}: quote the pattern, and finish the runs"
+        )
     return found
 
 
-def read_rounds(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "rounds.csv")
-
-
 def read_runs(folders: list[Path]) -> pd.DataFrame:
-    """One row per run: name, dataset, model, settings, the last round's accuracy, means of the other metrics."""
+    """One row per recorded run.
+
+    Args:
+        folders: of finished runs, with config.yaml and rounds.csv.
+
+    Returns:
+        Columns run (the folder), dataset, model, one for each of `SETTINGS`, accuracy (the last
+        round's), and the mean over rounds of every other column of rounds.csv.
+    """
     return pd.DataFrame([_row(folder) for folder in folders])
 
 

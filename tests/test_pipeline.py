@@ -1,4 +1,7 @@
-"""The main job for real, small: what it leaves, that it repeats to the byte, and that it survives interruption."""
+"""The main job for real, small: what it leaves, that it repeats to the byte, and that it survives interruption.
+
+One whole process trains on Ray; what needs no process of its own runs in this one.
+"""
 
 import json
 import signal
@@ -9,9 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+from tests.federation import local
 from tests.test_main import tracefl
 from tracefl import Run
+from tracefl.errors import TraceFLError
+from tracefl.pipeline import run_experiment
 
 SMALL = [
     "exp_key=small", "num_clients=3", "clients_per_round=2", "num_rounds=3", "client.epochs=1",
@@ -35,6 +43,13 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     done = tracefl(*SMALL, "plotting=true", "convert_cache_to_csv=true", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Clients train in this process instead of on Ray."""
+    monkeypatch.setattr("tracefl.federation.simulation.simulate", local.simulate)
+    monkeypatch.setattr("tracefl.federation.grid.PULL_INTERVAL_S", 0)
 
 
 def test_it_leaves_what_the_readme_lists(finished):
@@ -75,6 +90,16 @@ def test_tables_hold_both_methods_and_every_chance_level(finished):
     assert (influence.sum().abs() <= 1e-3 * scale).all()  # FedAvg leaves nothing over; float32 weights
 
 
+def test_the_run_gives_its_models_and_the_servers_examples(finished):
+    run = Run.open(the_run(finished[0]))
+    examples = run.server_examples()
+    for number in (1, 3):
+        with torch.no_grad():
+            predictions = run.model(number)(examples.inputs).argmax(1)
+        assert torch.equal(predictions, run.predictions(number))
+    assert run.model(0).fc.out_features == 10
+
+
 def test_it_prints_the_lines_that_people_grep_for_and_logs_them(finished):
     folder, out = the_run(finished[0]), finished[1]
     log = (folder / "TraceFL_clients_contributions.log").read_text()
@@ -89,28 +114,66 @@ def test_it_prints_the_lines_that_people_grep_for_and_logs_them(finished):
     assert f"Everything is in {folder.relative_to(finished[0])}" in out
 
 
-def test_a_finished_run_is_not_trained_or_traced_again(finished):
+@pytest.fixture
+def small(finished, config):
+    """Run the finished job once more in this process, with further settings."""
+
+    def again(*overrides: str) -> None:
+        settings = config(*SMALL, f"storage.dir={finished[0]}/logs", *overrides)
+        run_experiment(settings, OmegaConf.to_yaml(OmegaConf.structured(settings)))
+
+    return again
+
+
+def test_clients_in_one_process_send_the_same_bytes(finished, config, tmp_path, in_process):
+    settings = config(*SMALL, f"storage.dir={tmp_path}/logs")
+    run_experiment(settings, "")
+    assert weights(tmp_path) == weights(finished[0])
+
+
+def test_a_finished_run_is_not_trained_or_traced_again(finished, small, capsys):
     folder = the_run(finished[0])
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     traced = (folder / "provenance.parquet").stat().st_mtime_ns
-    again = tracefl(*SMALL, cwd=finished[0])
-    assert again.returncode == 0, again.stderr
-    assert "nothing is trained" in again.stdout
-    assert "INFO - Total Rounds: 3" in again.stdout
+    rounds = (folder / "rounds.csv").read_bytes()
+    small()
+    out = capsys.readouterr().out
+    assert "nothing is trained" in out
+    assert "INFO - Total Rounds: 3" in out
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
     assert (folder / "provenance.parquet").stat().st_mtime_ns == traced
+    assert (folder / "rounds.csv").read_bytes() == rounds
 
 
-def test_other_tracing_settings_trace_the_recorded_run_anew(finished):
+def test_other_tracing_settings_trace_the_recorded_run_anew(finished, small):
     folder = the_run(finished[0])
     before = pd.read_parquet(folder / "provenance.parquet")
-    done = tracefl(*SMALL, "enable_beta=false", "provenance.methods=[neuron]", "do_training=false", cwd=finished[0])
-    assert done.returncode == 0, done.stderr
+    small("enable_beta=false", "provenance.methods=[neuron]", "do_training=false")
     after = pd.read_parquet(folder / "provenance.parquet")
     assert set(after["method"]) == {"neuron"}
     merged = after.merge(before, on=["round", "method", "input", "client"])
     assert len(merged) == len(after)
     assert not (merged["contribution_x"] == merged["contribution_y"]).any()
+
+
+def test_other_data_under_the_same_settings_are_refused(finished, small):
+    header = the_run(finished[0]) / "run.json"
+    original = header.read_text()
+    header.write_text(original.replace(json.loads(original)["data_sha256"], "0" * 64))
+    try:
+        with pytest.raises(TraceFLError, match="was trained on other data"):
+            small()
+    finally:
+        header.write_text(original)
+    log = (the_run(finished[0]) / "TraceFL_clients_contributions.log").read_text()
+    assert "ERROR - " in log.splitlines()[-1]
+
+
+def test_without_a_recorded_run_do_training_false_leaves_no_folder(config, tmp_path):
+    settings = config(*SMALL, f"storage.dir={tmp_path}/logs", "do_training=false")
+    with pytest.raises(TraceFLError, match="do_training=false needs a recorded run"):
+        run_experiment(settings, "")
+    assert not list(tmp_path.glob("logs/small-*"))
 
 
 def interrupt_after(rounds: int, how: signal.Signals, folder: Path) -> tuple[int, str]:
@@ -141,18 +204,6 @@ def test_an_interrupted_run_ends_with_the_same_bytes(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "training rounds 3 to 3" in done.stdout
     assert weights(tmp_path) == weights(finished[0])
-
-
-def test_other_data_under_the_same_settings_are_refused(finished):
-    header = the_run(finished[0]) / "run.json"
-    original = header.read_text()
-    header.write_text(original.replace(json.loads(original)["data_sha256"], "0" * 64))
-    try:
-        done = tracefl(*SMALL, cwd=finished[0])
-    finally:
-        header.write_text(original)
-    assert done.returncode == 1
-    assert "was trained on other data" in done.stderr
 
 
 @pytest.mark.slow
@@ -201,13 +252,17 @@ def test_a_text_model_goes_all_the_way_and_repeats_to_the_byte(real_data, tmp_pa
     assert Run.open(the_run(tmp_path / "one"))["class_names"][0] == "Company"
 
 
-@pytest.mark.slow
-def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_else(tmp_path):
-    faults = ("faulty_clients_ids=[0,1]", "fault.kind=random_labels", "num_rounds=2")
-    done = tracefl(*SMALL, *faults, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "FedDebug: Localization = " in done.stdout
-    assert "Naming the faulty clients" in done.stdout
+def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_else(
+    config, tmp_path, in_process, capsys
+):
+    def run(*overrides: str) -> str:
+        faults = ("faulty_clients_ids=[0,1]", "fault.kind=random_labels", "num_rounds=2")
+        run_experiment(config(*SMALL, f"storage.dir={tmp_path}/logs", *faults, *overrides), "")
+        return capsys.readouterr().out
+
+    out = run()
+    assert "FedDebug: Localization = " in out
+    assert "Naming the faulty clients" in out
     folder = the_run(tmp_path)
     infos = {client.id: (client.fault, client.flipped_label_counts is None) for client in Run.open(folder).clients}
     assert infos == {"0": ("random_labels", False), "1": ("random_labels", False), "2": (None, True)}
@@ -216,13 +271,25 @@ def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_e
     assert {"feddebug_accuracy", "feddebug_chance", "rank_of_c0", "rank_of_c1_influence", "faulty_recall"} <= set(
         rounds
     )
+    assert {"seconds_neuron", "seconds_influence", "seconds_feddebug"} <= set(rounds)
 
     def stamps() -> list[int]:
         return [(folder / name).stat().st_mtime_ns for name in ("provenance.parquet", "feddebug.parquet")]
 
     before = stamps()
-    assert tracefl(*SMALL, *faults, cwd=tmp_path).returncode == 0
+    run()
     assert stamps() == before
-    assert tracefl(*SMALL, *faults, "neuron_activation_threshold=0.1", cwd=tmp_path).returncode == 0
+    run("neuron_activation_threshold=0.1")
     assert stamps()[0] == before[0]
     assert stamps()[1] > before[1]
+
+
+def test_a_private_run_says_what_it_spent_and_whose_the_noise_is(config, tmp_path, in_process, capsys):
+    settings = config(
+        *SMALL, f"storage.dir={tmp_path}/logs", "num_rounds=1", "noise_multiplier=0.01", "clipping_norm=5"
+    )
+    run_experiment(settings, "")
+    out = capsys.readouterr().out
+    assert "Differential privacy of the parameters after 1 rounds: epsilon = " in out
+    assert "noise alone" in out
+    assert pd.read_csv(the_run(tmp_path) / "rounds.csv")["noise_share"].iloc[0] > 0

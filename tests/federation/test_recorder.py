@@ -7,7 +7,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from tests.federation.instant import NODES, START, InstantGrid, state_of
 from tracefl.errors import TraceFLError
-from tracefl.federation.strategy import Recorder
+from tracefl.federation.recorder import Recorder
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import Evaluation
 
@@ -90,18 +90,18 @@ def test_only_participants_are_asked(tmp_path):
         ("raise", "ValueError: out of data"),
         ("silent", "no reply in time"),
         ("nan", "'w' has non-finite values"),
-        ("shape", r"'w' is \(\(4,\), 'torch.float32'\), expected \(\(3,\), 'torch.float32'\)"),
+        ("shape", r"'w' must be \(\(3,\), 'torch.float32'\), got \(\(4,\), 'torch.float32'\)"),
         ("dtype", "torch.float64"),
         ("missing", "missing entry 'w'"),
         ("extra", "extra entry 'v'"),
-        ("empty", "num-examples is 0"),
+        ("empty", "num-examples must be a number of at least 1, got 0"),
     ],
 )
 def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_path, fault, words):
     run = run_rounds(new_run(tmp_path), 1)
     victim = int(recorder(run).participants(2)[1])
     with pytest.raises(TraceFLError, match=rf"round 2, client {victim}: .*{words}.*Rounds 1 to 1 are kept"):
-        run_rounds(run, 3, InstantGrid({victim: fault}), timeout=0.5)
+        run_rounds(run, 3, InstantGrid({victim: fault}), timeout=0.05)
     assert len(Run.open(tmp_path).rounds) == 1
     healthy = run_rounds(Run.open(tmp_path), 3)
     assert len(healthy.rounds) == 3
@@ -111,7 +111,7 @@ def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_
 def test_with_accept_failures_the_round_goes_on_without_it(tmp_path, fault):
     run = new_run(tmp_path)
     victim = recorder(run).participants(1)[2]
-    run_rounds(run, 1, InstantGrid({int(victim): fault}), timeout=0.5, accept_failures=True)
+    run_rounds(run, 1, InstantGrid({int(victim): fault}), timeout=0.05, accept_failures=True)
     record = Run.open(tmp_path).rounds[0]
     assert list(record.failures) == [victim]
     assert victim not in [client.id for client in record.clients]
@@ -134,3 +134,9 @@ def test_observers_hear_of_every_client_and_round(tmp_path):
     )
     assert sorted(heard) == sorted((t, c.id, c.num_examples) for t in (1, 2) for c in run.round(t).clients)
     assert rounds == [1, 2]
+
+
+def test_a_run_without_its_models_description_says_so(tmp_path):
+    run = new_run(tmp_path)
+    with pytest.raises(TraceFLError, match=r"has no entry 'model': give it to Run\.create"):
+        run.model(0)

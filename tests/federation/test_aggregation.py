@@ -6,11 +6,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 
 from tests.federation.instant import NODES, START, InstantGrid, state_of
-from tests.federation.test_strategy import files
+from tests.federation.test_recorder import files
 from tracefl.config import STRATEGIES
 from tracefl.errors import TraceFLError
-from tracefl.federation.strategies import build_strategy
-from tracefl.federation.strategy import Recorder
+from tracefl.federation.aggregation import build_strategy
+from tracefl.federation.recorder import Recorder
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import Evaluation
 
@@ -33,10 +33,10 @@ def run_rounds(config, folder, name, *overrides, upto=(3,)) -> Run:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_runs_is_recorded_and_resumes_to_the_same_bytes(config, tmp_path, name):
-    whole = run_rounds(config, tmp_path / "a", name)
-    run_rounds(config, tmp_path / "b", name, upto=(1, 3))
+    whole = run_rounds(config, tmp_path / "a", name, upto=(2,))
+    run_rounds(config, tmp_path / "b", name, upto=(1, 2))
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    for number in (1, 2, 3):
+    for number in (1, 2):
         assert sum(client.weight for client in whole.round(number).clients) == pytest.approx(1)
         released = whole.global_state(number)
         assert all(released[key].dtype == torch.float32 for key in START)

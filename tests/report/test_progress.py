@@ -1,0 +1,42 @@
+"""The log in a file and on the console, and the lines of training."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from tracefl.report.progress import TrainingProgress, log_to_console, log_to_file
+
+log = logging.getLogger("tracefl")
+
+
+def test_the_log_goes_to_the_file_while_it_is_open_with_the_error_that_ended_it(tmp_path):
+    log_to_console()
+    before = list(log.handlers)
+
+    def fail() -> None:
+        with log_to_file(tmp_path / "log"):
+            log.info("inside")
+            raise ValueError("the disk is full")
+
+    with pytest.raises(ValueError, match="the disk is full"):
+        fail()
+    log.info("outside")
+    assert (tmp_path / "log").read_text().splitlines() == ["INFO - inside", "ERROR - the disk is full"]
+    assert log.handlers == before
+
+
+def test_where_there_is_no_terminal_clients_and_rounds_have_their_lines(capsys):
+    log_to_console()
+    log_to_console()  # adds nothing
+    record = SimpleNamespace(number=2, loss=0.5, accuracy=0.75, failures={"4": "its process died"})
+    with TrainingProgress(3, 2, 1) as progress:
+        for client in ("1", "7"):
+            progress.on_client(2, client, {"num-examples": 30, "train-loss": 0.25})
+        progress.on_round(SimpleNamespace(rounds=[record]))
+    assert capsys.readouterr().out.splitlines() == [
+        "INFO - [Round 2] client c1 trained on 30 examples, loss 0.250 (1 of 2)",
+        "INFO - [Round 2] client c7 trained on 30 examples, loss 0.250 (2 of 2)",
+        "WARNING - [Round 2] client c4 is left out: its process died",
+        "INFO - [Round 2] global model: loss 0.50, accuracy 0.75 (round 2 of 3)",
+    ]

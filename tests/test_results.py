@@ -1,0 +1,48 @@
+"""Result files: a table is read back under its own key only; timings keep what was not measured again."""
+
+import pandas as pd
+import pytest
+
+from tracefl.results import cached, read_timings, update_timings, write_events
+
+
+def test_a_table_is_made_once_for_each_key(tmp_path):
+    made = []
+
+    def make() -> pd.DataFrame:
+        made.append(1)
+        return pd.DataFrame({"round": [len(made)], "client": ["3"]})
+
+    def table(key: str, **options) -> list[int]:
+        return cached(tmp_path / "feddebug.parquet", {"settings": key}, make, **options)["round"].tolist()
+
+    assert [table("a"), table("a")] == [[1], [1]]
+    assert [table("b"), table("b"), table("a")] == [[2], [2], [3]]
+    assert table("a", reuse=False) == [4]
+    assert pd.read_parquet(tmp_path / "feddebug.parquet")["client"].tolist() == ["3"]
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rounds = pd.DataFrame({"round": [1, 2], "accuracy": [0.5, 0.75], "spearman": [float("nan"), 0.25]})
+    write_events(tmp_path, rounds.assign(spearman=0.0))  # is replaced
+    write_events(tmp_path, rounds)
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(1, 0.5), (2, 0.75)]
+    assert [(e.step, e.value) for e in events.Scalars("spearman")] == [(2, 0.25)]
+    monkeypatch.setattr("tracefl.results.find_spec", lambda _: None)
+    write_events(tmp_path / "without", rounds)
+    assert not (tmp_path / "without").exists()
+
+
+def timing(method: str, seconds: float) -> pd.DataFrame:
+    rows = [(method, 10, seconds, seconds / 10)]
+    return pd.DataFrame(rows, columns=["method", "localizations", "seconds", "seconds_per_localization"])
+
+
+def test_timings_keep_what_was_not_measured_again(tmp_path):
+    assert read_timings(tmp_path).empty
+    for measured in (timing("neuron", 1.0), timing("FedDebug", 2.0), timing("neuron", 3.0), timing("x", 0.0)[:0]):
+        update_timings(tmp_path, measured)
+    found = read_timings(tmp_path).set_index("method")["seconds"].to_dict()
+    assert found == {"FedDebug": 2.0, "neuron": 3.0}

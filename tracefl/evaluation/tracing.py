@@ -1,0 +1,133 @@
+"""Trace a round of a recorded run: choose inputs, trace them, lay the answers out as a table."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from tracefl.config import Config
+from tracefl.data.examples import Examples, Inputs
+from tracefl.errors import TraceFLError
+from tracefl.evaluation.selection import (
+    faulty_clients,
+    select_correct,
+    select_flipped,
+    select_triggered,
+    select_wrong,
+    with_trigger,
+)
+from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.federation.noise import gaussian_noise, noise_std
+from tracefl.models import load_exchanged_state
+from tracefl.provenance import Provenance, trace
+from tracefl.runs import Run
+
+# One row per (round, method, input, client). `input` is the row of the server's examples, `score`
+# the softmax of the contributions (eq. 7), `rank` counts from 1, `label_examples` are the client's
+# training examples of the predicted label; `server` and `noise` are the contributions of the server
+# itself and of its noise, where influence knows them.
+COLUMNS = [
+    *("round", "method", "input", "client", "label", "predicted", "contribution", "score", "rank"),
+    *("label_examples", "server", "noise"),
+]
+
+
+def trace_round(
+    config: Config, run: Run, model: nn.Module, examples: Examples, number: int, watch: Stopwatch | None = None
+) -> pd.DataFrame:
+    """Trace round `number` with every method of `config.provenance.methods`.
+
+    Args:
+        config: says which inputs are traced and how, and which clients are faulty.
+        run: the recorded run.
+        model: of the run's architecture, on the device to compute on; its weights are overwritten.
+        examples: the server's examples, those that the run's predictions are about.
+        number: of the round, from 1.
+        watch: measures every method, from checked client states on disk to answers.
+
+    Returns:
+        A table with `COLUMNS`, without rows if there is nothing to trace. With a backdoor, an input
+        is the example with the trigger on it.
+
+    Raises:
+        TraceFLError: the round cannot be traced, for example because a client's file is damaged.
+    """
+    view, device, watch = run.round(number), next(model.parameters()).device, watch or Stopwatch()
+    weights = {client.id: client.weight for client in view.clients}
+    paper = {"layers": "paper", "layer_decay": 0.9 if config.enable_beta else 1.0}
+    paper["weights"] = weights if config.client_weights_normalization else None
+    arguments: dict[str, dict[str, Any]] = {"neuron": paper, "influence": {"weights": weights}}
+    tables = []
+    try:
+        load_exchanged_state(model, dict(run.global_state(number)))
+        rows = _select(config, run, model, examples, number)
+        if len(rows) == 0:
+            return pd.DataFrame(columns=COLUMNS)
+        chosen, predicted = examples[rows], run.predictions(number)[rows]
+        if config.faulty_clients_ids and config.fault.kind == "backdoor":
+            chosen, predicted = with_trigger(chosen), torch.full_like(predicted, config.fault.target)
+        inputs, targets = chosen.to(device).inputs, predicted.to(device)
+        clients = {client.id: view.client_state(client.id) for client in view.clients}
+        for state in clients.values():
+            state.check()  # before the clock runs
+        for method in config.provenance.methods:
+            with watch.measure(method, len(rows)):
+                answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
+            server = noise = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+            if method == "influence" and answer.residual is not None:
+                server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
+            tables.append(_table(run, number, answer, rows, examples.labels[rows], server, noise))
+    except TraceFLError as error:
+        raise TraceFLError(f"round {number} cannot be traced: {error}") from error
+    return pd.concat(tables, ignore_index=True)
+
+
+def _select(config: Config, run: Run, model: nn.Module, examples: Examples, number: int) -> Tensor:
+    """Rows to trace; `model` holds the round's global model.
+
+    Correct predictions or, with faulty clients, the mispredictions that their fault would cause.
+    """
+    predictions, seed = run.predictions(number), [run["seed"], number]
+    participants = {client.id for client in run.round(number).clients}
+    faulty = faulty_clients(config)
+    labels, limit = examples.labels, config.provenance.max_mispredictions
+    if not faulty:
+        held = {label for client in run.clients if client.id in participants for label in client.trained_label_counts}
+        return select_correct(predictions, labels, held, config.provenance.inputs_per_label, seed)
+    if not participants & faulty:
+        return torch.empty(0, dtype=torch.int64)  # no participant could have caused a misprediction
+    if config.fault.kind == "label_flip":
+        return select_flipped(predictions, labels, config.label2flip, limit, seed)
+    if config.fault.kind == "backdoor":
+        return select_triggered(model, predictions, examples, config.fault.target, limit, seed)
+    return select_wrong(predictions, labels, limit, seed)
+
+
+def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, targets: Tensor, config: Config) -> Tensor:
+    """[N] contribution of the round's noise, drawn again, to each prediction: < noise, dy/dW >."""
+    if config.noise_multiplier <= 0:
+        return torch.zeros(len(targets), dtype=torch.float64)
+    released, buffers = run.global_state(number), dict(model.named_buffers())
+    std = noise_std(config.noise_multiplier, config.clipping_norm, len(run.round(number).clients))
+    noisy = {
+        name: value if name in buffers else value + gaussian_noise(name, value, std, run["seed"], number)
+        for name, value in released.items()
+    }
+    noise = trace(model, {"noise": noisy}, inputs, targets=targets, weights={"noise": 1.0}, method="influence")
+    return noise.contributions[:, 0]
+
+
+def _table(
+    run: Run, number: int, answer: Provenance, rows: Tensor, labels: Tensor, server: Tensor, noise: Tensor
+) -> pd.DataFrame:
+    """An answer with `COLUMNS`; rows, labels, server and noise are of its N inputs."""
+    table = answer.to_frame().rename(columns={"target": "predicted"})
+    held = {client.id: client.trained_label_counts for client in run.clients}
+    of_input = {"input": rows, "label": labels, "server": server, "noise": noise}
+    return table.assign(
+        round=number,
+        method=answer.method,
+        label_examples=[held[c].get(label, 0) for c, label in zip(table["client"], table["predicted"], strict=True)],
+        **{name: values.cpu().numpy()[table["input"]] for name, values in of_input.items()},
+    )[COLUMNS]

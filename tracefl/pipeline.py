@@ -1,0 +1,154 @@
+"""One experiment from its configuration to its report: each stage returns what the next takes."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from tracefl.config import Config, fingerprint, run_folder
+from tracefl.data.examples import Examples
+from tracefl.data.prepare import PreparedData, prepare
+from tracefl.errors import TraceFLError
+from tracefl.evaluation import feddebug, tracing
+from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judge_times, wide
+from tracefl.evaluation.selection import faulty_clients
+from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.federation.start import initial_state, open_or_create
+from tracefl.models import build_model, model_spec
+from tracefl.report.figures import draw_run
+from tracefl.report.lines import fusion_lines, privacy_lines, provenance_lines
+from tracefl.report.progress import TrainingProgress, log_to_console, log_to_file
+from tracefl.report.tables import print_faulty, print_summary
+from tracefl.results import FEDDEBUG, PROVENANCE, ROUNDS, cached, read_timings, update_timings, write_csv, write_events
+from tracefl.runs import Run, locked, write_atomically
+
+LOG_FILE = "TraceFL_clients_contributions.log"
+log = logging.getLogger("tracefl")
+
+
+def run_experiment(config: Config, resolved: str) -> None:
+    """Run one configuration; what is already recorded is not computed again.
+
+    Args:
+        config: the checked configuration.
+        resolved: the same as YAML, kept as config.yaml.
+
+    Raises:
+        TraceFLError: something that the user can correct; what was recorded before is kept.
+    """
+    data = prepare(config)
+    if not (config.do_training or config.do_provenance):
+        print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
+        return
+    log_to_console()
+    folder = run_folder(config)
+    initial = initial_state(config, data, folder)  # may fail: before the folder is there
+    with locked(folder), log_to_file(folder / LOG_FILE):
+        run = open_or_create(config, data, folder, initial)
+        write_atomically(folder / "config.yaml", resolved.encode())
+        model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
+        train(config, data, run, model, examples)
+        answers = trace(config, run, model, examples)
+        votes = debug(config, run, model)
+        metrics = judge(config, run, answers, votes)
+        report(config, run, answers, metrics)
+    print_tables(config, metrics)
+    log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
+
+
+def train(config: Config, data: PreparedData, run: Run, model: nn.Module, examples: Examples) -> None:
+    """Train the rounds that the run lacks. Arguments as of `server_app.serve`."""
+    wanted, done = config.num_rounds, len(run.rounds)
+    if done == wanted:
+        log.info("%s: all %d rounds are recorded, nothing is trained", run.path, done)
+        return
+    if not config.do_training:
+        raise TraceFLError(f"do_training=false needs {wanted} recorded rounds, got {done}: set do_training=true")
+    from tracefl.federation.server_app import serve  # brings Flower and Ray
+    from tracefl.federation.simulation import simulate
+
+    log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, config.num_clients)
+    with TrainingProgress(wanted, config.clients_per_round, done) as progress:
+        hear = progress.on_client, progress.on_round
+        simulate(config, lambda grid: serve(grid, config, data, run, model, examples, *hear))
+
+
+def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
+    """The answers of every round (`tracing.COLUMNS`); None if do_provenance=false."""
+    if not config.do_provenance:
+        return None
+    if config.parallel_processes > 0:
+        torch.set_num_threads(config.parallel_processes)
+
+    def make() -> pd.DataFrame:
+        started, cpu = time.perf_counter(), time.process_time()
+        answers = _every_round(run, tracing.COLUMNS, partial(tracing.trace_round, config, run, model, examples))
+        inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
+        log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
+        return answers
+
+    settings = [vars(config.provenance), config.enable_beta, config.client_weights_normalization]
+    return cached(run.path / PROVENANCE, _key(run, settings), make, reuse=config.check_prov_cache)
+
+
+def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
+    """FedDebug's votes of every round (`feddebug.COLUMNS`); None where it is not to run."""
+    if not (config.do_provenance and config.faulty_clients_ids and config.do_feddebug and config.arch == "cnn"):
+        return None
+    make = partial(_every_round, run, feddebug.COLUMNS, partial(feddebug.debug_round, config, run, model))
+    settings = [config.neuron_activation_threshold, config.faster_input_generation]
+    return cached(run.path / FEDDEBUG, _key(run, settings), make, reuse=config.check_prov_cache)
+
+
+def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.DataFrame | None) -> pd.DataFrame:
+    """All metrics as tidy rows; only the global model's if nothing was traced."""
+    metrics, methods, faulty = judge_models(run), config.provenance.methods, faulty_clients(config)
+    if answers is not None:
+        metrics += judge_answers(run, answers, methods, faulty)
+    if votes is not None:
+        metrics += feddebug.judge_votes(run, votes, faulty)
+    if answers is not None and faulty:
+        metrics += judge_times(run, read_timings(run.path), [*methods, "FedDebug"])
+    return pd.DataFrame(metrics, columns=Metric._fields)
+
+
+def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.DataFrame) -> None:
+    """Log the lines, and write rounds.csv, TensorBoard's events and the figures."""
+    if answers is not None:
+        if config.convert_cache_to_csv:
+            write_csv(run.path / "provenance.csv", answers)
+        for line in provenance_lines(metrics, answers, faulty_clients(config)):
+            log.info(line)
+    for line in (*fusion_lines(run, config.strategy.name), *privacy_lines(config, len(run.rounds))):
+        log.info(line)
+    if answers is not None or not (run.path / ROUNDS).exists():
+        rounds = wide(metrics)
+        write_csv(run.path / ROUNDS, rounds)
+        write_events(run.path / "tensorboard", rounds)
+    if config.plotting:
+        draw_run(run.path)
+
+
+def print_tables(config: Config, metrics: pd.DataFrame) -> None:
+    print_summary(metrics, config.provenance.methods)
+    if config.faulty_clients_ids and config.do_provenance:
+        print_faulty(metrics, config.provenance.methods, faulty_clients(config))
+
+
+def _every_round(run: Run, columns: list[str], one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all rounds as one, and what was measured into timings.csv."""
+    watch = Stopwatch()
+    tables = [one_round(record.number, watch) for record in run.rounds]
+    update_timings(run.path, watch.table())
+    return pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=columns)])
+
+
+def _key(run: Run, settings: list[Any]) -> dict[str, str]:
+    """What answers depend on, beside the settings in the folder's name: models and settings."""
+    return {"settings": fingerprint(settings), "models": fingerprint([asdict(record) for record in run.rounds])}

@@ -1,0 +1,92 @@
+"""What a run shows while it goes on: the log, on the console and in a file, and its progress."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tracefl.runs import Run
+
+LINE = "%(levelname)s - %(message)s"
+log = logging.getLogger("tracefl")
+
+
+class _Stdout(logging.StreamHandler):
+    """Writes to the current `sys.stdout`, which a progress display replaces while it is shown."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+
+def log_to_console() -> None:
+    """Send the package's log to standard output, once."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not log.handlers:
+        handler = _Stdout()
+        handler.setFormatter(logging.Formatter(LINE))
+        log.addHandler(handler)
+
+
+@contextmanager
+def log_to_file(file: Path) -> Iterator[None]:
+    """Send the package's log to this file too, and the error that ends the block."""
+    handler = logging.FileHandler(file, mode="a", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LINE))
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class TrainingProgress(AbstractContextManager):
+    """Bars for rounds and clients on a terminal, a line per client and round elsewhere."""
+
+    def __init__(self, num_rounds: int, clients_per_round: int, done: int) -> None:
+        self.num_rounds, self.clients_per_round = num_rounds, clients_per_round
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Progress(*columns, console=Console(), disable=not sys.stdout.isatty())
+        self.rounds = self.bars.add_task("rounds ", total=num_rounds, completed=done)
+        self.clients = self.bars.add_task("clients", total=clients_per_round)
+        self.heard = 0
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def on_client(self, number: int, client: str, metrics: Mapping[str, Any]) -> None:
+        self.heard += 1
+        self.bars.update(self.clients, completed=self.heard)
+        if self.bars.disable:
+            log.info(
+                "[Round %d] client c%s trained on %d examples, loss %.3f (%d of %d)",
+                number, client, metrics["num-examples"], metrics["train-loss"], self.heard, self.clients_per_round,
+            )  # fmt: skip
+
+    def on_round(self, run: Run) -> None:
+        record, self.heard = run.rounds[-1], 0
+        self.bars.update(self.rounds, completed=record.number)
+        self.bars.update(self.clients, completed=0)
+        for client, reason in record.failures.items():
+            log.warning("[Round %d] client c%s is left out: %s", record.number, client, reason)
+        log.info(
+            "[Round %d] global model: loss %.2f, accuracy %.2f (round %d of %d)",
+            record.number, record.loss, record.accuracy, record.number, self.num_rounds,
+        )  # fmt: skip
