@@ -1,1 +1,1 @@
-"""The configuration as Hydra composes it."""
+"""What Hydra composes: base.yaml, written from config.py by `python -m tracefl.conf`, and groups of overrides."""
