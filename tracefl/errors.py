@@ -1,5 +1,15 @@
-"""The one exception type of this package."""
+"""The one exception type of this package, and what other packages' errors contribute to its messages."""
 
 
 class TraceFLError(Exception):
-    """What a user can mend: the message quotes the offending value and names the remedy."""
+    """An error that the user can correct: the message quotes the value and says what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop, to quote in a message.
+
+    Example:
+        >>> first_line(OSError("no such host.\\nmore"))
+        'no such host'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,13 +1,17 @@
-"""Classifiers with the right head from a plain description, and their exchangeable state."""
+"""Classifiers with the right head from a plain description (spec), and the state that is exchanged.
+
+vision.py holds torchvision's image models, text.py Hugging Face's text models. A client process builds
+its model from the spec alone, without the configuration and without the libraries of the other kind.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.error import URLError
 
 from torch import Tensor, nn
 
-from tracefl.architectures import build_text_model, pretrained_text_model
 from tracefl.errors import TraceFLError
+from tracefl.models.text import build_text_model, pretrained_text_model
+from tracefl.models.vision import build_image_model, pretrained_image_model
 
 if TYPE_CHECKING:  # a client builds models without any of these
     from tracefl.config import Config
@@ -15,54 +19,54 @@ if TYPE_CHECKING:  # a client builds models without any of these
 
 
 def model_spec(config: "Config", data: "PreparedData") -> dict[str, Any]:
-    """What `build_model` needs to know, as plain JSON: an image model's name, or a text model's whole config."""
+    """What `build_model` needs to know, as plain JSON.
+
+    Returns:
+        An image model's `name` and `num_classes`, or a text model's whole Hugging Face config.
+    """
     return data.text_model or {"name": config.model.name, "num_classes": data.num_classes}
 
 
 def build_model(spec: Mapping[str, Any]) -> nn.Module:
-    """A classifier with random weights whose output is, or has as `.logits`, [N, num_classes].
+    """A classifier with random weights, from what `model_spec` returns.
 
-    An image model takes float [N, 3, 32, 32]; a text model takes input_ids and attention_mask, int64 [N, T].
+    Returns:
+        A module whose output is the logits [N, num_classes], or has them as `.logits`. An image model
+        takes float [N, 3, 32, 32]; a text model takes input_ids and attention_mask, int64 [N, T].
+
+    Example:
+        >>> build_model({"name": "resnet18", "num_classes": 4}).fc.out_features
+        4
     """
-    if "model_type" in spec:
-        return build_text_model(dict(spec))
-    import torchvision  # seconds, which a client of a text model need not spend
-
-    return torchvision.models.get_model(spec["name"], weights=None, num_classes=spec["num_classes"])
+    return build_text_model(dict(spec)) if "model_type" in spec else build_image_model(**spec)
 
 
 def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
     """The model that a run starts from: with published weights if the configuration asks for them.
 
+    Random weights are drawn from torch's global generator; seed it first.
+
     Raises:
-        TraceFLError: the pretrained weights cannot be had.
+        TraceFLError: The published weights cannot be loaded.
     """
     spec = model_spec(config, data)
     if not config.model.has_weights:
         return build_model(spec)
-    return pretrained_text_model(config.model, spec) if data.text_model else _pretrained_image_model(**spec)
-
-
-def _pretrained_image_model(name: str, num_classes: int) -> nn.Module:
-    import torchvision
-
-    try:
-        model = torchvision.models.get_model(name, weights="DEFAULT")
-    except (URLError, OSError, RuntimeError) as error:
-        raise TraceFLError(
-            f"model.pretrained=true: the ImageNet weights of {name} cannot be downloaded ({error}); check the "
-            "connection or set model.pretrained=false."
-        ) from error
-    head = "classifier" if name.startswith("densenet") else "fc"
-    setattr(model, head, nn.Linear(getattr(model, head).in_features, num_classes))
-    return model
+    return pretrained_text_model(config.model, spec) if data.text_model else pretrained_image_model(**spec)
 
 
 def exchanged_state(model: nn.Module) -> dict[str, Tensor]:
     """What client and server exchange: every floating-point entry of the state, detached, on the CPU.
 
-    Integer buffers (BatchNorm's `num_batches_tracked`) stay at home: averaging counters means nothing. A tensor that
-    stands under several names (tied weights) goes under its first.
+    Integer buffers (BatchNorm's `num_batches_tracked`) are left out: a mean of counters has no
+    meaning. A tensor with several names (tied weights) is sent under its first.
+
+    Returns:
+        Tensors by name. They share memory with the model where that is on the CPU.
+
+    Example:
+        >>> list(exchanged_state(nn.BatchNorm1d(2)))
+        ['weight', 'bias', 'running_mean', 'running_var']
     """
     entries = model.state_dict(keep_vars=True)
     first = {id(value): name for name, value in reversed(entries.items())}
@@ -74,7 +78,11 @@ def exchanged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_exchanged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `exchanged_state` gave; keys must agree exactly."""
+    """Copy into the model what `exchanged_state` returned for another of its kind.
+
+    Raises:
+        TraceFLError: The names are not exactly those that the model exchanges.
+    """
     expected = exchanged_state(model).keys()
     if expected != state.keys():
         odd = sorted(expected ^ state.keys())
