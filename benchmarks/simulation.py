@@ -57,7 +57,7 @@ def plain_round(config: Config, data: PreparedData, state: State) -> tuple[float
             data.client(client),
             epochs=config.client.epochs,
             lr=config.client.lr,
-            batch_size=config.data_dist.batch_size,
+            batch_size=config.batch_size,
             seed=int(client),
         )
         for name, value in exchanged_state(model).items():
@@ -74,7 +74,7 @@ def simulated_rounds(config: Config, data: PreparedData, folder: Path) -> tuple[
     marks = [time.perf_counter()]
 
     def drive(grid: Grid) -> None:
-        identify_nodes(grid, config.data_dist.num_clients)  # answered once Ray and its actors are up
+        identify_nodes(grid, config.num_clients)  # answered once Ray and its actors are up
         marks.append(time.perf_counter())
         on_round = lambda _: marks.append(time.perf_counter())  # noqa: E731
         serve(grid, config, data, run, on_client=lambda *_: None, on_round=on_round)

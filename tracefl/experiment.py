@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tracefl.config import Config, fingerprint, run_folder, training_settings
+from tracefl.config import Config
+from tracefl.data.faults import flipped_label_counts
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.evaluation import feddebug
@@ -33,6 +34,7 @@ from tracefl.report.files import (
 )
 from tracefl.report.lines import fusion_lines, provenance_lines
 from tracefl.runs import ClientInfo, Run, locked, write_atomically
+from tracefl.settings import fingerprint, run_folder, training_settings
 from tracefl.states import State
 
 LOG_FILE = "TraceFL_clients_contributions.log"
@@ -72,7 +74,7 @@ def run_experiment(config: Config, data: PreparedData, resolved: str) -> None:
                 log.info(line)
         for line in fusion_lines(run, config.strategy.name):
             log.info(line)
-        if config.strategy.noise_multiplier != -1:
+        if config.noise_multiplier != -1:
             log.info(_privacy_line(config, len(run.rounds)))
         if config.do_provenance or not (folder / "rounds.csv").exists():
             write_csv(folder / "rounds.csv", rounds)
@@ -115,7 +117,7 @@ def _open_run(config: Config, data: PreparedData, folder: Path, initial: State |
             ClientInfo(
                 client,
                 counts,
-                data.flipped_label_counts(config, client),
+                flipped_label_counts(config, data, client),
                 config.fault.kind if int(client) in config.faulty_clients_ids else None,
             )
             for client, counts in data.label_counts.items()
@@ -130,7 +132,7 @@ def _open_run(config: Config, data: PreparedData, folder: Path, initial: State |
 
 
 def _train(config: Config, data: PreparedData, run: Run) -> None:
-    wanted, done = config.strategy.num_rounds, len(run.rounds)
+    wanted, done = config.num_rounds, len(run.rounds)
     if done == wanted:
         log.info("%s: all %d rounds are recorded, nothing is trained", run.path, done)
         return
@@ -144,9 +146,9 @@ def _train(config: Config, data: PreparedData, run: Run) -> None:
         run.path,
         done + 1,
         wanted,
-        config.data_dist.num_clients,
+        config.num_clients,
     )
-    with TrainingProgress(wanted, config.strategy.clients_per_round, done) as progress:
+    with TrainingProgress(wanted, config.clients_per_round, done) as progress:
         simulate(
             config,
             lambda grid: serve(grid, config, data, run, on_client=progress.on_client, on_round=progress.on_round),
@@ -164,7 +166,7 @@ def _trace(config: Config, data: PreparedData, run: Run) -> pd.DataFrame:
         faulty=[str(client) for client in config.faulty_clients_ids],
         fault=config.fault.kind,
         target=config.fault.target,
-        noise=max(config.strategy.noise_multiplier, 0) * config.strategy.clipping_norm,
+        noise=max(config.noise_multiplier, 0) * config.clipping_norm,
     )
     key = _key(run, {**asdict(settings), "label2flip": sorted(settings.label2flip.items())})
     if config.check_prov_cache and (cached := read_answers(run.path / PROVENANCE, key)) is not None:
@@ -203,8 +205,7 @@ def _debug(config: Config, data: PreparedData, run: Run, faulty: set[str]) -> pd
 def _privacy_line(config: Config, rounds: int) -> str:
     from tracefl.federation.privacy import TARGET_DELTA, epsilon
 
-    strategy = config.strategy
-    spent = epsilon(strategy.noise_multiplier, rounds, strategy.clients_per_round, config.data_dist.num_clients)
+    spent = epsilon(config.noise_multiplier, rounds, config.clients_per_round, config.num_clients)
     return (
         f"Differential privacy of the parameters after {rounds} rounds: epsilon = {spent:.4g} at delta = "
         f"{TARGET_DELTA:g} (one client's updates against none); BatchNorm's running statistics are released as they are"

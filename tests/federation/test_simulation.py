@@ -70,7 +70,7 @@ def test_a_simulation_that_cannot_start_ends_at_once(config, tmp_path, monkeypat
         clients=[],
         seed=0,
     )
-    c.client_resources.cpus = 10_000.0  # more than the check of the configuration lets through
+    c.client_cpus = 10_000.0  # more than the check of the configuration lets through
     drive = partial(serve, config=c, data=data, run=run, on_client=lambda *_: None, on_round=lambda _: None)
     before = set(threading.enumerate())
     with pytest.raises(TraceFLError, match=r"client_cpus=10000\.0"):

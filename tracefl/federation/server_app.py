@@ -10,8 +10,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from tracefl.config import Config, client_threads, fault_settings
+from tracefl.config import Config
 from tracefl.data.examples import Examples
+from tracefl.data.faults import fault_settings
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.federation.grid import PULL_INTERVAL_S
@@ -19,6 +20,7 @@ from tracefl.federation.strategies import build_strategy
 from tracefl.federation.strategy import Recorder
 from tracefl.models import build_model, load_exchanged_state, model_spec
 from tracefl.runs import Run
+from tracefl.settings import client_threads
 from tracefl.training import Evaluation, evaluate
 
 IDENTIFY_TIMEOUT_S = 300.0
@@ -43,8 +45,8 @@ def serve(
     recorder = Recorder(
         build_strategy(config, frozenset(buffers)),
         run,
-        identify_nodes(grid, config.data_dist.num_clients),
-        clients_per_round=config.strategy.clients_per_round,
+        identify_nodes(grid, config.num_clients),
+        clients_per_round=config.clients_per_round,
         seed=config.seed,
         evaluate=partial(_evaluate_state, config, spec, data.server()),
         accept_failures=config.accept_failures,
@@ -54,7 +56,7 @@ def serve(
     recorder.start(
         grid,
         ArrayRecord(dict(run.global_state(len(run.rounds)))),
-        config.strategy.num_rounds,
+        config.num_rounds,
         timeout=config.round_timeout,
         train_config=ConfigRecord({"task": json.dumps(client_task(config, data))}),
     )
@@ -68,7 +70,7 @@ def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
         "model": model_spec(config, data),
         "epochs": config.client.epochs,
         "lr": config.client.lr,
-        "batch_size": config.data_dist.batch_size,
+        "batch_size": config.batch_size,
         "device": config.device,
         "threads": client_threads(config),
         "faulty_clients_ids": config.faulty_clients_ids,

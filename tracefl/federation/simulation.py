@@ -45,7 +45,7 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
     try:
         with warnings.catch_warnings(), _interrupt_sets(stop):
             warnings.simplefilter("ignore")
-            run_simulation(app, client_app, config.data_dist.num_clients, backend_config=_backend(config))
+            run_simulation(app, client_app, config.num_clients, backend_config=_backend(config))
     except Exception as error:
         if stop.is_set():
             raise KeyboardInterrupt from None
@@ -54,8 +54,8 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
             raise raised[0] from None
         raise TraceFLError(
             f"the simulation could not run ({error}): check total_cpus={config.total_cpus}, client_cpus="
-            f"{config.client_resources.cpus}, total_gpus={config.total_gpus} and "
-            f"client_gpu={config.client_resources.gpus}."
+            f"{config.client_cpus}, total_gpus={config.total_gpus} and "
+            f"client_gpu={config.client_gpu}."
         ) from error
 
 
@@ -85,8 +85,8 @@ def _backend(config: Config) -> dict[str, Any]:
     return {
         "init_args": init,
         "client_resources": {
-            "num_cpus": config.client_resources.cpus,
-            "num_gpus": config.client_resources.gpus if on_gpu else 0.0,
+            "num_cpus": config.client_cpus,
+            "num_gpus": config.client_gpu if on_gpu else 0.0,
             "max_restarts": -1,  # a killed actor is replaced; the client that it ran counts as failed
         },
     }

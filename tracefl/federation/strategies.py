@@ -35,15 +35,15 @@ def build_strategy(config: Config, buffers: frozenset[str] = frozenset()) -> Str
     Args:
         buffers: names of the floating-point entries of the model's state that are no parameters.
     """
-    count, settings = config.strategy.clients_per_round, config.strategy
+    count, settings = config.clients_per_round, config.strategy
     try:
         inner: Strategy = BY_NAME[settings.name](
             fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count, **settings.options
         )
     except (TypeError, ValueError) as error:
         raise TraceFLError(f"strategy.options={settings.options} do not suit {settings.name}: {error}.") from error
-    if settings.noise_multiplier != -1:
-        private = FixedClipping(inner, settings.noise_multiplier, settings.clipping_norm, count, seed=config.seed)
+    if config.noise_multiplier != -1:
+        private = FixedClipping(inner, config.noise_multiplier, config.clipping_norm, count, seed=config.seed)
         return ParametersOnly(private, buffers)
     return ParametersOnly(inner, buffers) if isinstance(inner, SERVER_OPTIMIZERS) else inner
 

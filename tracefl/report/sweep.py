@@ -11,13 +11,13 @@ from tracefl.errors import TraceFLError
 
 # Settings that tell the runs of a sweep apart, by the name that a figure's axis gets.
 SETTINGS = {
-    "dirichlet_alpha": "data_dist.dirichlet_alpha",
+    "dirichlet_alpha": "dirichlet_alpha",
     "dist_type": "data_dist.dist_type",
-    "num_clients": "data_dist.num_clients",
-    "clients_per_round": "strategy.clients_per_round",
-    "num_rounds": "strategy.num_rounds",
-    "noise_multiplier": "strategy.noise_multiplier",
-    "clipping_norm": "strategy.clipping_norm",
+    "num_clients": "num_clients",
+    "clients_per_round": "clients_per_round",
+    "num_rounds": "num_rounds",
+    "noise_multiplier": "noise_multiplier",
+    "clipping_norm": "clipping_norm",
     "strategy": "strategy.name",
     "fault": "fault.kind",
     "faulty_clients": "faulty_clients_ids",
