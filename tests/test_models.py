@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tracefl.architectures import ARCHITECTURES, architecture, text_spec
 from tracefl.config import IMAGE_MODELS, Model
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.models import build_model, exchanged_state, initial_model, load_exchanged_state
+from tracefl.models.text import ARCHITECTURES, architecture, text_spec
 from tracefl.provenance import trace
 from tracefl.training import evaluate, train
 
@@ -26,7 +26,7 @@ SMALL = {
 
 def text_model(name: str, **entries) -> dict:
     """The description of a named text model, as small as `entries` make it."""
-    config = architecture(Model(name, None, False, None, entries, None))
+    config = architecture(Model(name, config=entries))
     return text_spec(config, vocab_size=50, pad_token_id=0, class_names=["a", "b", "c"])
 
 
@@ -117,7 +117,7 @@ def test_named_architectures_have_the_published_sizes():
              "distilbert/distilbert-base-uncased": 67.0, "microsoft/MiniLM-L12-H384-uncased": 33.4,
              "Intel/dynamic_tinybert": 67.0, "squeezebert/squeezebert-uncased": 51.1}  # fmt: skip
     for name, millions in sizes.items():
-        config = architecture(Model(name, None, False, None, {}, None))
+        config = architecture(Model(name, config={}))
         with torch.device("meta"):
             model = build_model({**config.to_dict(), "dtype": "float32"})
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.2), name
