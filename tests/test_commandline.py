@@ -75,6 +75,8 @@ def bash(line: str) -> list[str]:
             ["label2flip={8:7,0:7,1:7}", "noise_rate={8:7,0:7,1:7}"],
         ),
         ("noise_rate={8:0.5,0:0.25} seed=1", ["noise_rate={8:0.5,0:0.25}", "seed=1"]),
+        ("'label2flip={1:0}' label2flip={8:7,0:7}", ["label2flip={8:7,0:7}"]),  # a later one counts
+        ("label2flip={8:7,0:7} 'label2flip={1:0}'", ["label2flip={1:0}"]),
         ("+label2flip={8:7,0:7}", ["+label2flip={8:7,0:7}"]),
         ("model.config={hidden_size:64,n_layer:2}", ["model.config={hidden_size:64,n_layer:2}"]),
         ("noise_rate=0.5", ["noise_rate=0.5"]),
@@ -91,6 +93,11 @@ def test_what_bash_does_to_braces_is_undone(line, expected):
 def test_a_label_with_two_targets_is_refused():
     with pytest.raises(TraceFLError, match=r"label2flip must give one value for 8, got 8:7, 8:6: quote it"):
         words(*bash("label2flip={8:7,8:6}"))
+
+
+def test_a_mapping_may_be_followed_or_preceded_by_its_entries(config):
+    for typed in (["model.config={a:1}", "model.config.b=2"], ["model.config.b=2", "model.config=a:1"]):
+        assert config("model.name=gpt2", *typed).model.config == {"a": 1, "b": 2}
 
 
 def test_entries_of_open_groups_are_added():

@@ -1,5 +1,8 @@
 """Every named model is built from its description; the exchanged state round-trips and holds no counters."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -136,3 +139,15 @@ def test_tied_weights_are_exchanged_once():
 def test_sizes_that_do_not_go_together_are_refused():
     with pytest.raises(TraceFLError, match=r"model\.config does not make a bert: .*100.*attention heads"):
         build_model(text_model("google-bert/bert-base-cased", hidden_size=100))
+
+
+def test_a_client_imports_no_library_of_the_other_kind():
+    code = (
+        "import sys, tracefl.models, tracefl.training, tracefl.data.faults\n"
+        "from tracefl.models import build_model\n"
+        "print(sorted({'transformers', 'torchvision', 'datasets', 'hydra', 'omegaconf'} & sys.modules.keys()))\n"
+        "build_model({'name': 'resnet18', 'num_classes': 2})\n"
+        "print('torchvision' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.stdout == "[]\nTrue False\n", done.stderr

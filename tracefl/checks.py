@@ -20,9 +20,10 @@ from tracefl.errors import TraceFLError
 from tracefl.rules import POSITIVE, SHARE, whole
 from tracefl.settings import visible_files
 
-# Kinds of files that the datasets library loads.
-TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip", ".tar", ".gz")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+# Kinds of files that the datasets library reads examples from, the usual ones.
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".xml", ".h5", ".hdf5")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 def load(composed: DictConfig) -> Config:
@@ -138,7 +139,8 @@ def _data(c: Config) -> Iterator[str]:
             f"dataset.name must be one of {', '.join(known)}, or a name of the hub as owner/name, got {name}: "
             "correct it, or name a folder with dataset.path=FOLDER"
         )
-    if path and name not in MEDMNIST and not any(file.suffix in TABLES + IMAGES for file in visible_files(Path(path))):
+    kinds = {*TABLES, *ARCHIVES, *IMAGES}
+    if path and name not in MEDMNIST and not any(f.suffix.lower() in kinds for f in visible_files(Path(path))):
         yield (
             f"dataset.path must hold data in the hub's layout, such as train-*.parquet and test-*.parquet, got {path}: "
             "name another folder"

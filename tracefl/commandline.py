@@ -54,24 +54,27 @@ def _split(typed: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _join_pairs(words: list[str]) -> list[str]:
-    """key=8:7 key=0:7 as key={8:7,0:7}, at the place of the first, for settings that are mappings."""
+    """key=8:7 key=0:7 as key={8:7,0:7}, for settings that are mappings; the last mapping given counts.
+
+    Hydra would merge several, while of other settings the last one counts. They come first, so that
+    model.config.NAME=VALUE adds to a mapping model.config={...}.
+    """
     pairs: dict[str, list[str]] = {}
-    joined: list[str] = []
+    mappings: dict[str, str] = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key.lstrip("+") not in MAPPINGS or not PAIR.fullmatch(value):
-            joined.append(word)
-            continue
-        if key not in pairs:
-            joined.append(key)
-        pairs.setdefault(key, []).append(value)
+        if key.lstrip("+") in MAPPINGS:
+            mappings[key] = word
+            if PAIR.fullmatch(value):
+                pairs.setdefault(key, []).append(value)
+                mappings[key] = f"{key}={{{','.join(pairs[key])}}}"
     for key, values in pairs.items():
         names = [value.split(":")[0] for value in values]
         if twice := [name for name in names if names.count(name) > 1]:
             raise TraceFLError(
                 f"{key} must give one value for {twice[0]}, got {', '.join(values)}: quote it, as '{key}={{8:7,0:7}}'."
             )
-    return [f"{word}={{{','.join(pairs[word])}}}" if word in pairs else word for word in joined]
+    return [*mappings.values(), *(word for word in words if word.partition("=")[0] not in mappings)]
 
 
 def _rename(words: list[str]) -> tuple[list[str], list[str]]:

@@ -27,13 +27,7 @@ from tracefl.errors import TraceFLError
 from tracefl.settings import run_folder
 
 # What a setting takes, by the name of its type.
-KINDS = {
-    "list": "a list, such as [0,3]",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-}
+KINDS = {"list": "a list", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="base")
@@ -95,11 +89,11 @@ def _one_sentence(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, and quote it."
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    if wrong := re.search(r"override '([^']+)'.* not in (?:struct|')", text):
-        return unknown(wrong[1])
     kinds = {key: str(field.type) for key, field in leaves()}
+    if (wrong := re.search(r"override '([^']+)'.* not in (?:struct|')", text)) and wrong[1] not in kinds:
+        return unknown(wrong[1])
     if (merging := re.fullmatch(r"Error merging override \+*((.+?)=(.*))", str(error))) and merging[2] in kinds:
-        words = next(words for name, words in KINDS.items() if name in kinds[merging[2]])
+        words = next((words for name, words in KINDS.items() if name in kinds[merging[2]]), "something else")
         return f"{merging[2]} must be {words}, got {merging[3]}."
     if merging and (group := [key for key in kinds if key.startswith(f"{merging[2]}.")]):
         return f"{merging[1]} sets a group of settings: set one of {', '.join(group)}."

@@ -46,28 +46,32 @@ def is_number(value: Any) -> bool:
 
 
 def at_least(least: float) -> Rule:
+    """A finite number of at least `least`."""
     return Rule(f"be at least {least}", lambda v: is_number(v) and v >= least)
 
 
 def whole(least: int) -> Rule:
-    """For values of no declared type; the schema already holds int fields to whole numbers."""
+    """A whole number of at least `least`, for values whose type the schema does not declare."""
     return Rule(f"be a whole number of at least {least}", lambda v: isinstance(v, int) and at_least(least).holds(v))
 
 
 def between(least: float, below: float) -> Rule:
+    """A number of at least `least` that is smaller than `below`."""
     return Rule(f"be at least {least} and below {below}", lambda v: is_number(v) and least <= v < below)
 
 
 def one_of(choices: Collection[Any]) -> Rule:
+    """One of the choices."""
     return Rule(f"be one of {', '.join(map(str, choices))}", lambda v: v in choices)
 
 
 def some_of(choices: Collection[str]) -> Rule:
-    """For a list: at least one entry, and all of them among the choices."""
+    """A list of at least one entry, all of them among the choices."""
     return Rule(f"name one or more of {', '.join(choices)}", lambda v: bool(v) and set(v) <= set(choices))
 
 
 def matches(pattern: str, words: str) -> Rule:
+    """Text that matches a regular expression as a whole; `words` follow "must"."""
     return Rule(words, lambda v: bool(re.fullmatch(pattern, v)))
 
 

@@ -1,6 +1,5 @@
 """Where data come from: scikit-learn's bundled digits, MedMNIST, a local folder in the hub's layout, or the hub."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,7 @@ def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> 
     found = (
         list(feature.names)
         if isinstance(feature, datasets.ClassLabel)
-        else [str(index) for index in range(_largest(train[label]) + 1)]
+        else [str(index) for index in range(max(train[label]) + 1)]
     )
     wanted = config.num_classes or len(found)
     if wanted < len(found):
@@ -174,7 +173,3 @@ def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> 
             f"dataset.num_classes={wanted} is too small: {config.name} has {len(found)} classes; leave it out."
         )
     return found + [str(index) for index in range(len(found), wanted)]
-
-
-def _largest(labels: Iterable[int]) -> int:
-    return int(max(labels))
