@@ -40,9 +40,9 @@ def record(
     table.to_csv(folder / "rounds.csv", index=False)
     settings = {
         "seed": 0, "dataset": {"name": dataset}, "model": {"name": "resnet18"}, "client": {"epochs": 1, "lr": 0.1},
-        "data_dist": {"dirichlet_alpha": alpha, "dist_type": "non_iid_dirichlet", "num_clients": 3},
-        "strategy": {"name": "fedavg", "num_rounds": num_rounds, "clients_per_round": 3, "noise_multiplier": -1.0,
-                     "clipping_norm": -1.0},
+        "dirichlet_alpha": alpha, "num_clients": 3, "clients_per_round": 3, "num_rounds": num_rounds,
+        "noise_multiplier": -1.0, "clipping_norm": -1.0, "data_dist": {"dist_type": "non_iid_dirichlet"},
+        "strategy": {"name": "fedavg"},
         "fault": {"kind": "label_flip"}, "faulty_clients_ids": [0] if faulty else [],
     }  # fmt: skip
     OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
