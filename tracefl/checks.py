@@ -1,7 +1,7 @@
 """From a composed configuration to a checked one.
 
-Each setting is held to its own rule (config.py) by one loop; the rules of this file look at several
-settings. Two checks need more than the settings: `check_device` the machine, `check_targets` the data.
+One loop holds each setting to its own rule (config.py); the rules of this file look at several.
+Two checks need more than settings: `check_device` the machine, `check_targets` the prepared data.
 """
 
 import difflib
@@ -27,13 +27,13 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".p
 
 
 def load(composed: DictConfig) -> Config:
-    """The composed configuration as a checked one, with the values that follow from others filled in.
+    """Check a composed configuration, and fill in the values that follow from others.
 
     Args:
-        composed: What Hydra composes from conf/base.yaml and the command line, or a run's config.yaml.
+        composed: Of conf/base.yaml and the command line by Hydra, or a run's config.yaml.
 
     Raises:
-        TraceFLError: An unknown key or an impossible value; the message names key, value and remedy.
+        TraceFLError: A key is unknown or a value impossible; the message says what to do.
     """
     plain = OmegaConf.to_container(composed, resolve=True)  # so that +key=value is held to the schema too
     try:
@@ -84,7 +84,7 @@ def check_targets(config: Config, class_names: Sequence[str]) -> None:
 
 
 def unknown(key: str) -> str:
-    """The message for a key that is no setting, with the setting that it was probably meant to be."""
+    """The message for a key that is no setting, with the one that was probably meant."""
     known = [*(name for name, _ in leaves()), *ALIASES]
     near = ALIASES.get(key) or next(iter(difflib.get_close_matches(key, known, n=1)), "")
     return f"{key} is no setting of TraceFL: {near and f'did you mean {near}? '}All stand in tracefl/conf/base.yaml."

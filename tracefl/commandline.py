@@ -33,8 +33,8 @@ def hydra_words(typed: Sequence[str]) -> tuple[list[str], list[str]]:
         TraceFLError: A setting has two spellings with different values, or a label is mapped twice.
 
     Example:
-        >>> hydra_words(["--multirun", "label2flip=8:7", "label2flip=0:7", "strategy.num_rounds=2,3"])
-        (['label2flip={8:7,0:7}', 'num_rounds=2,3', '--multirun'], [])
+        >>> hydra_words(["-m", "label2flip=8:7", "label2flip=0:7", "strategy.num_rounds=2,3"])
+        (['label2flip={8:7,0:7}', 'num_rounds=2,3', '-m'], [])
     """
     overrides, flags = _split(typed)
     overrides, notes = _rename(_join_pairs(overrides))
@@ -54,10 +54,10 @@ def _split(typed: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _join_pairs(words: list[str]) -> list[str]:
-    """key=8:7 key=0:7 as key={8:7,0:7}, for settings that are mappings; the last mapping given counts.
+    """key=8:7 key=0:7 as key={8:7,0:7}, for settings that are mappings.
 
-    Hydra would merge several, while of other settings the last one counts. They come first, so that
-    model.config.NAME=VALUE adds to a mapping model.config={...}.
+    Of several mappings the last one counts, as of other settings; Hydra would merge them. They come
+    first, so that model.config.NAME=VALUE adds to model.config={...}.
     """
     pairs: dict[str, list[str]] = {}
     mappings: dict[str, str] = {}
@@ -78,7 +78,7 @@ def _join_pairs(words: list[str]) -> list[str]:
 
 
 def _rename(words: list[str]) -> tuple[list[str], list[str]]:
-    """Aliases as the settings that they stand for, without keys that have no effect, and notes about those."""
+    """Aliases replaced by their settings, keys without effect left out, and notes about those."""
     renamed: list[str] = []
     notes: list[str] = []
     given: dict[str, tuple[str, str]] = {}  # setting -> its spelling and value

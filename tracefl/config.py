@@ -1,4 +1,4 @@
-"""The settings of TraceFL, one line each: default, help, check, and whether it changes the training.
+"""The settings of TraceFL, one line each: default, help, check, whether it changes the training.
 
     num_clients: int = setting(10, "clients of the federation", at_least(1))
 
@@ -68,7 +68,7 @@ def setting(default: Any, help: str, rule: Rule | None = None, *, trains: bool =
     Args:
         default: Its value unless the user gives one. Null stands for what `help` says.
         help: What it does, in one line.
-        rule: What a value must be, beyond the field's type; null is admitted where it is the default.
+        rule: What a value must be, beyond the field's type; null is admitted if it is the default.
         trains: Whether it can change a trained weight; then it is part of the run's hash.
     """
     about = {"help": help, "rule": rule.or_null() if rule and default is None else rule, "trains": trains}
@@ -103,7 +103,7 @@ class Model:
 
     @property
     def has_weights(self) -> bool:
-        """Whether training starts from published weights or those in a folder, not from random ones."""
+        """Whether training starts from published weights or those in a folder."""
         return self.pretrained or bool(self.path)
 
     @property

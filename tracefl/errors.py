@@ -1,4 +1,4 @@
-"""The one exception type of this package, and what other packages' errors contribute to its messages."""
+"""The one exception type of this package, and how its messages quote the errors of others."""
 
 
 class TraceFLError(Exception):

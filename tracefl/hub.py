@@ -1,4 +1,4 @@
-"""Whether a server can be reached, asked first: the hubs' clients try for half a minute before they give up."""
+"""Whether a server can be reached; the hubs' own clients try for half a minute before they give up."""
 
 import urllib.error
 import urllib.request
@@ -20,5 +20,5 @@ def reachable(url: str) -> bool:
 
 
 def use_cache_if_offline() -> None:
-    """Make Hugging Face's libraries read from their local cache alone if the hub cannot be reached."""
+    """Make Hugging Face's libraries use only their local cache if the hub cannot be reached."""
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)

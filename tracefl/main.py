@@ -1,7 +1,7 @@
 """The command line: python -m tracefl.main key=value ...
 
-Composes and checks the configuration, runs the experiment, and turns every error that a user can correct
-into one sentence and exit status 1. Heavy imports wait until the configuration is known to be good.
+Composes and checks the configuration, runs the experiment, and turns every error that a user can
+correct into one sentence and exit status 1. Heavy imports wait until the configuration is checked.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own errors come to us instead of being printed in several lines
-# Torch's threads sleep while they wait. Spinning costs ten times the CPU as soon as another process is busy too.
+# Torch's threads sleep while they wait: spinning costs ten times the CPU beside a busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra

@@ -35,7 +35,7 @@ class Rule:
         return Rule(f"{self.must}, or null", lambda v: v is None or self.holds(v))
 
     def check(self, key: str, value: Any) -> None:
-        """Raise a TraceFLError such as "num_clients must be at least 1, got 0" unless the rule holds."""
+        """Raise a TraceFLError, "num_clients must be at least 1, got 0", unless the rule holds."""
         if not self.holds(value):
             raise TraceFLError(f"{key} must {self.must}, got {value}.")
 

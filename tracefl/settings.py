@@ -1,7 +1,7 @@
 """What follows from the settings: the hash that names a run, and what identifies prepared data.
 
-Every setting is hashed unless its field says `trains=False`, in a canonical form: settings that have
-no effect beside the others are left out, so that they do not ask for another run.
+Every setting is hashed unless its field says `trains=False`. Those that have no effect beside the
+others are left out, so that they do not ask for another run.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 from tracefl.config import Config, leaves
 
-# With dataset.* and data_dist.* what prepared data depend on; texts are also tokenized for the model.
+# What prepared data depend on beside dataset.* and data_dist.*, and for texts model.*
 OF_DATA = ("seed", "num_clients", "dirichlet_alpha")
 OF_FAULTS = ("fault.kind", "fault.target", "label2flip", "noise_rate")
 
@@ -54,7 +54,7 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 
 def client_threads(config: Config) -> int:
-    """Torch threads of a client, one per CPU that it is given. Another number adds in another order."""
+    """Torch threads of a client, one per CPU. Another number would add floats in another order."""
     return max(1, int(config.client_cpus))
 
 
@@ -64,13 +64,13 @@ def run_folder(config: Config) -> Path:
 
 
 def file_stamps(path: str | None) -> list[tuple[str, int, int]]:
-    """(name, bytes, time in ns) of every file of a local folder: other files are another dataset or model."""
+    """Name, bytes and time (ns) of every file of a folder, to notice another dataset or model."""
     files = sorted(visible_files(Path(path))) if path else []
     return [(str(file.relative_to(path or "")), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """Files of a folder and its subfolders, without hidden ones (.git, .venv) and virtual environments."""
+    """Files in a folder and its subfolders, but not in hidden ones and virtual environments."""
     for parent, subfolders, files in os.walk(folder):
         subfolders[:] = [
             name for name in subfolders if name[0] != "." and not Path(parent, name, "pyvenv.cfg").exists()

@@ -1,1 +1,1 @@
-"""What Hydra composes: base.yaml, written from config.py by `python -m tracefl.conf`, and groups of overrides."""
+"""What Hydra composes: base.yaml, which `python -m tracefl.conf` writes, and groups of overrides."""

@@ -24,7 +24,7 @@ SECTIONS = {
 }
 
 HEAD = """\
-# Every setting of TraceFL with its default. Override on the command line: python -m tracefl.main num_rounds=3
+# Every setting of TraceFL with its default. Override: python -m tracefl.main num_rounds=3
 # Written from tracefl/config.py by python -m tracefl.conf: change it there.
 defaults:
   - schema # an unknown key or a wrong type stops before any work

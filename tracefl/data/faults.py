@@ -1,4 +1,4 @@
-"""What a faulty client does: to its training data (`faulty_examples`), or to the model that it sends (`opposite`).
+"""What a faulty client does to its training data or to the model that it sends.
 
     label_flip      a share of the examples of label a is labelled b
     random_labels   a share of the examples gets another label, each other one as likely
@@ -6,7 +6,7 @@
     free_rider      sends the model that it received
     sign_flip       sends W_in - s (W_out - W_in)
 
-A faulty client does the same in every round: its seed depends on the run's seed and its number alone.
+A faulty client does the same in every round: its seed depends on the run's seed and its number.
 """
 
 from collections import Counter
@@ -37,8 +37,8 @@ def client_seed(seed: int, server_round: int, partition: int) -> int:
         partition: The client's number.
 
     Example:
-        >>> client_seed(0, 1, 2) == client_seed(0, 1, 2), client_seed(0, 1, 2) == client_seed(0, 2, 1)
-        (True, False)
+        >>> client_seed(0, 1, 2) == client_seed(0, 2, 1)
+        False
     """
     return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
 
@@ -50,7 +50,7 @@ def flip_rates(config: "Config") -> dict[int, float]:
 
 
 def fault_settings(config: "Config", num_classes: int) -> dict[str, Any]:
-    """All that a faulty client must know of its fault, as plain JSON; flips are (label, target, share)."""
+    """What a faulty client must know of its fault, as JSON; flips are (label, target, share)."""
     rates = flip_rates(config)
     return {
         "kind": config.fault.kind,
@@ -106,7 +106,8 @@ def flip_labels(labels: Tensor, flips: list[tuple[int, int, float]], generator: 
         generator: Draws which of them.
 
     Example:
-        >>> flip_labels(torch.tensor([3, 3, 4]), [(3, 4, 1.0), (4, 0, 1.0)], torch.Generator()).tolist()
+        >>> flips = [(3, 4, 1.0), (4, 0, 1.0)]
+        >>> flip_labels(torch.tensor([3, 3, 4]), flips, torch.Generator()).tolist()
         [4, 4, 0]
     """
     flipped = labels.clone()
@@ -121,8 +122,8 @@ def put_trigger(inputs: Inputs, rows: Tensor) -> Inputs:
     """A copy of the inputs with the backdoor's trigger on some of them.
 
     Args:
-        inputs: Normalized images [N, 3, H, W], which get a white square; or texts [N, T], which get a
-            token and are lengthened to two tokens if they are shorter.
+        inputs: Normalized images [N, 3, H, W], which get a white square; or texts [N, T], which get
+            a token, and are padded to two tokens if they are shorter.
         rows: Which of them, int64.
     """
     if not isinstance(inputs, Tensor):

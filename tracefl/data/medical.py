@@ -1,4 +1,4 @@
-"""MedMNIST's 2-D sets with one class per image, read by its own package from <name>.npz, which it can download."""
+"""MedMNIST's 2-D sets with one class per image, read or downloaded by its own package."""
 
 from pathlib import Path
 from zipfile import BadZipFile

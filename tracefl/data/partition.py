@@ -20,7 +20,7 @@ def partition(labels: np.ndarray, config: Config) -> list[np.ndarray]:
     """Spread the training examples over the clients as `data_dist.dist_type` says.
 
     On every client, classes with fewer than ten examples are dropped and the rest is cut at
-    `data_dist.max_per_client_data_size`. If that leaves a client without data, another seed is tried.
+    `data_dist.max_per_client_data_size`. If a client is left without data, another seed is tried.
 
     Args:
         labels: Of the training split, int64 [N].
@@ -30,7 +30,7 @@ def partition(labels: np.ndarray, config: Config) -> list[np.ndarray]:
         Row numbers of the training split, one int64 array per client.
 
     Raises:
-        TraceFLError: The distribution is impossible for these labels, or no seed gives every client data.
+        TraceFLError: No seed gives every client data, or the distribution is impossible.
     """
     empty: list[int] = []
     limit = config.data_dist.max_per_client_data_size

@@ -1,9 +1,10 @@
-"""Prepare a dataset once: partition, decode or tokenize, and write one file per client and one for the server.
+"""Prepare a dataset once: partition, encode, and write a file per client and one for the server.
 
 <storage.dir>/data/<dataset>-<hash>/
-    data.json                 settings, class names, label counts of every client, SHA-256 of every file
-    server.safetensors        the head of the shuffled test split: labels int64 [N] and, of images, pixels uint8
-                              [N, C, 32, 32]; of texts, input_ids int32 [N, T] and lengths int32 [N]
+    data.json                 settings, class names, label counts of clients, SHA-256 of files
+    server.safetensors        the head of the shuffled test split: labels int64 [N] and, of images,
+                              pixels uint8 [N, C, 32, 32]; of texts, input_ids int32 [N, T] and
+                              lengths int32 [N]
     tokenizer.json            of texts: what made the tokens
     clients/7.safetensors     the same for client 7
 """
@@ -52,6 +53,7 @@ class PreparedData:
 
     @property
     def num_classes(self) -> int:
+        """How many classes there are."""
         return len(self.class_names)
 
     def client(self, client_id: str) -> Examples:
@@ -64,7 +66,7 @@ class PreparedData:
 
 
 def prepare(config: Config) -> PreparedData:
-    """The prepared data of a configuration; prepared now unless its folder exists and `check_dataset_cache`.
+    """Prepare the data of a configuration, or open them if they are there and `check_dataset_cache`.
 
     Raises:
         TraceFLError: The data cannot be loaded, partitioned as asked or encoded for the model.

@@ -28,7 +28,7 @@ def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[En
     Args:
         source: The dataset.
         config: Its model and dataset.max_tokens are read.
-        rows: Of the training split, int64; a tokenizer is trained on them unless the model has its own.
+        rows: Of the training split, int64: what a tokenizer is trained on.
 
     Returns:
         encode: A function (split, rows) to input_ids int32 [N, T], padded on the right, and lengths
@@ -37,7 +37,7 @@ def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[En
         spec: What `models.build_model` needs.
 
     Raises:
-        TraceFLError: The model or its tokenizer cannot be loaded, or takes no texts of max_tokens tokens.
+        TraceFLError: The model or its tokenizer cannot be loaded, or max_tokens does not fit.
     """
     model, max_tokens, base = config.model, config.dataset.max_tokens, architecture(config.model)
     longest = getattr(base, "max_position_embeddings", None)
@@ -112,8 +112,8 @@ def _word_pieces(corpus: list[str], vocab_size: int, normalizer: normalizers.Nor
     special = [PAD, "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     split = pre_tokenizers.BertPreTokenizer()
     words = {word for text in corpus for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text))}
-    # The trainer would number the letters inside words in the order of a hash map, which changes from
-    # process to process; as special tokens they keep the order given here.
+    # The trainer would number the letters inside words in the order of a hash map, which changes
+    # from process to process; as special tokens they keep the order given here.
     inside = sorted({f"##{letter}" for word in words for letter in word[1:]})
     draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     draft.normalizer, draft.pre_tokenizer = normalizer, split

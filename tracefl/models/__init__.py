@@ -1,7 +1,7 @@
 """Classifiers with the right head from a plain description (spec), and the state that is exchanged.
 
-vision.py holds torchvision's image models, text.py Hugging Face's text models. A client process builds
-its model from the spec alone, without the configuration and without the libraries of the other kind.
+vision.py holds torchvision's image models, text.py Hugging Face's text models. A client process
+builds its model from the spec alone, and imports only the library of that kind of model.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     """A classifier with random weights, from what `model_spec` returns.
 
     Returns:
-        A module whose output is the logits [N, num_classes], or has them as `.logits`. An image model
-        takes float [N, 3, 32, 32]; a text model takes input_ids and attention_mask, int64 [N, T].
+        A module whose output is the logits [N, num_classes], or has them as `.logits`. An image
+        model takes float [N, 3, 32, 32]; a text model input_ids and attention_mask, int64 [N, T].
 
     Example:
         >>> build_model({"name": "resnet18", "num_classes": 4}).fc.out_features
@@ -56,7 +56,7 @@ def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
 
 
 def exchanged_state(model: nn.Module) -> dict[str, Tensor]:
-    """What client and server exchange: every floating-point entry of the state, detached, on the CPU.
+    """What client and server exchange: the floating-point entries of the state, on the CPU.
 
     Integer buffers (BatchNorm's `num_batches_tracked`) are left out: a mean of counters has no
     meaning. A tensor with several names (tied weights) is sent under its first.

@@ -14,8 +14,8 @@ from tracefl.errors import TraceFLError, first_line
 if TYPE_CHECKING:
     from tracefl.config import Model
 
-# Models that can be built without a download: name -> (model type, entries of its config that differ
-# from the type's defaults).
+# Models that can be built without a download: name -> (model type, entries of its config that
+# differ from the type's defaults).
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "google-bert/bert-base-cased": ("bert", {"vocab_size": 28996}),
     "openai-community/openai-gpt": ("openai-gpt", {}),
@@ -66,7 +66,7 @@ def architecture(model: "Model") -> Any:
 
 
 def text_spec(config: Any, vocab_size: int, pad_token_id: int, class_names: list[str]) -> dict[str, Any]:
-    """What `build_text_model` needs, as plain JSON: the config, changed for this tokenizer and these classes."""
+    """What `build_text_model` needs, as plain JSON: the config with this tokenizer and classes."""
     config.vocab_size, config.pad_token_id = vocab_size, pad_token_id
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: index for index, name in config.id2label.items()}
@@ -89,14 +89,14 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
 
 
 def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
-    """The classifier with its published weights, or those in `model.path`; the head is new for other classes.
+    """The classifier with its published weights or those in `model.path`, and a new head if need be.
 
     Args:
         model: The configuration's section.
         spec: What `text_spec` returned for the prepared data.
 
     Raises:
-        TraceFLError: The weights cannot be loaded, or have other shapes than `model.config` asks for.
+        TraceFLError: The weights cannot be loaded, or do not fit `model.config`.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -124,7 +124,7 @@ def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
 
 
 def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
-    """Call `loader.from_pretrained` on `model.path` or the hub; code that comes with a model is not run.
+    """Call `loader.from_pretrained` on `model.path` or the hub, without running the model's code.
 
     Raises:
         TraceFLError: It cannot be loaded; the message names the remedy.
