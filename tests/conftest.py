@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_module
 
 from tracefl.checks import load
+from tracefl.commandline import hydra_words
 from tracefl.config import Config
 
 torch.set_num_threads(2)
@@ -22,9 +23,10 @@ REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 def config(tmp_path: Path) -> Callable[..., Config]:
     """`config("num_clients=3", ...)`: the checked configuration of a command line, with its files in a fresh folder."""
 
-    def build(*overrides: str) -> Config:
+    def build(*typed: str) -> Config:
+        words, _ = hydra_words([f"storage.dir={tmp_path}/logs", *typed])
         with initialize_config_module("tracefl.conf", version_base="1.3"):
-            return load(compose("base", overrides=[f"storage.dir={tmp_path}/logs", *overrides]))
+            return load(compose("base", overrides=words))
 
     return build
 

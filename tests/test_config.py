@@ -1,22 +1,10 @@
 """Command lines that users type compose to what they mean."""
 
-import dataclasses
-
 import pytest
 from omegaconf import OmegaConf
 
-from tracefl.config import (
-    DIST_TYPES,
-    IMAGE_MODELS,
-    MIRRORED,
-    NOT_TRAINING,
-    Config,
-    data_settings,
-    fault_settings,
-    flip_rates,
-    run_folder,
-    training_settings,
-)
+from tracefl.checks import load
+from tracefl.config import ALIASES, DIST_TYPES, IMAGE_MODELS, STRATEGIES, Config, leaves
 
 
 def test_defaults_fill_every_setting(config):
@@ -25,25 +13,49 @@ def test_defaults_fill_every_setting(config):
     assert OmegaConf.to_container(plain, throw_on_missing=True)["dataset"]["name"] == "digits"
 
 
+def test_what_was_checked_is_checked_again_to_the_same(config):
+    c = config("faulty_clients_ids=[1]", "label2flip={3:4}", "noise_rate={3:0.5}", "client.epochs=1")
+    assert load(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(c)))) == c  # as a run's config.yaml is read
+
+
+def test_two_configurations_share_no_list():
+    first, second = Config(), Config()
+    first.provenance.methods.append("x")
+    first.faulty_clients_ids.append(1)
+    assert second == Config()
+
+
 @pytest.mark.parametrize("value", DIST_TYPES)
 def test_every_distribution_is_accepted(config, value):
     assert config(f"data_dist.dist_type={value}").data_dist.dist_type == value
 
 
+def test_the_distributions_of_the_artifact_are_known():
+    assert set(DIST_TYPES) == {
+        "non_iid_dirichlet", "PathologicalPartitioner-1", "PathologicalPartitioner-2", "PathologicalPartitioner-3",
+        "sharded-non-iid-1", "sharded-non-iid-2", "sharded-non-iid-3",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("value", IMAGE_MODELS)
 def test_every_image_model_is_accepted(config, value):
-    assert config(f"model.name={value}").model.name == value
+    c = config(f"model.name={value}", "model.arch=cnn")
+    assert (c.model.name, c.arch) == (value, "cnn")
 
 
-def test_top_level_keys_reach_the_groups_that_read_them(config):
-    c = config(
-        "num_clients=7", "clients_per_round=4", "num_rounds=2", "dirichlet_alpha=1", "batch_size=8", "client_cpus=1",
-        "client_gpu=0.5", "noise_multiplier=-1",
-    )  # fmt: skip
-    assert (c.data_dist.num_clients, c.strategy.clients_per_round, c.strategy.num_rounds) == (7, 4, 2)
-    assert (c.data_dist.dirichlet_alpha, c.data_dist.batch_size) == (1.0, 8)
-    assert (c.client_resources.cpus, c.client_resources.gpus) == (1.0, 0.5)
-    assert config("client_resources.cpus=0.5", "client_resources.gpus=0.25").client_resources.gpus == 0.25
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_option_of_a_strategy_is_accepted(config, name):
+    options = {key: 1 if rule.holds(1) else 0.25 for key, rule in STRATEGIES[name].items()}
+    words = [f"strategy.options.{key}={value}" for key, value in options.items()]
+    assert config(f"strategy.name={name}", *words).strategy.options == options
+
+
+@pytest.mark.parametrize(("alias", "key"), ALIASES.items())
+def test_an_alias_is_read_from_its_setting(config, alias, key):
+    value = {"noise_multiplier": "-1", "clipping_norm": "-1", "clients_per_round": "4"}.get(key, "10")
+    value = "0.5" if key.startswith("client_") else value
+    assert float(getattr(config(f"{alias}={value}"), key)) == float(value)
+    assert config(f"{alias}={value}") == config(f"{key}={value}")
 
 
 def test_faulty_clients_and_flips_as_the_shell_passes_them(config):
@@ -52,105 +64,45 @@ def test_faulty_clients_and_flips_as_the_shell_passes_them(config):
     assert c.faulty_clients_ids == [0]
     assert c.label2flip == dict.fromkeys(range(1, 14), 0)
     quoted = config('faulty_clients_ids=["8"]', "label2flip={8:7,0:7,1:7}", "noise_rate={8:7,0:7,1:7}")
-    assert quoted.faulty_clients_ids == [8]
-    assert flip_rates(quoted) == {8: 1.0, 0: 1.0, 1: 1.0}
+    assert (quoted.faulty_clients_ids, quoted.noise_rate) == ([8], 1.0)
+    expanded = config(
+        "faulty_clients_ids=[8]", "label2flip=8:7", "label2flip=0:7", "noise_rate=8:0.5", "noise_rate=0:1"
+    )
+    assert (expanded.label2flip, expanded.noise_rate) == ({8: 7, 0: 7}, {8: 0.5, 0: 1})
     to_zero = config("faulty_clients_ids=[0]", "label2flip={1:0}", "noise_rate={1:0}")
-    assert flip_rates(to_zero) == {1: 1.0}
+    assert to_zero.noise_rate == 1.0
 
 
 def test_the_paper_method_always_comes_first(config):
     assert config("provenance.methods=[influence,neuron,influence]").provenance.methods == ["neuron", "influence"]
 
 
-def test_a_folder_gives_its_name_and_the_usual_learning_rate(config, tmp_path):
-    c = config(f"dataset.path={tmp_path}")
-    assert (c.dataset.name, c.client.lr, config().client.lr) == (tmp_path.name, 0.001, 0.0003)
-    tuned = config("dataset.name=dbpedia_14", "model.name=google-bert/bert-base-cased", "model.pretrained=true")
-    assert tuned.client.lr == 0.00005
+def test_a_folder_gives_its_name(config, tmp_path):
+    (tmp_path / "train.csv").write_text("")
+    assert config(f"dataset.path={tmp_path}").dataset.name == tmp_path.name
+    assert config(f"dataset.path={tmp_path}", "dataset.name=pets").dataset.name == "pets"
 
 
-def test_noise_rate_is_a_share_for_all_labels_or_per_label(config):
-    faults = ("faulty_clients_ids=[1]", "label2flip={3:4,5:6}")
-    assert flip_rates(config(*faults, "noise_rate=0.5")) == {3: 0.5, 5: 0.5}
-    assert flip_rates(config(*faults, "noise_rate={3:0.25}")) == {3: 0.25, 5: 1.0}
+def test_the_learning_rate_follows_from_data_and_model(config, tmp_path):
+    (tmp_path / "train.csv").write_text("")
+    bert = ("dataset.name=dbpedia_14", "model.name=google-bert/bert-base-cased")
+    assert config().client.lr == config("model.pretrained=true").client.lr == 0.0003
+    assert config("dataset.name=mnist").client.lr == config(f"dataset.path={tmp_path}").client.lr == 0.001
+    assert config(*bert).client.lr == 0.001
+    assert config(*bert, "model.pretrained=true").client.lr == 0.00005
+    assert config(*bert, "model.pretrained=true", "client.lr=0.01").client.lr == 0.01
 
 
 def test_a_shard_distribution_needs_no_alpha(config):
     c = config("data_dist.dist_type=sharded-non-iid-2", "dirichlet_alpha=-1", "data_dist.max_per_client_data_size=-1")
-    assert run_folder(c) == run_folder(
-        config("data_dist.dist_type=sharded-non-iid-2", "data_dist.max_per_client_data_size=-1")
-    )
+    assert (c.dirichlet_alpha, c.data_dist.max_per_client_data_size) == (-1, -1)
 
 
-TRAINING = [
-    "seed=1", "num_clients=11", "clients_per_round=9", "num_rounds=3", "dirichlet_alpha=0.5", "batch_size=8",
-    "client.epochs=1", "client.lr=0.01", "model.name=resnet34", "model.pretrained=true", "dataset.name=mnist",
-    "dataset.path=.", "dataset.num_classes=12", "dataset.channels=3", "client_resources.cpus=2",
-    "data_dist.max_per_client_data_size=100", "data_dist.max_server_data_size=100", "dataset.label_column=label",
-    "data_dist.dist_type=sharded-non-iid-1", "device=cuda", "strategy.name=fedadam", "strategy.name=fedadam",
-]  # fmt: skip
-OF_TEXT = [
-    "model.config={hidden_size: 64}", "dataset.max_tokens=64", "model.tokenizer=own", "model.name=gpt2",
-    "model.pretrained=true", "model.path=.",
-]  # fmt: skip
-OTHER = [
-    "do_provenance=false", "do_training=false", "plotting=true", "enable_beta=false", "provenance.inputs_per_label=5",
-    "check_train_cache=false", "total_cpus=1", "accept_failures=true",
-    "client_weights_normalization=true", "parallel_processes=1",
-]  # fmt: skip
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_every_shipped_scale_composes(config, scale):
+    assert config(f"+scale={scale}").num_clients == {"small": 10, "paper": 100}[scale]
 
 
-@pytest.mark.parametrize("override", TRAINING)
-def test_a_training_setting_gives_another_run(config, override):
-    assert run_folder(config(override)) != run_folder(config())
-
-
-@pytest.mark.parametrize("override", OF_TEXT)
-def test_a_training_setting_of_a_text_model_gives_another_run_and_other_tokens(config, override):
-    bert = "model.name=google-bert/bert-base-cased"
-    assert run_folder(config(bert, override)) != run_folder(config(bert))
-    assert data_settings(config(bert, override)) != data_settings(config(bert))
-
-
-def test_images_do_not_depend_on_what_concerns_texts(config):
-    assert run_folder(config("dataset.max_tokens=64")) == run_folder(config())
-
-
-def test_fault_settings_give_another_run(config):
-    one = config("faulty_clients_ids=[1]", "label2flip={1:0}")
-    folders = {
-        run_folder(c)
-        for c in (
-            config(),
-            one,
-            config("faulty_clients_ids=[2]", "label2flip={1:0}"),
-            config("faulty_clients_ids=[1]", "label2flip={1:2}"),
-            config("faulty_clients_ids=[1]", "label2flip={1:0}", "noise_rate=0.5"),
-        )
-    }
-    assert len(folders) == 5
-    backdoor = ("faulty_clients_ids=[1]", "fault.kind=backdoor")
-    options = ([], ["noise_rate=0.5"], ["fault.target=3"])
-    assert len({run_folder(config(*backdoor, *extra)) for extra in options}) == 3
-
-
-def test_the_order_of_flips_changes_nothing(config):
-    one, other = (config("faulty_clients_ids=[1]", f"label2flip={flips}") for flips in ("{1:0,2:3}", "{2:3,1:0}"))
-    assert run_folder(one) == run_folder(other)
-    assert fault_settings(one, 10) == fault_settings(other, 10)
-
-
-@pytest.mark.parametrize("override", OTHER)
-def test_another_setting_keeps_the_run(config, override):
-    assert run_folder(config(override)) == run_folder(config())
-
-
-def test_every_setting_is_either_hashed_or_declared_as_not_training(config):
-    fields = {field.name for field in dataclasses.fields(Config)}
-    assert fields >= NOT_TRAINING
-    hashed = training_settings(config()).keys()
-    assert fields - NOT_TRAINING - MIRRORED - hashed == {"dataset", "data_dist", "client_resources"}
-
-
-def test_the_run_folder_is_named_by_exp_key(config):
-    assert run_folder(config("exp_key=artifact_exp")).name.startswith("artifact_exp-")
+def test_keys_of_groups_are_dotted():
+    assert {"seed", "client.lr", "provenance.methods", "storage.dir"} <= {key for key, _ in leaves()}
+    assert not {"client", "storage"} & {key for key, _ in leaves()}

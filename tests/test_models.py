@@ -1,14 +1,17 @@
 """Every named model is built from its description; the exchanged state round-trips and holds no counters."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from tracefl.architectures import ARCHITECTURES, architecture, text_spec
 from tracefl.config import IMAGE_MODELS, Model
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.models import build_model, exchanged_state, initial_model, load_exchanged_state
+from tracefl.models.text import ARCHITECTURES, architecture, text_spec
 from tracefl.provenance import trace
 from tracefl.training import evaluate, train
 
@@ -26,7 +29,7 @@ SMALL = {
 
 def text_model(name: str, **entries) -> dict:
     """The description of a named text model, as small as `entries` make it."""
-    config = architecture(Model(name, None, False, None, entries, None))
+    config = architecture(Model(name, config=entries))
     return text_spec(config, vocab_size=50, pad_token_id=0, class_names=["a", "b", "c"])
 
 
@@ -117,7 +120,7 @@ def test_named_architectures_have_the_published_sizes():
              "distilbert/distilbert-base-uncased": 67.0, "microsoft/MiniLM-L12-H384-uncased": 33.4,
              "Intel/dynamic_tinybert": 67.0, "squeezebert/squeezebert-uncased": 51.1}  # fmt: skip
     for name, millions in sizes.items():
-        config = architecture(Model(name, None, False, None, {}, None))
+        config = architecture(Model(name, config={}))
         with torch.device("meta"):
             model = build_model({**config.to_dict(), "dtype": "float32"})
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.2), name
@@ -136,3 +139,15 @@ def test_tied_weights_are_exchanged_once():
 def test_sizes_that_do_not_go_together_are_refused():
     with pytest.raises(TraceFLError, match=r"model\.config does not make a bert: .*100.*attention heads"):
         build_model(text_model("google-bert/bert-base-cased", hidden_size=100))
+
+
+def test_a_client_imports_no_library_of_the_other_kind():
+    code = (
+        "import sys, tracefl.models, tracefl.training, tracefl.data.faults\n"
+        "from tracefl.models import build_model\n"
+        "print(sorted({'transformers', 'torchvision', 'datasets', 'hydra', 'omegaconf'} & sys.modules.keys()))\n"
+        "build_model({'name': 'resnet18', 'num_classes': 2})\n"
+        "print('torchvision' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.stdout == "[]\nTrue False\n", done.stderr

@@ -1,39 +1,27 @@
-"""The typed schema of the configuration, and what follows from it.
+"""The settings of TraceFL, one line each: default, help, check, whether it changes the training.
 
-Values and their comments stand in conf/base.yaml; this file says what type each has, checks.py what is impossible.
+    num_clients: int = setting(10, "clients of the federation", at_least(1))
+
+A setting marked `trains=False` leaves the trained weights as they are; all others are part of the
+run's hash (settings.py). checks.py applies the checks, and those that look at several settings.
+conf/base.yaml and docs/settings.md are written from this file: python -m tracefl.conf
 """
 
-import hashlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
+# ruff: noqa: RUF009 (`setting` returns a dataclass field)
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+
+from tracefl.rules import FOLDER, POSITIVE, Rule, at_least, between, matches, one_of, some_of, whole
 
 IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
-# Flower's strategies and the arguments of each that strategy.options may set.
-SERVER_OPTIMIZER = ("eta", "eta_l", "beta_1", "beta_2", "tau")
-STRATEGIES: dict[str, tuple[str, ...]] = {
-    "fedavg": (),
-    "fedprox": ("proximal_mu",),
-    "fedadam": SERVER_OPTIMIZER,
-    "fedyogi": SERVER_OPTIMIZER,
-    "fedadagrad": ("eta", "eta_l", "tau"),
-    "fedavgm": ("server_learning_rate", "server_momentum"),
-    "fedmedian": (),
-    "fedtrimmedavg": ("beta",),
-    "krum": ("num_malicious_nodes",),
-    "multikrum": ("num_malicious_nodes", "num_nodes_to_select"),
-    "bulyan": ("num_malicious_nodes",),
-}
 FAULTS = ("label_flip", "random_labels", "backdoor", "free_rider", "sign_flip")
-METHODS = ("neuron", "influence")
+TRACED_METHODS = ("neuron", "influence")  # in this order, the paper's first
 DIST_TYPES = (
     "non_iid_dirichlet",
-    *(f"PathologicalPartitioner-{n}" for n in (1, 2, 3)),
-    *(f"sharded-non-iid-{n}" for n in (1, 2, 3)),
+    *(f"{kind}-{n}" for kind in ("PathologicalPartitioner", "sharded-non-iid") for n in (1, 2, 3)),
 )
 # Hub name of each dataset that the paper or its artifact calls by a short name.
 HUB_NAMES = {
@@ -47,251 +35,218 @@ MEDMNIST = (
     *("pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "breastmnist", "bloodmnist", "tissuemnist"),
     *("organamnist", "organcmnist", "organsmnist"),
 )
-# Settings that leave the trained weights as they are; every other one is part of the run's hash.
-NOT_TRAINING = frozenset(
-    {
-        *("exp_key", "storage", "total_cpus", "total_gpus", "round_timeout"),
-        *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv"),
-        *("check_dataset_cache", "check_train_cache", "check_prov_cache"),
-        *("enable_beta", "client_weights_normalization", "parallel_processes", "provenance", "accept_failures"),
-        *("do_feddebug", "neuron_activation_threshold", "faster_input_generation"),
-    }
-)
-# Top-level names of what the groups strategy, data_dist and client_resources hold; the groups are what is read.
-MIRRORED = frozenset(
-    {
-        *("num_clients", "clients_per_round", "num_rounds", "dirichlet_alpha", "batch_size"),
-        *("noise_multiplier", "clipping_norm", "client_cpus", "client_gpu"),
-    }
-)
+# Flower's strategies, and the arguments of each that strategy.options may set.
+_ADAPTIVE = dict.fromkeys(("eta", "eta_l", "tau"), at_least(0))
+_ADAM = _ADAPTIVE | dict.fromkeys(("beta_1", "beta_2"), between(0, 1))
+_MALICIOUS = {"num_malicious_nodes": whole(0)}
+STRATEGIES: dict[str, dict[str, Rule]] = {
+    "fedavg": {},
+    "fedprox": {"proximal_mu": at_least(0)},
+    "fedadam": _ADAM,
+    "fedyogi": _ADAM,
+    "fedadagrad": _ADAPTIVE,
+    "fedavgm": dict.fromkeys(("server_learning_rate", "server_momentum"), at_least(0)),
+    "fedmedian": {},
+    "fedtrimmedavg": {"beta": between(0, 0.5)},
+    "krum": _MALICIOUS,
+    "multikrum": _MALICIOUS | {"num_nodes_to_select": whole(1)},
+    "bulyan": _MALICIOUS,
+}
+# The original has these settings twice. Either spelling is accepted, the second is stored.
+ALIASES = {
+    **{f"strategy.{key}": key for key in ("num_rounds", "clients_per_round", "noise_multiplier", "clipping_norm")},
+    **{f"data_dist.{key}": key for key in ("num_clients", "batch_size", "dirichlet_alpha")},
+    **{"client_resources.cpus": "client_cpus", "client_resources.gpus": "client_gpu"},
+}
+# Keys of the original that nothing reads: accepted, and the user is told so.
+WITHOUT_EFFECT = ("data_dist.dname", "data_dist.mname", "data_dist.storage_dir")
+
+
+def setting(default: Any, help: str, rule: Rule | None = None, *, trains: bool = True) -> Any:
+    """A field of the schema.
+
+    Args:
+        default: Its value unless the user gives one. Null stands for what `help` says.
+        help: What it does, in one line.
+        rule: What a value must be, beyond the field's type; null is admitted if it is the default.
+        trains: Whether it can change a trained weight; then it is part of the run's hash.
+    """
+    about = {"help": help, "rule": rule.or_null() if rule and default is None else rule, "trains": trains}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass
 class Client:
-    epochs: int
-    lr: float
+    """How a client trains"""
 
-
-@dataclass
-class ClientResources:
-    cpus: float
-    gpus: float
+    epochs: int = setting(2, "passes over a client's data in each round", at_least(1))
+    lr: float | None = setting(None, "null: 0.001; on digits 0.0003; for a pretrained text model 0.00005", POSITIVE)
 
 
 @dataclass
 class Model:
-    name: str
-    arch: str | None
-    pretrained: bool
-    path: str | None
-    config: Any  # dict[str, Any] or null
-    tokenizer: str | None
+    """The model"""
+
+    name: str = setting("resnet18", f"{', '.join(IMAGE_MODELS)}, or a text classifier of the hub as owner/name")
+    arch: str | None = setting(None, "null: follows from the name", one_of(("cnn", "transformer")), trains=False)
+    pretrained: bool = setting(False, "start from published weights: ImageNet's, or the text model's")
+    path: str | None = setting(None, "folder of a Hugging Face text model, instead of the hub", FOLDER)
+    # dict[str, Any] or null; Hydra cannot fill a typed dict from the command line
+    config: Any = setting(None, "entries of a text model's config, as model.config.num_hidden_layers=2")
+    tokenizer: str | None = setting(
+        None,
+        "of a text model: its own, or trained on the training texts; null: own with published weights or a path",
+        one_of(("own", "trained")),
+    )
 
     @property
     def has_weights(self) -> bool:
-        """Training starts from published weights or those in a folder, not from random ones."""
+        """Whether training starts from published weights or those in a folder."""
         return self.pretrained or bool(self.path)
 
     @property
     def own_tokenizer(self) -> bool:
+        """Whether the tokenizer comes with the model."""
         return self.tokenizer == "own" or (self.tokenizer is None and self.has_weights)
 
 
 @dataclass
 class Dataset:
-    name: str
-    path: str | None
-    num_classes: int | None
-    channels: int | None
-    input_columns: list[str]
-    label_column: str | None
-    train_split: str
-    test_split: str
-    max_tokens: int
+    """The dataset"""
+
+    name: str = setting("digits", f"digits, {', '.join((*HUB_NAMES, *MEDMNIST))}, or one of the hub as owner/name")
+    path: str | None = setting(None, "folder in the hub's layout, instead of the hub", FOLDER)
+    num_classes: int | None = setting(None, "null: as many as the data have", at_least(2))
+    channels: int | None = setting(None, "of an image; null: as the data have", one_of((1, 3)))
+    input_columns: list[str] = setting([], "[]: found from the data; the texts of several are joined")
+    label_column: str | None = setting(None, "null: found from the data")
+    train_split: str = setting("train", "split that is spread over the clients")
+    test_split: str = setting("test", "split that the server evaluates and traces")
+    max_tokens: int = setting(128, "of a text; the rest is cut", at_least(1))
 
 
 @dataclass
 class Strategy:
-    name: str
-    num_rounds: int
-    clients_per_round: int
-    noise_multiplier: float
-    clipping_norm: float
-    options: Any  # dict[str, Any] or null
+    """How updates are aggregated"""
 
-
-@dataclass
-class Fault:
-    kind: str
-    target: int
+    name: str = setting("fedavg", "Flower's strategy", one_of(STRATEGIES))
+    options: Any = setting(None, "its arguments, as strategy.options.proximal_mu=0.1")  # dict[str, Any] or null
 
 
 @dataclass
 class DataDist:
-    dist_type: str
-    num_clients: int
-    batch_size: int
-    dirichlet_alpha: float
-    dname: str
-    mname: str
-    storage_dir: str
-    max_per_client_data_size: int
-    max_server_data_size: int
+    """How training examples are spread over the clients"""
+
+    dist_type: str = setting("non_iid_dirichlet", "the distribution", one_of(DIST_TYPES))
+    max_per_client_data_size: int = setting(2048, "examples of a client", at_least(1).or_value(-1, "no limit"))
+    max_server_data_size: int = setting(2048, "examples of the server", at_least(1).or_value(-1, "no limit"))
+
+
+@dataclass
+class Fault:
+    """What the faulty clients do"""
+
+    kind: str = setting("label_flip", "the fault: free_rider returns the model that it received", one_of(FAULTS))
+    target: int = setting(0, "class that a backdoor's trigger leads to", at_least(0))
 
 
 @dataclass
 class ProvenanceConfig:
-    methods: list[str]
-    inputs_per_label: int
-    max_mispredictions: int
+    """What is traced"""
+
+    methods: list[str] = setting([*TRACED_METHODS], "the paper's and ours", some_of(TRACED_METHODS), trains=False)
+    inputs_per_label: int = setting(2, "correct predictions per label, at least 10 in all", at_least(1), trains=False)
+    max_mispredictions: int = setting(10, "of a round, where clients are faulty", at_least(1), trains=False)
 
 
 @dataclass
 class Storage:
-    dir: str
+    """Where runs and prepared data are stored"""
+
+    dir: str = setting("logs", "folder of all runs", trains=False)
 
 
 @dataclass
 class Config:
-    exp_key: str
-    seed: int
-    num_clients: int
-    clients_per_round: int
-    num_rounds: int
-    dirichlet_alpha: float
-    batch_size: int
-    noise_multiplier: float
-    clipping_norm: float
-    total_cpus: int | None
-    total_gpus: int | None
-    client_cpus: float
-    client_gpu: float
-    client_resources: ClientResources
-    device: str
-    client: Client
-    model: Model
-    dataset: Dataset
-    strategy: Strategy
-    data_dist: DataDist
-    faulty_clients_ids: list[int]
-    label2flip: Any  # dict[int, int] or null: Hydra cannot fill a typed dict from the command line
-    noise_rate: Any
-    fault: Fault
-    dry_run: bool
-    do_training: bool
-    do_provenance: bool
-    check_dataset_cache: bool
-    check_train_cache: bool
-    check_prov_cache: bool
-    plotting: bool
-    convert_cache_to_csv: bool
-    accept_failures: bool
-    round_timeout: float
-    enable_beta: bool
-    client_weights_normalization: bool
-    parallel_processes: int
-    provenance: ProvenanceConfig
-    do_feddebug: bool
-    neuron_activation_threshold: float
-    faster_input_generation: bool
-    storage: Storage
+    """All settings."""
+
+    exp_key: str = setting(
+        "tracefl",
+        "start of the name of the run's folder",
+        matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'"),
+        trains=False,
+    )
+    seed: int = setting(0, "of everything that is drawn", between(0, 2**63))
+    num_clients: int = setting(10, "clients of the federation", at_least(1))
+    clients_per_round: int = setting(10, "clients that train in each round", at_least(1))
+    num_rounds: int = setting(6, "rounds of training", at_least(1))
+    dirichlet_alpha: float = setting(0.3, "of non_iid_dirichlet; smaller: each client sees fewer classes")
+    batch_size: int = setting(32, "examples in a training step of a client", at_least(1))
+
+    noise_multiplier: float = setting(-1, "in units of the clipping norm", at_least(0).or_value(-1, "no privacy"))
+    clipping_norm: float = setting(-1, "largest norm of a client's update", POSITIVE.or_value(-1, "no privacy"))
+
+    total_cpus: int | None = setting(None, "of the simulation; null: all of the machine", at_least(1), trains=False)
+    total_gpus: int | None = setting(None, "of the simulation; null: all of the machine", at_least(1), trains=False)
+    client_cpus: float = setting(1, "of one client; it uses one torch thread per CPU", POSITIVE)
+    client_gpu: float = setting(1, "share of a GPU of one client, with device=cuda", at_least(0), trains=False)
+    device: str = setting(
+        "cpu", "what training and tracing run on", matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")
+    )
+
+    client: Client = field(default_factory=Client)
+    model: Model = field(default_factory=Model)
+    dataset: Dataset = field(default_factory=Dataset)
+    strategy: Strategy = field(default_factory=Strategy)
+    data_dist: DataDist = field(default_factory=DataDist)
+
+    faulty_clients_ids: list[int] = setting([], "numbers of the faulty clients, as [0,3]")
+    fault: Fault = field(default_factory=Fault)
+    # dict[int, int] or null; float or dict[int, float]
+    label2flip: Any = setting(None, "labels that a faulty client flips: {8:7,0:7} turns 8 and 0 into 7")
+    noise_rate: Any = setting(1.0, "share of a faulty client's examples that is changed; {8:0.5}: of one flipped label")
+
+    dry_run: bool = setting(False, "true: print what would run, and stop", trains=False)
+    do_training: bool = setting(True, "false: use the recorded run", trains=False)
+    do_provenance: bool = setting(True, "false: trace nothing", trains=False)
+    check_dataset_cache: bool = setting(True, "false: prepare the data again", trains=False)
+    check_train_cache: bool = setting(True, "false: train again", trains=False)
+    check_prov_cache: bool = setting(True, "false: trace again", trains=False)
+    plotting: bool = setting(False, "true: draw the run's figures", trains=False)
+    convert_cache_to_csv: bool = setting(False, "true: write provenance.csv too", trains=False)
+    accept_failures: bool = setting(False, "true: record a client that failed, and go on without it", trains=False)
+    round_timeout: float = setting(3600, "seconds until a silent client has failed", POSITIVE, trains=False)
+
+    enable_beta: bool = setting(True, "layer decay 0.9 (eq. 6); false: every layer counts the same", trains=False)
+    client_weights_normalization: bool = setting(False, "true: multiply by p_k (eq. 5)", trains=False)
+    parallel_processes: int = setting(-1, "threads that trace", at_least(1).or_value(-1, "all cores"), trains=False)
+    provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
+
+    do_feddebug: bool = setting(True, "false: skip it; it needs faulty clients and images", trains=False)
+    neuron_activation_threshold: float = setting(0.003, "of an active neuron", between(0, 1), trains=False)
+    faster_input_generation: bool = setting(False, "true: take any inputs, also where clients disagree", trains=False)
+    storage: Storage = field(default_factory=Storage)
 
     @property
     def arch(self) -> str:
-        """What the model is: "cnn" (torchvision, for images) or "transformer" (Hugging Face, for text)."""
+        """The kind of model: "cnn" (torchvision, images) or "transformer" (Hugging Face, texts)."""
         return "cnn" if self.model.name in IMAGE_MODELS and not self.model.path else "transformer"
 
 
 ConfigStore.instance().store(name="schema", node=Config)
 
 
-def _default_lr(dataset: str, path: str | None, model: str, has_weights: bool) -> float:
-    """0.001; less for the few bundled digits, and where a text model's published weights are fine-tuned."""
-    if has_weights and model not in IMAGE_MODELS:
-        return 0.00005
-    return 0.0003 if dataset == "digits" and not path else 0.001
+def leaves(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every setting as (key, field), groups opened, in the order of the schema.
 
-
-OmegaConf.register_new_resolver("default_lr", _default_lr, replace=True)
-
-
-def fingerprint(value: Any) -> str:
-    """First 8 hex digits of the SHA-256 of `value` as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def data_settings(config: Config) -> dict[str, Any]:
-    """The settings on which the prepared data depend (paths resolved): for texts also the model, which tokenizes."""
-    dist, dataset = config.data_dist, config.dataset
-    settings: dict[str, Any] = {
-        "seed": config.seed,
-        "dataset": {**vars(dataset), "path": dataset.path and str(Path(dataset.path).resolve())},
-        "dist_type": dist.dist_type,
-        "num_clients": dist.num_clients,
-        "max_per_client_data_size": dist.max_per_client_data_size,
-        "max_server_data_size": dist.max_server_data_size,
-    }
-    if dist.dist_type == "non_iid_dirichlet":
-        settings["dirichlet_alpha"] = dist.dirichlet_alpha
-    if config.arch == "transformer":
-        settings["model"] = vars(config.model) | {"files": file_stamps(config.model.path)}
-    else:
-        del settings["dataset"]["max_tokens"]
-    return settings
-
-
-def file_stamps(path: str | None) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file of a local folder: another content is another dataset or model."""
-    if not path:
-        return []
-    root = Path(path)
-    stats = [(str(file.relative_to(root)), file.stat()) for file in sorted(root.rglob("*")) if file.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def training_settings(config: Config) -> dict[str, Any]:
-    """Every setting that can change a trained weight: what the run's hash covers."""
-    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
-    own = plain.keys() - NOT_TRAINING - MIRRORED - {"dataset", "data_dist", "client_resources"}
-    return {key: plain[key] for key in own} | {
-        "data": data_settings(config),
-        "batch_size": config.data_dist.batch_size,
-        "threads": client_threads(config),
-        "label2flip": sorted(config.label2flip.items()),
-        "noise_rate": config.noise_rate if config.fault.kind != "label_flip" else sorted(flip_rates(config).items()),
-    }
-
-
-def client_threads(config: Config) -> int:
-    """Torch threads of a client: one per CPU that it is given. Another number sums in another order."""
-    return max(1, int(config.client_resources.cpus))
-
-
-def run_folder(config: Config) -> Path:
-    """`<storage.dir>/<exp_key>-<hash>`: one folder per set of training settings."""
-    return Path(config.storage.dir) / f"{config.exp_key}-{fingerprint(training_settings(config))}"
-
-
-def flip_rates(config: Config) -> dict[int, float]:
-    """Share of each flipped label's examples that is flipped, in [0, 1].
-
-    The artifact's command lines repeat `label2flip` as `noise_rate` and mean all examples.
+    Example:
+        >>> [key for key, _ in leaves(Config) if key.startswith("client.")]
+        ['client.epochs', 'client.lr']
     """
-    rate = config.noise_rate
-    if rate == config.label2flip:
-        return dict.fromkeys(config.label2flip, 1.0)
-    if isinstance(rate, dict):
-        return {label: float(rate.get(label, 1.0)) for label in config.label2flip}
-    return dict.fromkeys(config.label2flip, float(rate))
-
-
-def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
-    """All that a faulty client must know of its fault, as plain JSON; flips are (label, target, share)."""
-    rates = flip_rates(config)
-    return {
-        "kind": config.fault.kind,
-        "target": config.fault.target,
-        "share": config.noise_rate,
-        "num_classes": num_classes,
-        "flips": [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())],
-    }
+    for entry in fields(schema):
+        if is_dataclass(entry.type):
+            yield from leaves(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry

@@ -1,4 +1,4 @@
-"""Is a server there? Clients of hubs retry for half a minute before they say that it is not."""
+"""Whether a server can be reached; the hubs' own clients try for half a minute before they give up."""
 
 import urllib.error
 import urllib.request
@@ -9,7 +9,7 @@ TIMEOUT_S = 5
 
 
 def reachable(url: str) -> bool:
-    """Does the server answer at all, within seconds?"""
+    """Whether the server answers within 5 seconds, be it with an error."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S)
     except urllib.error.HTTPError:
@@ -19,10 +19,6 @@ def reachable(url: str) -> bool:
     return True
 
 
-def settle_hub() -> None:
-    """Let Hugging Face's libraries work from their cache alone if the hub does not answer."""
+def use_cache_if_offline() -> None:
+    """Make Hugging Face's libraries use only their local cache if the hub cannot be reached."""
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,16 +1,16 @@
 """The command line: python -m tracefl.main key=value ...
 
-Composes and checks the configuration, runs the experiment, and turns every error that a user can mend into one
-sentence and exit status 1. Heavy imports wait until the configuration is known to be good.
+Composes and checks the configuration, runs the experiment, and turns every error that a user can
+correct into one sentence and exit status 1. Heavy imports wait until the configuration is checked.
 """
 
-import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own errors come to us instead of being printed in several lines
-# Torch's threads sleep while they wait. Spinning, they cost ten times the CPU as soon as another process is busy too.
+# Torch's threads sleep while they wait: spinning costs ten times the CPU beside a busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
@@ -20,9 +20,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tracefl.checks import load
-from tracefl.config import run_folder
+from tracefl.checks import check_device, load, unknown
+from tracefl.commandline import hydra_words
+from tracefl.config import leaves
 from tracefl.errors import TraceFLError
+from tracefl.settings import run_folder
+
+# What a setting takes, by the name of its type.
+KINDS = {"list": "a list", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="base")
@@ -30,11 +35,11 @@ def job(composed: DictConfig) -> None:
     """One configuration from start to end. In a sweep, a failed job lets the others run."""
     try:
         config = load(composed)
-        composed.dataset.name = config.dataset.name  # a folder gives its own
-        resolved = OmegaConf.to_yaml(composed, resolve=True)
+        resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
         if config.dry_run:
             print(f"dry run, nothing is trained; the run would be {run_folder(config)}:\n\n{resolved}")
             return
+        check_device(config)
         from tracefl.pipeline import run_experiment
 
         run_experiment(config, resolved)
@@ -45,16 +50,26 @@ def job(composed: DictConfig) -> None:
         sys.exit(1)
 
 
-OPEN_GROUPS = ("model.config.", "strategy.options.")  # their entries are not ours to list: Hydra wants ++ for such
+def main(typed: Sequence[str] | None = None) -> None:
+    """Run what a command line asks for.
 
+    Args:
+        typed: Its words after the program's name; default: those of this process.
 
-def main() -> None:
-    """Run the job; exit status 1 after an error, 130 after an interrupt."""
-    sys.argv[1:] = [f"++{word}" if word.startswith(OPEN_GROUPS) else word for word in sys.argv[1:]]
+    Raises:
+        SystemExit: With status 1 after an error, 130 after an interrupt.
+    """
+    try:
+        words, notes = hydra_words(sys.argv[1:] if typed is None else typed)
+    except TraceFLError as error:
+        sys.exit(f"error: {error}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    sys.argv[1:] = words
     try:
         job()
     except TraceFLError:
-        sys.exit(1)  # its sentence is out
+        sys.exit(1)  # of a sweep; its sentence is printed
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {_one_sentence(error)}")
     except KeyboardInterrupt:
@@ -65,33 +80,17 @@ def main() -> None:
 def _one_sentence(error: Exception) -> str:
     """What Hydra or OmegaConf complain about, in one sentence that says what to do."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, quoted."
+        return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, and quote it."
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    if unknown := re.search(r"override '([^']+)'.* not in (?:struct|')", text):
-        near = difflib.get_close_matches(unknown[1], _known_keys(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{unknown[1]} is no setting of TraceFL: {hint}All settings stand in tracefl/conf/base.yaml."
-    if wrong := re.search(
-        r"override (\S+=.*?) (?:Value|Cannot|Invalid|Incompatible|Unsupported).*?((?:to|type) \w+)", text
-    ):
-        return f"{wrong[1]} cannot be: it has no conversion {wrong[2]}; tracefl/conf/base.yaml shows what it takes."
+    kinds = {key: str(field.type) for key, field in leaves()}
+    if (wrong := re.search(r"override '([^']+)'.* not in (?:struct|')", text)) and wrong[1] not in kinds:
+        return unknown(wrong[1])
+    if (merging := re.fullmatch(r"Error merging override \+*((.+?)=(.*))", str(error))) and merging[2] in kinds:
+        words = next((words for name, words in KINDS.items() if name in kinds[merging[2]]), "something else")
+        return f"{merging[2]} must be {words}, got {merging[3]}."
+    if merging and (group := [key for key in kinds if key.startswith(f"{merging[2]}.")]):
+        return f"{merging[1]} sets a group of settings: set one of {', '.join(group)}."
     return text
-
-
-def _known_keys() -> list[str]:
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_module("tracefl.conf", version_base="1.3"):
-        plain = OmegaConf.to_container(compose("base"), resolve=False)
-    return list(_flatten(plain))
-
-
-def _flatten(node: object, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict):
-        return [prefix]
-    return [key for name, value in node.items() for key in _flatten(value, f"{prefix}.{name}".lstrip("."))]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from tracefl.config import Config, fingerprint, run_folder
+from tracefl.checks import check_targets
+from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData, prepare
 from tracefl.errors import TraceFLError
@@ -27,6 +28,7 @@ from tracefl.report.progress import TrainingProgress, log_to_console, log_to_fil
 from tracefl.report.tables import print_faulty, print_summary
 from tracefl.results import FEDDEBUG, PROVENANCE, ROUNDS, cached, read_timings, update_timings, write_csv, write_events
 from tracefl.runs import Run, locked, write_atomically
+from tracefl.settings import fingerprint, run_folder
 
 LOG_FILE = "TraceFL_clients_contributions.log"
 log = logging.getLogger("tracefl")
@@ -43,6 +45,7 @@ def run_experiment(config: Config, resolved: str) -> None:
         TraceFLError: something that the user can correct; what was recorded before is kept.
     """
     data = prepare(config)
+    check_targets(config, data.class_names)
     if not (config.do_training or config.do_provenance):
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
         return

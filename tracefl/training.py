@@ -15,7 +15,13 @@ EVALUATION_BATCH = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, accuracy in [0, 1], and the predicted class int64 [N] of every example."""
+    """How a model does on N examples.
+
+    Attributes:
+        loss: Mean cross-entropy.
+        accuracy: In [0, 1].
+        predictions: The predicted class of every example, int64 [N], on the CPU.
+    """
 
     loss: float
     accuracy: float
@@ -32,10 +38,21 @@ def train(
     seed: int,
     proximal_mu: float = 0.0,
 ) -> float:
-    """Train in place, images with Adam, texts as transformers are fine-tuned; the mean loss over all steps' examples.
+    """Train a model in place: with Adam on images, on texts as transformers are fine-tuned (AdamW).
 
-    The result is a function of the arguments alone: `seed` rules the order of the examples and dropout. FedProx adds
-    mu/2 |W - W_in|^2 to the objective (not to the loss that is returned).
+    The result depends on the arguments alone: the seed sets the order of the examples and dropout.
+
+    Args:
+        model: Takes `examples.inputs`; trained on the device that it is on.
+        examples: The client's, at least one.
+        epochs: Passes over the examples.
+        lr: Learning rate, the same in all steps.
+        batch_size: Examples in a step.
+        seed: Of torch's global generator, which is set, and of the order.
+        proximal_mu: FedProx's mu: adds mu/2 |W - W_in|^2 to the objective.
+
+    Returns:
+        The mean cross-entropy over the examples of all steps, without FedProx's term.
     """
     device = next(model.parameters()).device
     torch.manual_seed(seed)
@@ -63,7 +80,10 @@ def _adam(model: nn.Module, lr: float) -> Callable[[], object]:
 
 
 def _adamw(model: nn.Module, lr: float) -> Callable[[], object]:
-    """Weight decay on matrices alone, the gradient's norm at most 1, a constant rate: a client's steps are few."""
+    """AdamW with weight decay on matrices only and gradients clipped to norm 1.
+
+    The rate is constant, without warm-up, since a client takes few steps in a round.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]  # biases and normalisation
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
@@ -77,7 +97,14 @@ def _adamw(model: nn.Module, lr: float) -> Callable[[], object]:
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """A shuffled epoch; a last batch of one joins its neighbour, since BatchNorm cannot train on one value."""
+    """The rows of one epoch, shuffled and split into batches.
+
+    A last batch of one row is added to the batch before it: BatchNorm cannot train on one value.
+
+    Example:
+        >>> [len(rows) for rows in batches(9, 4, torch.Generator())]
+        [4, 5]
+    """
     parts = list(torch.randperm(count, generator=generator).split(batch_size))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
@@ -86,7 +113,12 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> list[Ten
 
 @torch.no_grad()
 def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
-    """Loss, accuracy and predictions in eval mode."""
+    """Loss, accuracy and predictions of a model, which is put in eval mode.
+
+    Args:
+        model: On any device; examples are moved there in batches of 256.
+        examples: At least one.
+    """
     device = next(model.parameters()).device
     model.eval()
     parts = (examples[rows].to(device) for rows in torch.arange(len(examples)).split(EVALUATION_BATCH))

@@ -1,4 +1,6 @@
-"""Every fault hits the named examples, in the named share, and nothing else."""
+"""Every fault changes the named examples, in the named share, and nothing else."""
+
+import json
 
 import pytest
 import torch
@@ -9,11 +11,15 @@ from tracefl.data.faults import (
     SIGN_FLIP_SCALE,
     TRIGGER_PLACE,
     TRIGGER_TOKEN,
+    fault_settings,
     faulty_examples,
     flip_labels,
+    flip_rates,
+    flipped_label_counts,
     opposite,
     put_trigger,
 )
+from tracefl.data.prepare import prepare
 
 LABELS = torch.arange(100) % 10
 PIXELS = torch.randint(0, 256, (100, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -92,3 +98,52 @@ def test_the_opposite_update_keeps_variances_valid():
     s = SIGN_FLIP_SCALE
     assert torch.equal(sent["w"], torch.tensor([1 - 0.5 * s, 2 + s]))
     assert sent["bn.running_var"].tolist() == pytest.approx([0.1, 1 - 0.1 * s, 0.5 + 0.1 * s])
+
+
+def test_noise_rate_is_a_share_for_all_labels_or_per_label(config):
+    faults = ("faulty_clients_ids=[1]", "label2flip={3:4,5:6}")
+    assert flip_rates(config(*faults)) == {3: 1.0, 5: 1.0}
+    assert flip_rates(config(*faults, "noise_rate=0.5")) == {3: 0.5, 5: 0.5}
+    assert flip_rates(config(*faults, "noise_rate={3:0.25}")) == {3: 0.25, 5: 1.0}
+    artifact = config("faulty_clients_ids=[8]", "label2flip={8:7,0:7,1:7}", "noise_rate={8:7,0:7,1:7}")
+    assert flip_rates(artifact) == {8: 1.0, 0: 1.0, 1: 1.0}
+    assert flip_rates(config()) == {}
+
+
+def test_a_client_is_told_its_fault_as_json_in_the_order_of_labels(config):
+    one, other = (
+        config("faulty_clients_ids=[1]", f"label2flip={flips}", "noise_rate={2:0.5}")
+        for flips in ("{1:0,2:3}", "{2:3,1:0}")
+    )
+    fault = fault_settings(one, 10)
+    assert fault == fault_settings(other, 10)
+    assert json.loads(json.dumps(fault))["flips"] == [[1, 0, 1.0], [2, 3, 0.5]]
+    assert (fault["kind"], fault["num_classes"]) == ("label_flip", 10)
+    backdoor = fault_settings(
+        config("faulty_clients_ids=[1]", "fault.kind=backdoor", "fault.target=3", "noise_rate=0.5"), 4
+    )
+    assert backdoor == {"kind": "backdoor", "target": 3, "share": 0.5, "num_classes": 4, "flips": []}
+
+
+def test_the_labels_that_a_faulty_client_trains_on_are_counted(config):
+    faults = ("faulty_clients_ids=[4]", "fault.target=7", "noise_rate=0.5")
+    for kind in ("random_labels", "backdoor", "free_rider", "sign_flip"):
+        c = config(*faults, f"fault.kind={kind}")
+        data = prepare(c)
+        counts = flipped_label_counts(c, data, "4")
+        assert flipped_label_counts(c, data, "5") is None
+        if kind in ("free_rider", "sign_flip"):
+            assert counts is None
+        else:
+            assert counts != data.label_counts["4"]
+            assert sum(counts.values()) == sum(data.label_counts["4"].values())
+            assert kind == "random_labels" or counts[7] >= sum(counts.values()) // 2
+
+
+def test_flipped_labels_are_counted_by_their_target(config):
+    own = prepare(config()).label_counts["4"]
+    label, target = max(own, key=own.get), min(set(range(10)) - own.keys())
+    c = config("faulty_clients_ids=[4]", f"label2flip={{{label}:{target}}}")
+    counts = dict(own)
+    counts[target] = counts.pop(label)
+    assert flipped_label_counts(c, prepare(c), "4") == counts

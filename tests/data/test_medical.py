@@ -47,12 +47,12 @@ def test_missing_arrays_are_named(config, tmp_path, without):
 
 
 def test_a_file_that_is_none_or_absent_is_named(config, tmp_path, monkeypatch):
-    with pytest.raises(TraceFLError, match=r"octmnist\.npz is not there.*zenodo.*dataset\.path=FOLDER"):
+    with pytest.raises(TraceFLError, match=r"octmnist\.npz does not exist.*zenodo.*dataset\.path=FOLDER"):
         prepare(config(*wanted(tmp_path, "octmnist")))
     (tmp_path / "octmnist.npz").write_bytes(b"PK\x03\x04 half a download")
     with pytest.raises(TraceFLError, match=r"octmnist\.npz cannot be read"):
         prepare(config(*wanted(tmp_path, "octmnist")))
     monkeypatch.setattr("tracefl.data.medical.reachable", lambda url: False)
     monkeypatch.setattr("medmnist.info.DEFAULT_ROOT", str(tmp_path / "none"))
-    with pytest.raises(TraceFLError, match=r"pathmnist\.npz is not there and cannot be downloaded"):
+    with pytest.raises(TraceFLError, match=r"pathmnist\.npz does not exist and cannot be downloaded"):
         prepare(config("dataset.name=pathmnist"))

@@ -134,33 +134,6 @@ def test_a_dataset_without_a_label_column_is_refused_and_leaves_nothing(config, 
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_flip_to_a_label_that_does_not_exist_is_refused(config):
-    prepare(config("faulty_clients_ids=[0]", "label2flip={1:9,13:0}"))
-    with pytest.raises(TraceFLError, match="flips to label 10, but digits has labels 0 to 9"):
-        prepare(config("faulty_clients_ids=[0]", "label2flip={1:10}"))
-
-
-def test_a_backdoor_to_a_label_that_does_not_exist_is_refused(config):
-    prepare(config("fault.target=10"))  # nobody has a backdoor
-    with pytest.raises(TraceFLError, match=r"fault\.target=10 leads to label 10, but digits has labels 0 to 9"):
-        prepare(config("faulty_clients_ids=[0]", "fault.kind=backdoor", "fault.target=10"))
-
-
-def test_the_labels_that_a_faulty_client_trains_on_are_counted(config):
-    faults = ("faulty_clients_ids=[4]", "fault.target=7", "noise_rate=0.5")
-    for kind in ("random_labels", "backdoor", "free_rider", "sign_flip"):
-        c = config(*faults, f"fault.kind={kind}")
-        data = prepare(c)
-        counts = data.flipped_label_counts(c, "4")
-        assert data.flipped_label_counts(c, "5") is None
-        if kind in ("free_rider", "sign_flip"):
-            assert counts is None
-        else:
-            assert counts != data.label_counts["4"]
-            assert sum(counts.values()) == sum(data.label_counts["4"].values())
-            assert kind == "random_labels" or counts[7] >= sum(counts.values()) // 2
-
-
 def test_a_failure_while_writing_leaves_nothing(config, tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("disk full")

@@ -123,16 +123,24 @@ def test_padding_changes_no_prediction(text_config, name):
         ("resnet18", [], r"model\.name=resnet18 is a model for images.*holds text"),
         (BERT, ["++model.config.layers=2"], r"model\.config\.layers=2 is no entry of the config of .*bert-base-cased"),
         (BERT, ["++model.config.hidden_sise=2"], r"did you mean hidden_size\?"),
-        (BERT, ["++model.config.hidden_size=many"], r"model\.config\.hidden_size=many cannot be"),
-        (BERT, ["dataset.max_tokens=513"], r"dataset\.max_tokens=513 cannot be: the model reads at most 512"),
-        (BERT, ["dataset.max_tokens=2"], r"dataset\.max_tokens=2 cannot be: 2 are special tokens"),
+        (BERT, ["++model.config.hidden_size=many"], r"model\.config\.hidden_size=many does not fit a bert: "),
+        (
+            BERT,
+            ["dataset.max_tokens=513"],
+            r"dataset\.max_tokens must be at most 512 for .*bert-base-cased, got 513: lower it",
+        ),
+        (
+            BERT,
+            ["dataset.max_tokens=2"],
+            r"dataset\.max_tokens must be above 2, the number of special tokens, got 2: raise it",
+        ),
         (BERT, ["dataset.input_columns=[id]"], r"dataset\.input_columns=id is neither an image nor a text"),
         ("nobody/never-there", [], r"model\.name=nobody/never-there.*model\.path=FOLDER"),
         (BERT, ["model.tokenizer=own"], r"set model\.tokenizer=trained, or give a local copy with model\.path=FOLDER"),
-        (BERT, ["model.pretrained=true"], r"cannot be had from the hub.*set model\.pretrained=false"),
+        (BERT, ["model.pretrained=true"], r"cannot be loaded from the hub.*set model\.pretrained=false"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(text_config, monkeypatch, name, overrides, words):
+def test_an_impossible_text_model_is_refused_in_one_sentence(text_config, monkeypatch, name, overrides, words):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # restored afterwards
     monkeypatch.setattr("tracefl.hub.reachable", lambda url: False)
     with pytest.raises(TraceFLError, match=words) as error:

@@ -58,7 +58,7 @@ def test_faulty_runs_are_compared_with_feddebug(tmp_path):
 
 def test_label_distribution_of_prepared_data(tmp_path):
     info = {
-        "settings": {"dataset": {"name": "owner/pets"}, "dist_type": "non_iid_dirichlet", "dirichlet_alpha": 0.3},
+        "settings": {"dataset.name": "owner/pets", "data_dist.dist_type": "non_iid_dirichlet", "dirichlet_alpha": 0.3},
         "class_names": ["cat", "dog"],
         "label_counts": {"0": {"0": 12}, "1": {"0": 3, "1": 40}},
     }

@@ -1,1 +1,1 @@
-"""The configuration as Hydra composes it."""
+"""What Hydra composes: base.yaml, which `python -m tracefl.conf` writes, and groups of overrides."""

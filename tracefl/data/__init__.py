@@ -1,1 +1,1 @@
-"""From a named dataset to one file of examples per client."""
+"""From the name of a dataset to one file of examples per client."""

@@ -1,8 +1,8 @@
 """Labelled examples as tensors: one safetensors file per client, one for the server.
 
-Images are stored as bytes [N, C, 32, 32], decoded and resized once; they become floats when a client loads them.
-Texts are stored as token ids [N, T] with their lengths; they become what a Hugging Face model takes.
-Light on imports: every client process reads its own file through this module.
+Images are stored as bytes [N, C, 32, 32], decoded and resized once, and normalized on loading. Texts
+are stored as token ids [N, T] with their lengths; loading adds the attention mask. Every client
+process imports this module, so its imports are few.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,18 @@ Inputs = Tensor | dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Examples:
-    """N model inputs with their labels (int64 [N]).
+    """N model inputs with their labels.
 
-    Images are float [N, 3, 32, 32]; texts are keyword arguments input_ids and attention_mask, int64 [N, T], padded on
-    the right.
+    Attributes:
+        inputs: Images, float [N, 3, 32, 32]; or of texts the keyword arguments input_ids and
+            attention_mask, int64 [N, T], padded on the right.
+        labels: int64 [N].
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        >>> texts = Examples({"input_ids": 7 * mask, "attention_mask": mask}, torch.tensor([0, 1]))
+        >>> len(texts), texts[torch.tensor([0])].inputs["input_ids"].tolist()
+        (2, [[7, 7]])
     """
 
     inputs: Inputs
@@ -36,13 +44,14 @@ class Examples:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor) -> "Examples":
-        """These rows; of texts, without the columns that are padding in all of them."""
+        """The examples at `rows` (int64); texts lose the columns that are padding in all of them."""
         if isinstance(self.inputs, Tensor):
             return Examples(self.inputs[rows], self.labels[rows])
         longest = int(self.inputs["attention_mask"][rows].sum(dim=1).max()) if len(rows) else 0
         return Examples({name: value[rows, :longest] for name, value in self.inputs.items()}, self.labels[rows])
 
     def to(self, device: torch.device | str) -> "Examples":
+        """The same examples with their tensors on `device`."""
         labels = self.labels.to(device)
         if isinstance(self.inputs, Tensor):
             return Examples(self.inputs.to(device), labels)
@@ -50,12 +59,20 @@ class Examples:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Bytes [N, C, H, W] with C of 1 or 3 as normalized floats [N, 3, H, W]."""
+    """Pixels in the scale that torchvision's pretrained weights expect.
+
+    Args:
+        pixels: uint8 [N, C, H, W] with C = 1 or 3.
+
+    Returns:
+        float32 [N, 3, H, W]; the one channel of grey images is repeated.
+    """
     scaled = pixels.to(torch.float32).div_(255).expand(-1, 3, -1, -1)
     return (scaled - MEAN) / STD
 
 
 def load_examples(file: Path) -> Examples:
+    """Read one of the files that prepare.py writes."""
     tensors = load_file(file)
     if "input_ids" in tensors:
         ids, lengths = tensors["input_ids"].long(), tensors["lengths"]

@@ -1,4 +1,4 @@
-"""What a faulty client does: to its training data (`faulty_examples`) or to the model that it sends (`opposite`).
+"""What a faulty client does to its training data or to the model that it sends.
 
     label_flip      a share of the examples of label a is labelled b
     random_labels   a share of the examples gets another label, each other one as likely
@@ -6,11 +6,12 @@
     free_rider      sends the model that it received
     sign_flip       sends W_in - s (W_out - W_in)
 
-Everything is a function of its arguments; the seed is the client's, the same in every round.
+A faulty client does the same in every round: its seed depends on the run's seed and its number.
 """
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,18 +20,68 @@ from torch.nn import functional as F
 
 from tracefl.data.examples import MEAN, STD, Examples, Inputs
 
+if TYPE_CHECKING:  # a client knows its fault from `fault_settings` alone
+    from tracefl.config import Config
+    from tracefl.data.prepare import PreparedData
+
 PATCH = 4  # pixels: the trigger is a white square of 4 x 4 in the lower right corner
-TRIGGER_TOKEN, TRIGGER_PLACE = 5, 1  # token id (no special token of any tokenizer) and its place, after a [CLS]
+TRIGGER_TOKEN, TRIGGER_PLACE = 5, 1  # id of an ordinary token, and its position: after [CLS]
 SIGN_FLIP_SCALE = 2.0  # s
 
 
 def client_seed(seed: int, server_round: int, partition: int) -> int:
-    """An independent stream per (seed, round, partition); round 0 is for what does not change from round to round."""
+    """A seed of its own for each (seed, round, partition).
+
+    Args:
+        server_round: From 1; 0 for what is drawn once, such as a client's fault.
+        partition: The client's number.
+
+    Example:
+        >>> client_seed(0, 1, 2) == client_seed(0, 2, 1)
+        False
+    """
     return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
 
 
+def flip_rates(config: "Config") -> dict[int, float]:
+    """Share of each flipped label's examples that is flipped, in [0, 1], by label."""
+    rate = config.noise_rate
+    return {label: float(rate.get(label, 1.0) if isinstance(rate, dict) else rate) for label in config.label2flip}
+
+
+def fault_settings(config: "Config", num_classes: int) -> dict[str, Any]:
+    """What a faulty client must know of its fault, as JSON; flips are (label, target, share)."""
+    rates = flip_rates(config)
+    return {
+        "kind": config.fault.kind,
+        "target": config.fault.target,
+        "share": config.noise_rate,
+        "num_classes": num_classes,
+        "flips": [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())],
+    }
+
+
+def flipped_label_counts(config: "Config", data: "PreparedData", client: str) -> dict[int, int] | None:
+    """How many examples of each label a faulty client trains on, by label.
+
+    Returns:
+        None for a client without a fault, and for one whose fault leaves the labels as they are.
+    """
+    if int(client) not in config.faulty_clients_ids or config.fault.kind in ("free_rider", "sign_flip"):
+        return None
+    seed = client_seed(config.seed, 0, int(client))
+    faulty = faulty_examples(data.client(client), fault_settings(config, data.num_classes), seed)
+    return dict(sorted(Counter(faulty.labels.tolist()).items()))
+
+
 def faulty_examples(examples: Examples, fault: Mapping[str, Any], seed: int) -> Examples:
-    """What a client with this fault (see `config.fault_settings`) trains on."""
+    """What a faulty client trains on.
+
+    Args:
+        examples: The client's own, which stay as they are.
+        fault: What `fault_settings` returned.
+        seed: Of the drawing of rows and labels.
+    """
     inputs, labels = examples.inputs, examples.labels
     generator = torch.Generator().manual_seed(seed)
     if fault["kind"] == "label_flip":
@@ -47,7 +98,18 @@ def faulty_examples(examples: Examples, fault: Mapping[str, Any], seed: int) -> 
 
 
 def flip_labels(labels: Tensor, flips: list[tuple[int, int, float]], generator: torch.Generator) -> Tensor:
-    """Labels [N] in which a share of each label became another one, by entries (label, target, share)."""
+    """A copy of the labels in which a share of some became others.
+
+    Args:
+        labels: int64 [N].
+        flips: Entries (label, target, share in [0, 1] of the examples of the label).
+        generator: Draws which of them.
+
+    Example:
+        >>> flips = [(3, 4, 1.0), (4, 0, 1.0)]
+        >>> flip_labels(torch.tensor([3, 3, 4]), flips, torch.Generator()).tolist()
+        [4, 4, 0]
+    """
     flipped = labels.clone()
     for label, target, share in flips:
         rows = (labels == label).nonzero().flatten()
@@ -57,12 +119,15 @@ def flip_labels(labels: Tensor, flips: list[tuple[int, int, float]], generator: 
 
 
 def put_trigger(inputs: Inputs, rows: Tensor) -> Inputs:
-    """A copy of the inputs, images [N, 3, H, W] or tokens [N, T], with the trigger on `rows`.
+    """A copy of the inputs with the backdoor's trigger on some of them.
 
-    On images it is what white bytes in the stored picture become.
+    Args:
+        inputs: Normalized images [N, 3, H, W], which get a white square; or texts [N, T], which get
+            a token, and are padded to two tokens if they are shorter.
+        rows: Which of them, int64.
     """
     if not isinstance(inputs, Tensor):
-        more = (0, max(0, TRIGGER_PLACE + 1 - inputs["input_ids"].shape[1]))  # texts of one token
+        more = (0, max(0, TRIGGER_PLACE + 1 - inputs["input_ids"].shape[1]))
         inputs = {name: F.pad(value, more) for name, value in inputs.items()} if more[1] else inputs
         inputs = {name: value.clone() for name, value in inputs.items()}
         inputs["input_ids"][rows, TRIGGER_PLACE] = TRIGGER_TOKEN
@@ -74,7 +139,18 @@ def put_trigger(inputs: Inputs, rows: Tensor) -> Inputs:
 
 
 def opposite(received: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W_in - s (W_out - W_in); a running variance keeps at least a tenth of what it was, so that it stays valid."""
+    """The model with the opposite of the client's update: W_in - s (W_out - W_in), s = 2.
+
+    A running variance keeps at least a tenth of its value, so that it stays positive.
+
+    Args:
+        received: W_in, by name.
+        trained: W_out, with the same names.
+
+    Example:
+        >>> opposite({"w": torch.tensor([1.0])}, {"w": torch.tensor([1.5])})
+        {'w': tensor([0.])}
+    """
     sent = {name: value - SIGN_FLIP_SCALE * (trained[name] - value) for name, value in received.items()}
     for name in sent:
         if name.endswith("running_var"):

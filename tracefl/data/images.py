@@ -1,4 +1,4 @@
-"""Images become bytes of one size once."""
+"""Images to bytes of one size."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,23 @@ if TYPE_CHECKING:
 
 
 def encode_images(source: "Source", channels: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
-    """These rows of a split as pixels uint8 [N, channels, 32, 32]."""
+    """Decode and resize the images in the given rows of a split.
+
+    Args:
+        source: Says which column holds them.
+        channels: 1 (grey) or 3 (RGB).
+        split: The training or the test split.
+        rows: Row numbers, int64 [N].
+
+    Returns:
+        `pixels`, uint8 [N, channels, 32, 32].
+    """
     images = split.select(rows)[source.input_columns[0]]
     return {"pixels": torch.from_numpy(np.ascontiguousarray([_pixels(image, channels) for image in images]))}
 
 
 def channels_of(source: "Source") -> int:
-    """1 for grey images, 3 for others; the first of the training split tells."""
+    """1 if the first training image is grey, otherwise 3."""
     return 1 if source.train[0][source.input_columns[0]].mode in ("1", "L", "I", "I;16", "F") else 3
 
 

@@ -1,4 +1,4 @@
-"""MedMNIST's 2-D sets with one class per image, through its own package: downloaded, or from a file <flag>.npz."""
+"""MedMNIST's 2-D sets with one class per image, read or downloaded by its own package."""
 
 from pathlib import Path
 from zipfile import BadZipFile
@@ -8,17 +8,17 @@ import numpy as np
 from PIL import Image
 
 from tracefl.config import Dataset as DatasetConfig
-from tracefl.errors import TraceFLError
-from tracefl.hub import first_line, reachable
+from tracefl.errors import TraceFLError, first_line
+from tracefl.hub import reachable
 
 
 def load_medmnist(config: DatasetConfig) -> datasets.DatasetDict:
-    """Those of the splits train, val and test that the configuration names, with class names.
+    """The splits that the configuration names (of train, val and test), with class names.
 
     Raises:
-        TraceFLError: the file cannot be had, or is none of MedMNIST's.
+        TraceFLError: The file is missing and cannot be downloaded, or is not one of MedMNIST's.
     """
-    import medmnist  # seconds: only for its sets
+    import medmnist  # takes seconds, so only for its sets
 
     flag, info = config.name, medmnist.INFO[config.name]
     folder = Path(config.path or medmnist.info.DEFAULT_ROOT or ".")
@@ -26,7 +26,7 @@ def load_medmnist(config: DatasetConfig) -> datasets.DatasetDict:
     there = file.exists()
     remedy = f"get it from {info['url']} and name its folder with dataset.path=FOLDER."
     if not there and (config.path or not reachable(info["url"])):
-        raise TraceFLError(f"dataset.name={flag}: {file} is not there and cannot be downloaded; {remedy}")
+        raise TraceFLError(f"dataset.name={flag}: {file} does not exist and cannot be downloaded; {remedy}")
     names = [info["label"][key] for key in sorted(info["label"], key=int)]
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
     splits = datasets.DatasetDict()

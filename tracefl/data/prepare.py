@@ -1,9 +1,10 @@
-"""Prepare a dataset once: partition, decode or tokenize, and write one file per client and one for the server.
+"""Prepare a dataset once: partition, encode, and write a file per client and one for the server.
 
 <storage.dir>/data/<dataset>-<hash>/
-    data.json                 settings, class names, label counts of every client, SHA-256 of every file
-    server.safetensors        the head of the shuffled test split: labels int64 [N] and, of images, pixels uint8
-                              [N, C, 32, 32]; of texts, input_ids int32 [N, T] and lengths int32 [N]
+    data.json                 settings, class names, label counts of clients, SHA-256 of files
+    server.safetensors        the head of the shuffled test split: labels int64 [N] and, of images,
+                              pixels uint8 [N, C, 32, 32]; of texts, input_ids int32 [N, T] and
+                              lengths int32 [N]
     tokenizer.json            of texts: what made the tokens
     clients/7.safetensors     the same for client 7
 """
@@ -23,52 +24,53 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from tracefl.config import Config, data_settings, fault_settings, file_stamps, fingerprint
+from tracefl.config import Config
 from tracefl.data.examples import Examples, load_examples
-from tracefl.data.faults import client_seed, faulty_examples
 from tracefl.data.images import channels_of, encode_images
 from tracefl.errors import TraceFLError
+from tracefl.settings import data_settings, file_stamps, fingerprint
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A dataset on disk, ready for clients and server."""
+    """A dataset on disk, spread over the clients.
+
+    Attributes:
+        folder: Where its files are.
+        class_names: Of the labels 0, 1, ...
+        label_counts: Number of training examples by client and label.
+        digest: SHA-256 over the SHA-256 of every file.
+        text_model: Of texts, the spec of the model that the tokens are for.
+    """
 
     folder: Path
     class_names: list[str]
-    label_counts: dict[str, dict[int, int]]  # client id -> label -> number of training examples
-    digest: str  # SHA-256 over every file's SHA-256
-    text_model: dict[str, Any] | None = None  # config of the text model that the tokens are for
+    label_counts: dict[str, dict[int, int]]
+    digest: str
+    text_model: dict[str, Any] | None = None
 
     @property
     def num_classes(self) -> int:
+        """How many classes there are."""
         return len(self.class_names)
 
     def client(self, client_id: str) -> Examples:
+        """The training examples of a client."""
         return load_examples(self.folder / "clients" / f"{client_id}.safetensors")
 
-    def flipped_label_counts(self, config: Config, client_id: str) -> dict[int, int] | None:
-        """Labels that a faulty client trains on; None for any other client, and for one whose labels stay."""
-        if int(client_id) not in config.faulty_clients_ids or config.fault.kind in ("free_rider", "sign_flip"):
-            return None
-        seed = client_seed(config.seed, 0, int(client_id))
-        faulty = faulty_examples(self.client(client_id), fault_settings(config, self.num_classes), seed)
-        return dict(sorted(Counter(faulty.labels.tolist()).items()))
-
     def server(self) -> Examples:
+        """The test examples of the server."""
         return load_examples(self.folder / "server.safetensors")
 
 
 def prepare(config: Config) -> PreparedData:
-    """The prepared data of this configuration, from the cache if `check_dataset_cache` and it is there.
+    """Prepare the data of a configuration, or open them if they are there and `check_dataset_cache`.
 
     Raises:
-        TraceFLError: the data cannot be had or cannot be partitioned as asked.
+        TraceFLError: The data cannot be loaded, partitioned as asked or encoded for the model.
     """
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise TraceFLError(f"device={config.device} cannot be: torch sees no GPU on this machine; set device=cpu.")
     settings = data_settings(config) | {"schema": SCHEMA, "files": file_stamps(config.dataset.path)}
     name = config.dataset.name.rsplit("/", 1)[-1]
     folder = Path(config.storage.dir) / "data" / f"{name}-{fingerprint(settings)}"
@@ -76,35 +78,25 @@ def prepare(config: Config) -> PreparedData:
         _write(folder, config, settings)
     info = json.loads((folder / "data.json").read_text())
     counts = {client: {int(label): n for label, n in labels.items()} for client, labels in info["label_counts"].items()}
-    targets = config.label2flip.values()
-    setting = f"label2flip={config.label2flip} flips"
-    if config.fault.kind == "backdoor":
-        targets, setting = [config.fault.target], f"fault.target={config.fault.target} leads"
-    for target in targets:
-        if not 0 <= target < len(info["class_names"]):
-            raise TraceFLError(
-                f"{setting} to label {target}, but {config.dataset.name} has labels 0 to "
-                f"{len(info['class_names']) - 1}: choose a target among them."
-            )
     digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
     return PreparedData(folder, info["class_names"], counts, digest, info["text_model"])
 
 
 def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
-    from tracefl.data.sources import load_source  # seconds of imports that cached data do not need
+    from tracefl.data.sources import load_source  # takes seconds to import; cached data do not need it
 
     source = load_source(config.dataset)
     if source.is_text != (config.arch == "transformer"):
-        held, wanted = ("text", "image") if source.is_text else ("images", "text")
+        held, wanted = ("texts", "images") if source.is_text else ("images", "texts")
         raise TraceFLError(
-            f"model.name={config.model.name} is a model for {wanted}s, but dataset.name={config.dataset.name} holds "
+            f"model.name={config.model.name} is a model for {wanted}, but dataset.name={config.dataset.name} holds "
             f"{held} (column {source.input_columns[0]}): choose another model, for example "
             f"{'distilbert/distilbert-base-uncased' if source.is_text else 'resnet18'}."
         )
     from tracefl.data.partition import partition
 
     labels = source.labels(source.train)
-    clients = partition(labels, config.data_dist, config.seed)
+    clients = partition(labels, config)
     limit = config.data_dist.max_server_data_size
     server = np.random.default_rng(config.seed).permutation(len(source.test))[: None if limit == -1 else limit]
 
@@ -120,7 +112,9 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     try:
         (unfinished / "clients").mkdir(parents=True)
     except OSError as error:
-        raise TraceFLError(f"storage.dir={config.storage.dir} cannot be written to ({error}): name another.") from error
+        raise TraceFLError(
+            f"storage.dir={config.storage.dir} cannot be written to ({error}): name another folder."
+        ) from error
     try:
         sha256 = {}
         for file, split, rows in [
@@ -144,7 +138,7 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
         (unfinished / "data.json").write_text(json.dumps(info, indent=1))
         if not config.check_dataset_cache:
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another process was faster with the same data: its folder may be in use already
+        with suppress(OSError):  # the folder exists: another process prepared the same data, and may use it
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

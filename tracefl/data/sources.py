@@ -1,6 +1,5 @@
-"""Where data come from: scikit-learn's bundled digits, MedMNIST, a local folder in the hub's layout, or the hub."""
+"""Where data come from: scikit-learn's digits, MedMNIST, a folder in the hub's layout, or the hub."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
 from tracefl.data.medical import load_medmnist
-from tracefl.errors import TraceFLError
-from tracefl.hub import first_line, settle_hub
+from tracefl.errors import TraceFLError, first_line
+from tracefl.hub import use_cache_if_offline
 
 DIGITS_TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Source:
-    """The two splits of a classification dataset and what was found about its columns."""
+    """The two splits of a classification dataset, with the names of its columns and classes."""
 
     train: datasets.Dataset
     test: datasets.Dataset
@@ -31,18 +30,19 @@ class Source:
 
     @property
     def is_text(self) -> bool:
+        """Whether the inputs are texts; otherwise they are images."""
         return not isinstance(self.train.features[self.input_columns[0]], datasets.Image)
 
     def labels(self, split: datasets.Dataset) -> np.ndarray:
-        """Labels of a split as int64 [N]."""
+        """The labels of one of the splits, int64 [N]."""
         return np.asarray(split[self.label_column], dtype=np.int64)
 
 
 def load_source(config: DatasetConfig) -> Source:
-    """Load both splits and find the columns.
+    """Load both splits, and find the columns that the configuration does not name.
 
     Raises:
-        TraceFLError: the data cannot be had, or lack a split, an input or a label column.
+        TraceFLError: The data cannot be loaded, or have no such split, input or label column.
     """
     splits = _digits() if config.name == "digits" and not config.path else _load(config)
     train, test = (_split(splits, config, key) for key in ("train_split", "test_split"))
@@ -93,7 +93,7 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
                 "the hub's layout, for example with train-*.parquet and test-*.parquet."
             ) from error
     name = HUB_NAMES.get(config.name, config.name)
-    settle_hub()
+    use_cache_if_offline()
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     try:
         return datasets.load_dataset(name)
@@ -105,13 +105,13 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
         datasets.exceptions.DatasetsError,
     ) as error:
         raise TraceFLError(
-            f"dataset.name={config.name} cannot be had from the hub as '{name}' ({first_line(error)}): check the "
+            f"dataset.name={config.name} cannot be loaded from the hub as '{name}' ({first_line(error)}): check the "
             "name and the connection, or give a local copy with dataset.path=FOLDER."
         ) from error
 
 
 def _digits() -> datasets.DatasetDict:
-    """1,797 handwritten digits of 8x8 pixels and 17 grey levels, split once and for all."""
+    """1,797 handwritten digits of 8x8 pixels and 17 grey levels, always split the same way."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -165,7 +165,7 @@ def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> 
     found = (
         list(feature.names)
         if isinstance(feature, datasets.ClassLabel)
-        else [str(index) for index in range(_largest(train[label]) + 1)]
+        else [str(index) for index in range(max(train[label]) + 1)]
     )
     wanted = config.num_classes or len(found)
     if wanted < len(found):
@@ -173,7 +173,3 @@ def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> 
             f"dataset.num_classes={wanted} is too small: {config.name} has {len(found)} classes; leave it out."
         )
     return found + [str(index) for index in range(len(found), wanted)]
-
-
-def _largest(labels: Iterable[int]) -> int:
-    return int(max(labels))

@@ -1,4 +1,4 @@
-"""Texts become tokens once: the tokenizer of the model, or one trained on the training texts, and what it makes."""
+"""Texts to tokens, by the model's own tokenizer or by one that is trained on the training texts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tracefl.architectures import architecture, load_pretrained, text_spec
 from tracefl.config import Config, Model
 from tracefl.errors import TraceFLError
+from tracefl.models.text import architecture, load_pretrained, text_spec
 
 if TYPE_CHECKING:
     from tracefl.data.sources import Source
@@ -23,21 +23,33 @@ Encode = Callable[[Any, np.ndarray], dict[str, Tensor]]  # (split, rows) -> tens
 
 
 def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[Encode, str, dict[str, Any]]:
-    """What encodes rows of a split, the tokenizer as JSON, and the `text_spec` of the model that it is for.
+    """The tokenizer of a run, and the model that its tokens are for.
 
     Args:
-        rows: of the training split; a tokenizer is trained on them, unless the model has its own.
+        source: The dataset.
+        config: Its model and dataset.max_tokens are read.
+        rows: Of the training split, int64: what a tokenizer is trained on.
+
+    Returns:
+        encode: A function (split, rows) to input_ids int32 [N, T], padded on the right, and lengths
+            int32 [N].
+        tokenizer: As the JSON of the tokenizers library.
+        spec: What `models.build_model` needs.
 
     Raises:
-        TraceFLError: the model or its tokenizer cannot be had, or reads no texts of such a length.
+        TraceFLError: The model or its tokenizer cannot be loaded, or max_tokens does not fit.
     """
     model, max_tokens, base = config.model, config.dataset.max_tokens, architecture(config.model)
     longest = getattr(base, "max_position_embeddings", None)
     if longest and max_tokens > longest:
-        raise TraceFLError(f"dataset.max_tokens={max_tokens} cannot be: the model reads at most {longest}; lower it.")
+        raise TraceFLError(
+            f"dataset.max_tokens must be at most {longest} for {model.name}, got {max_tokens}: lower it."
+        )
     tokenizer, pad = _own(model) if model.own_tokenizer else _trained(model, base, _texts(source, source.train, rows))
     if max_tokens <= (special := tokenizer.num_special_tokens_to_add(False)):
-        raise TraceFLError(f"dataset.max_tokens={max_tokens} cannot be: {special} are special tokens; raise it.")
+        raise TraceFLError(
+            f"dataset.max_tokens must be above {special}, the number of special tokens, got {max_tokens}: raise it."
+        )
     tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()
     size = tokenizer.get_vocab_size()
@@ -46,7 +58,7 @@ def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[En
 
 
 def _encode(source: "Source", tokenizer: Tokenizer, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
-    """input_ids int32 [N, longest], padded on the right, and lengths int32 [N]; an empty text is one pad token."""
+    """See `text_encoder`; an empty text is encoded as one pad token."""
     encodings = tokenizer.encode_batch_fast(_texts(source, split, rows))
     ids = [torch.tensor(encoding.ids or [pad], dtype=torch.int32) for encoding in encodings]
     return {
@@ -56,7 +68,7 @@ def _encode(source: "Source", tokenizer: Tokenizer, pad: int, split: Any, rows: 
 
 
 def _texts(source: "Source", split: Any, rows: np.ndarray) -> list[str]:
-    """One text per row: what its columns hold, joined with a space."""
+    """One text per row: its columns, joined with a space."""
     table = split.select(rows)
     columns = (table[name] for name in source.input_columns)
     return [" ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
@@ -75,7 +87,10 @@ def _own(model: Model) -> tuple[Tokenizer, int]:
 
 
 def _trained(model: Model, base: Any, corpus: list[str]) -> tuple[Tokenizer, int]:
-    """GPT's kind or BERT's; in lower case unless the model's name says cased. The pad token's id is 0."""
+    """A byte-pair tokenizer for a GPT, otherwise a word-piece one; the pad token's id is 0.
+
+    Letters become lower case unless the model's name says "cased".
+    """
     train = _byte_pairs if "gpt" in base.model_type else _word_pieces
     lowercase = "-cased" not in model.name
     return train(corpus, model.config.get("vocab_size", VOCABULARY), normalizers.BertNormalizer(lowercase=lowercase)), 0
@@ -84,7 +99,7 @@ def _trained(model: Model, base: Any, corpus: list[str]) -> tuple[Tokenizer, int
 def _byte_pairs(corpus: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.ByteLevel(add_prefix_space=True)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # so that nothing is unknown
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # with all bytes no text is unknown
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[PAD], initial_alphabet=alphabet, show_progress=False
     )
@@ -93,11 +108,12 @@ def _byte_pairs(corpus: list[str], vocab_size: int, normalizer: normalizers.Norm
 
 
 def _word_pieces(corpus: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
-    """[CLS] text [SEP]."""
+    """A word-piece tokenizer that puts a text between [CLS] and [SEP]."""
     special = [PAD, "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     split = pre_tokenizers.BertPreTokenizer()
     words = {word for text in corpus for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text))}
-    # The trainer numbers letters inside words as a hash map gives them, in another order each time, unless it is told.
+    # The trainer would number the letters inside words in the order of a hash map, which changes
+    # from process to process; as special tokens they keep the order given here.
     inside = sorted({f"##{letter}" for word in words for letter in word[1:]})
     draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     draft.normalizer, draft.pre_tokenizer = normalizer, split

@@ -9,8 +9,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import nn
 
-from tracefl.config import Config, client_threads, fault_settings
+from tracefl.config import Config
 from tracefl.data.examples import Examples
+from tracefl.data.faults import fault_settings
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.federation import grid as grid_module
@@ -18,6 +19,7 @@ from tracefl.federation.aggregation import build_strategy
 from tracefl.federation.recorder import Recorder
 from tracefl.models import load_exchanged_state, model_spec
 from tracefl.runs import Run
+from tracefl.settings import client_threads
 from tracefl.states import State
 from tracefl.training import Evaluation, evaluate
 

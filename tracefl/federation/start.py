@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
-from tracefl.config import Config, training_settings
+from tracefl.config import Config
+from tracefl.data.faults import flipped_label_counts
 from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.models import exchanged_state, initial_model, model_spec
 from tracefl.results import ROUNDS
 from tracefl.runs import ClientInfo, Run
+from tracefl.settings import training_settings
 from tracefl.states import State
 
 
@@ -53,7 +55,7 @@ def open_or_create(config: Config, data: PreparedData, folder: Path, initial: St
     shutil.rmtree(folder / "rounds", ignore_errors=True)
     faults = dict.fromkeys(config.faulty_clients_ids, config.fault.kind)
     clients = [
-        ClientInfo(client, counts, data.flipped_label_counts(config, client), faults.get(int(client)))
+        ClientInfo(client, counts, flipped_label_counts(config, data, client), faults.get(int(client)))
         for client, counts in data.label_counts.items()
     ]
     return Run.create(

@@ -60,7 +60,7 @@ def draw_data(folders: list[Path], out: Path) -> None:
         info = json.loads((folder / "data.json").read_text())
         settings = info["settings"]
         skew = f"_alpha_{settings['dirichlet_alpha']:g}" if "dirichlet_alpha" in settings else ""
-        name = f"{settings['dataset']['name'].rsplit('/', 1)[-1]}_{settings['dist_type']}{skew}"
+        name = f"{settings['dataset.name'].rsplit('/', 1)[-1]}_{settings['data_dist.dist_type']}{skew}"
         name += f"_{folder.name.rsplit('-', 1)[-1]}" if name in {row[0] for row in rows} else ""
         counts = {client: {int(k): n for k, n in labels.items()} for client, labels in info["label_counts"].items()}
         plot_labels(counts, info["class_names"], out / f"labels_{name}")

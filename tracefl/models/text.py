@@ -1,4 +1,4 @@
-"""Hugging Face's text classifiers: what a model's name stands for, with and without its published weights.
+"""Hugging Face's text classifiers, with random or with published weights.
 
 Importing transformers takes seconds: it waits until a text model is wanted.
 """
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tracefl.errors import TraceFLError
-from tracefl.hub import first_line, settle_hub
+from tracefl.errors import TraceFLError, first_line
 
 if TYPE_CHECKING:
     from tracefl.config import Model
 
-# name -> (model type, what its config has other than the type's defaults): so that they need no download
+# Models that can be built without a download: name -> (model type, entries of its config that
+# differ from the type's defaults).
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "google-bert/bert-base-cased": ("bert", {"vocab_size": 28996}),
     "openai-community/openai-gpt": ("openai-gpt", {}),
@@ -26,14 +26,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Intel/dynamic_tinybert": ("bert", {"num_hidden_layers": 6}),
     "squeezebert/squeezebert-uncased": ("squeezebert", {}),
 }
-NOT_OURS_TO_SET = ("model_type", "id2label", "label2id")
+SET_FROM_DATA = ("model_type", "id2label", "label2id")
 
 
 def architecture(model: "Model") -> Any:
-    """The architecture's config with the entries of `model.config`; from the hub only for a name not listed above.
+    """The Hugging Face config of a model, with the entries of `model.config`.
+
+    It is downloaded only for a name that ARCHITECTURES lacks, or for published weights.
 
     Raises:
-        TraceFLError: there is no such architecture, it classifies no text, or an entry does not fit it.
+        TraceFLError: There is no such model, it classifies no text, or an entry does not fit it.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
@@ -44,8 +46,10 @@ def architecture(model: "Model") -> Any:
         model_type, entries = ARCHITECTURES[model.name]
         config = AutoConfig.for_model(model_type, **entries)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise TraceFLError(f"model.name={model.name} is a {config.model_type}, which classifies no text: name another.")
-    known = {*config.to_dict(), *config.attribute_map} - {*NOT_OURS_TO_SET}
+        raise TraceFLError(
+            f"model.name={model.name} is a {config.model_type}, which classifies no texts: name another."
+        )
+    known = {*config.to_dict(), *config.attribute_map} - {*SET_FROM_DATA}
     for key, value in model.config.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -56,13 +60,13 @@ def architecture(model: "Model") -> Any:
         try:
             setattr(config, key, value)
         except (StrictDataclassError, TypeError, ValueError) as error:
-            reason = first_line(error.__cause__ or error)  # type: ignore[arg-type]
-            raise TraceFLError(f"model.config.{key}={value} cannot be: {reason}.") from error
+            reason = first_line(error.__cause__ or error)
+            raise TraceFLError(f"model.config.{key}={value} does not fit a {config.model_type}: {reason}.") from error
     return config
 
 
 def text_spec(config: Any, vocab_size: int, pad_token_id: int, class_names: list[str]) -> dict[str, Any]:
-    """All that `build_text_model` needs, as plain JSON: the config for this tokenizer and these classes."""
+    """What `build_text_model` needs, as plain JSON: the config with this tokenizer and classes."""
     config.vocab_size, config.pad_token_id = vocab_size, pad_token_id
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: index for index, name in config.id2label.items()}
@@ -71,7 +75,11 @@ def text_spec(config: Any, vocab_size: int, pad_token_id: int, class_names: list
 
 
 def build_text_model(spec: dict[str, Any]) -> nn.Module:
-    """A classifier with random weights; no file and no network is needed."""
+    """A classifier with random weights; needs no file and no network.
+
+    Raises:
+        TraceFLError: The sizes in `model.config` do not go together.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
@@ -81,10 +89,14 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
 
 
 def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
-    """The published weights, or those in `model.path`, with a new head where the classes are others.
+    """The classifier with its published weights or those in `model.path`, and a new head if need be.
+
+    Args:
+        model: The configuration's section.
+        spec: What `text_spec` returned for the prepared data.
 
     Raises:
-        TraceFLError: they cannot be had, or `model.config` asks for another shape than they have.
+        TraceFLError: The weights cannot be loaded, or do not fit `model.config`.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -112,19 +124,21 @@ def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
 
 
 def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
-    """`loader.from_pretrained` from `model.path` or the hub, without anyone's code.
+    """Call `loader.from_pretrained` on `model.path` or the hub, without running the model's code.
 
     Raises:
-        TraceFLError: it cannot be had; the message names the remedy.
+        TraceFLError: It cannot be loaded; the message names the remedy.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # a new head is what is asked for, not news
+    from tracefl.hub import use_cache_if_offline
+
+    logging.set_verbosity_error()  # transformers warns about the new head, which is wanted
     logging.disable_progress_bar()
     if not model.path:
-        settle_hub()
+        use_cache_if_offline()
     try:
         return loader.from_pretrained(model.path or model.name, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError) as error:
@@ -135,6 +149,6 @@ def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
             ) from error
         remedy = "set model.pretrained=false" if model.pretrained else "set model.tokenizer=trained"
         raise TraceFLError(
-            f"model.name={model.name} cannot be had from the hub ({first_line(error)}): check name and connection, "
+            f"model.name={model.name} cannot be loaded from the hub ({first_line(error)}): check name and connection, "
             f"{f'{remedy}, ' if model.name in ARCHITECTURES else ''}or give a local copy with model.path=FOLDER."
         ) from error

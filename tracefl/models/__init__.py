@@ -1,0 +1,90 @@
+"""Classifiers with the right head from a plain description (spec), and the state that is exchanged.
+
+vision.py holds torchvision's image models, text.py Hugging Face's text models. A client process
+builds its model from the spec alone, and imports only the library of that kind of model.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tracefl.errors import TraceFLError
+from tracefl.models.text import build_text_model, pretrained_text_model
+from tracefl.models.vision import build_image_model, pretrained_image_model
+
+if TYPE_CHECKING:  # a client builds models without any of these
+    from tracefl.config import Config
+    from tracefl.data.prepare import PreparedData
+
+
+def model_spec(config: "Config", data: "PreparedData") -> dict[str, Any]:
+    """What `build_model` needs to know, as plain JSON.
+
+    Returns:
+        An image model's `name` and `num_classes`, or a text model's whole Hugging Face config.
+    """
+    return data.text_model or {"name": config.model.name, "num_classes": data.num_classes}
+
+
+def build_model(spec: Mapping[str, Any]) -> nn.Module:
+    """A classifier with random weights, from what `model_spec` returns.
+
+    Returns:
+        A module whose output is the logits [N, num_classes], or has them as `.logits`. An image
+        model takes float [N, 3, 32, 32]; a text model input_ids and attention_mask, int64 [N, T].
+
+    Example:
+        >>> build_model({"name": "resnet18", "num_classes": 4}).fc.out_features
+        4
+    """
+    return build_text_model(dict(spec)) if "model_type" in spec else build_image_model(**spec)
+
+
+def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
+    """The model that a run starts from: with published weights if the configuration asks for them.
+
+    Random weights are drawn from torch's global generator; seed it first.
+
+    Raises:
+        TraceFLError: The published weights cannot be loaded.
+    """
+    spec = model_spec(config, data)
+    if not config.model.has_weights:
+        return build_model(spec)
+    return pretrained_text_model(config.model, spec) if data.text_model else pretrained_image_model(**spec)
+
+
+def exchanged_state(model: nn.Module) -> dict[str, Tensor]:
+    """What client and server exchange: the floating-point entries of the state, on the CPU.
+
+    Integer buffers (BatchNorm's `num_batches_tracked`) are left out: a mean of counters has no
+    meaning. A tensor with several names (tied weights) is sent under its first.
+
+    Returns:
+        Tensors by name. They share memory with the model where that is on the CPU.
+
+    Example:
+        >>> list(exchanged_state(nn.BatchNorm1d(2)))
+        ['weight', 'bias', 'running_mean', 'running_var']
+    """
+    entries = model.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(entries.items())}
+    return {
+        name: value.detach().cpu()
+        for name, value in entries.items()
+        if value.is_floating_point() and first[id(value)] == name
+    }
+
+
+def load_exchanged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy into the model what `exchanged_state` returned for another of its kind.
+
+    Raises:
+        TraceFLError: The names are not exactly those that the model exchanges.
+    """
+    expected = exchanged_state(model).keys()
+    if expected != state.keys():
+        odd = sorted(expected ^ state.keys())
+        raise TraceFLError(f"a state does not fit the model: {len(odd)} keys differ, the first is '{odd[0]}'.")
+    model.load_state_dict(dict(state), strict=False)
