@@ -5,11 +5,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as tracefl.main does
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
 
 from tracefl.checks import load
 from tracefl.commandline import hydra_words
@@ -19,14 +21,23 @@ torch.set_num_threads(2)
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+@cache
+def composed(typed: tuple[str, ...]) -> DictConfig:
+    """What Hydra makes of a command line; it takes a twentieth of a second, and many tests use the same."""
+    words, _ = hydra_words(typed)
+    with initialize_config_module("tracefl.conf", version_base="1.3"):
+        return compose("base", overrides=words)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., Config]:
     """`config("num_clients=3", ...)`: the checked configuration of a command line, with its files in a fresh folder."""
 
     def build(*typed: str) -> Config:
-        words, _ = hydra_words([f"storage.dir={tmp_path}/logs", *typed])
-        with initialize_config_module("tracefl.conf", version_base="1.3"):
-            return load(compose("base", overrides=words))
+        config = load(composed(typed))
+        if not any(word.startswith("storage.dir=") for word in typed):
+            config.storage.dir = f"{tmp_path}/logs"
+        return config
 
     return build
 
