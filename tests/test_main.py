@@ -128,7 +128,7 @@ def test_a_key_without_effect_is_noted_in_one_line(run):
         ("dataset.name=owner/never-there", "dataset.path=FOLDER."),
         ("dataset.path=.", "dataset.path must hold data in the hub's layout"),
         ("device=cuda", "got cuda: set device=cpu."),
-        ("do_training=false", "do_training=false: logs/"),
+        ("do_training=false", "do_training=false needs a recorded run, but logs/"),
     ],
 )
 def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch, typed, words):
@@ -177,7 +177,7 @@ def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tracefl.data.prepare.prepare", interrupted)
+    monkeypatch.setattr("tracefl.pipeline.prepare", interrupted)
     status, _, err = run("num_rounds=2")
     assert status == 130
     assert err == "interrupted: complete rounds are kept, the same command goes on from there\n"

@@ -123,7 +123,7 @@ def trace(
     origin = States(base, entries, state.aliases) if base else None
     shares = Shares(states, origin, N, read_at_once=scratch_bytes // 4)
     # for passes; the rest is for tiles of the product and for clients that are read from files
-    most = scratch_bytes - scratch_bytes // 16 if states.in_memory else scratch_bytes // 2
+    most = scratch_bytes - scratch_bytes // (16 if states.in_memory else 4)
 
     def add_at(at: nn.Module, factor: float) -> Tensor:
         nonlocal classes
