@@ -1,4 +1,4 @@
-"""A Flower app of your own, recorded and traced: your model, your data, your training; any strategy of Flower."""
+"""A Flower app of your own, recorded and traced: any model, data, training and strategy of Flower."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""tracefl.trace with nothing but PyTorch: three state dicts, their mean, one prediction to explain."""
+"""tracefl.trace with nothing but PyTorch: three states, their mean, a prediction to explain."""
 
 import torch
 from torch import nn
