@@ -4,7 +4,7 @@
 
 A setting marked `trains=False` leaves the trained weights as they are; all others are part of the
 run's hash (settings.py). checks.py applies the checks, and those that look at several settings.
-conf/base.yaml and docs/settings.md are written from this file: python -m tracefl.conf
+conf/base.yaml and docs/settings.md are written from this file: python docs/write_settings.py
 """
 
 # ruff: noqa: RUF009 (`setting` returns a dataclass field)

@@ -1,4 +1,4 @@
-"""Whether a server can be reached; the hubs' own clients try for half a minute before they give up."""
+"""Whether a server can be reached; the hubs' own clients try for half a minute."""
 
 import urllib.error
 import urllib.request

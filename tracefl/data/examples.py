@@ -1,7 +1,7 @@
 """Labelled examples as tensors: one safetensors file per client, one for the server.
 
-Images are stored as bytes [N, C, 32, 32], decoded and resized once, and normalized on loading. Texts
-are stored as token ids [N, T] with their lengths; loading adds the attention mask. Every client
+Images are stored as bytes [N, C, 32, 32], decoded and resized once, and normalized on loading.
+Texts are stored as token ids [N, T] with their lengths; loading adds the attention mask. Every client
 process imports this module, so its imports are few.
 """
 
@@ -44,7 +44,7 @@ class Examples:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor) -> "Examples":
-        """The examples at `rows` (int64); texts lose the columns that are padding in all of them."""
+        """The examples at `rows` (int64); texts lose columns that are padding in all of them."""
         if isinstance(self.inputs, Tensor):
             return Examples(self.inputs[rows], self.labels[rows])
         longest = int(self.inputs["attention_mask"][rows].sum(dim=1).max()) if len(rows) else 0

@@ -66,7 +66,7 @@ class PreparedData:
 
 
 def prepare(config: Config) -> PreparedData:
-    """Prepare the data of a configuration, or open them if they are there and `check_dataset_cache`.
+    """Prepare the data of a configuration, or open them if there and `check_dataset_cache`.
 
     Raises:
         TraceFLError: The data cannot be loaded, partitioned as asked or encoded for the model.

@@ -89,7 +89,7 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
 
 
 def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
-    """The classifier with its published weights or those in `model.path`, and a new head if need be.
+    """The classifier with its published weights or those in `model.path`, and a new head if needed.
 
     Args:
         model: The configuration's section.
