@@ -7,10 +7,9 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import tracefl.conf
 from tracefl.config import ALIASES, WITHOUT_EFFECT, Config, leaves
 
-BASE = Path(tracefl.conf.__path__[0]) / "base.yaml"
+BASE = Path(__file__).parents[1] / "tracefl" / "conf" / "base.yaml"
 SETTINGS = Path(__file__).with_name("settings.md")
 WIDTH = 100
 # Headings of the settings outside of groups, by the first one below each.
@@ -28,7 +27,6 @@ HEAD = """\
 # Every setting of TraceFL with its default. Override: python -m tracefl.main num_rounds=3
 # Written from tracefl/config.py by python docs/write_settings.py: change it there.
 defaults:
-  - schema # an unknown key or a wrong type stops before any work
   - _self_
   - override hydra/job_logging: none # the package logs for itself
   - override hydra/hydra_logging: none
@@ -101,8 +99,7 @@ def _blocks() -> Iterator[tuple[str, list[tuple[str, Field[Any]]]]]:
 
 
 def _default(entry: Field[Any]) -> str:
-    default = entry.default_factory() if callable(entry.default_factory) else entry.default
-    return json.dumps(default).replace('"', "")
+    return json.dumps(entry.default_factory()).replace('"', "")
 
 
 def _help(entry: Field[Any]) -> str:

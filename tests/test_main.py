@@ -112,13 +112,13 @@ def test_a_key_without_effect_is_noted_in_one_line(run):
         ("strategy.num_round=3", "did you mean strategy.num_rounds?"),
         ("num_clients=many", "num_clients must be a whole number, got many."),
         ("num_clients=2.5", "num_clients must be a whole number, got 2.5."),
-        ("num_clients=null", "num_clients must be a whole number, got null."),
+        ("num_clients=null", "num_clients must be a whole number, got None."),
         ("client.lr=fast", "client.lr must be a number, got fast."),
         ("plotting=perhaps", "plotting must be true or false, got perhaps."),
         ("exp_key=[1]", "exp_key must be text, got [1]."),
         ("faulty_clients_ids=3", "faulty_clients_ids must be a list, got 3."),
-        ("faulty_clients_ids=[a]", "faulty_clients_ids must be a list, got [a]."),
-        ("strategy=fedprox", "strategy=fedprox sets a group of settings: set one of strategy.name, strategy.options."),
+        ("faulty_clients_ids=[a]", "faulty_clients_ids must be a list, got ['a']."),
+        ("strategy=fedprox", "strategy=fedprox sets a group of settings: set one, such as strategy.name."),
         ("label2flip={8", "label2flip={8 cannot be read: "),
         ("label2flip={8:7, 0:7}", "label2flip={8:7, cannot be read: "),
         ("label2flip=8:7 label2flip=8:6", "label2flip must give one value for 8, got 8:7, 8:6: quote it"),
@@ -128,7 +128,7 @@ def test_a_key_without_effect_is_noted_in_one_line(run):
         ("dataset.name=owner/never-there", "dataset.path=FOLDER."),
         ("dataset.path=.", "dataset.path must hold data in the hub's layout"),
         ("device=cuda", "got cuda: set device=cpu."),
-        ("do_training=false", "do_training=false: logs/"),
+        ("do_training=false", "do_training=false needs a recorded run, but logs/"),
     ],
 )
 def test_bad_input_is_one_sentence(run, tmp_path, monkeypatch, typed, words):
@@ -177,7 +177,7 @@ def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tracefl.data.prepare.prepare", interrupted)
+    monkeypatch.setattr("tracefl.pipeline.prepare", interrupted)
     status, _, err = run("num_rounds=2")
     assert status == 130
     assert err == "interrupted: complete rounds are kept, the same command goes on from there\n"

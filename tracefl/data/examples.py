@@ -1,8 +1,8 @@
 """Labelled examples as tensors: one safetensors file per client, one for the server.
 
 Images are stored as bytes [N, C, 32, 32], decoded and resized once, and normalized on loading.
-Texts are stored as token ids [N, T] with their lengths; loading adds the attention mask. Every client
-process imports this module, so its imports are few.
+Texts are stored as token ids [N, T] with their lengths; loading adds the attention mask. Every
+client process imports this module, so its imports are few.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where data come from: digits (scikit-learn), MedMNIST, a folder in the hub's layout, or the hub."""
+"""Where data come from: scikit-learn, MedMNIST, a folder in the hub's layout, or the hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
