@@ -5,9 +5,11 @@ Texts are stored as token ids [N, T] with their lengths; loading adds the attent
 client process imports this module, so its imports are few.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -52,10 +54,9 @@ class Examples:
 
     def to(self, device: torch.device | str) -> "Examples":
         """The same examples with their tensors on `device`."""
-        labels = self.labels.to(device)
         if isinstance(self.inputs, Tensor):
-            return Examples(self.inputs.to(device), labels)
-        return Examples({name: value.to(device) for name, value in self.inputs.items()}, labels)
+            return Examples(self.inputs.to(device), self.labels.to(device))
+        return Examples({name: value.to(device) for name, value in self.inputs.items()}, self.labels.to(device))
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -69,6 +70,11 @@ def normalize(pixels: Tensor) -> Tensor:
     """
     scaled = pixels.to(torch.float32).div_(255).expand(-1, 3, -1, -1)
     return (scaled - MEAN) / STD
+
+
+def count_labels(labels: Tensor | np.ndarray) -> dict[int, int]:
+    """How many examples there are of each label, by label."""
+    return dict(sorted(Counter(labels.tolist()).items()))
 
 
 def load_examples(file: Path) -> Examples:

@@ -9,7 +9,6 @@
 A faulty client does the same in every round: its seed depends on the run's seed and its number.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracefl.data.examples import MEAN, STD, Examples, Inputs
+from tracefl.data.examples import MEAN, STD, Examples, Inputs, count_labels
 
 if TYPE_CHECKING:  # a client knows its fault from `fault_settings` alone
     from tracefl.config import Config
@@ -52,13 +51,8 @@ def flip_rates(config: "Config") -> dict[int, float]:
 def fault_settings(config: "Config", num_classes: int) -> dict[str, Any]:
     """What a faulty client must know of its fault, as JSON; flips are (label, target, share)."""
     rates = flip_rates(config)
-    return {
-        "kind": config.fault.kind,
-        "target": config.fault.target,
-        "share": config.noise_rate,
-        "num_classes": num_classes,
-        "flips": [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())],
-    }
+    flips = [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())]
+    return {**vars(config.fault), "share": config.noise_rate, "num_classes": num_classes, "flips": flips}
 
 
 def flipped_label_counts(config: "Config", data: "PreparedData", client: str) -> dict[int, int] | None:
@@ -71,7 +65,7 @@ def flipped_label_counts(config: "Config", data: "PreparedData", client: str) ->
         return None
     seed = client_seed(config.seed, 0, int(client))
     faulty = faulty_examples(data.client(client), fault_settings(config, data.num_classes), seed)
-    return dict(sorted(Counter(faulty.labels.tolist()).items()))
+    return count_labels(faulty.labels)
 
 
 def faulty_examples(examples: Examples, fault: Mapping[str, Any], seed: int) -> Examples:
@@ -128,8 +122,7 @@ def put_trigger(inputs: Inputs, rows: Tensor) -> Inputs:
     """
     if not isinstance(inputs, Tensor):
         more = (0, max(0, TRIGGER_PLACE + 1 - inputs["input_ids"].shape[1]))
-        inputs = {name: F.pad(value, more) for name, value in inputs.items()} if more[1] else inputs
-        inputs = {name: value.clone() for name, value in inputs.items()}
+        inputs = {name: F.pad(value, more) for name, value in inputs.items()}  # copies, whatever is missing
         inputs["input_ids"][rows, TRIGGER_PLACE] = TRIGGER_TOKEN
         inputs["attention_mask"][rows, TRIGGER_PLACE] = 1
         return inputs

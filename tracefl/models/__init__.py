@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tracefl.errors import TraceFLError
+from tracefl.errors import require
 from tracefl.models.text import build_text_model, pretrained_text_model
 from tracefl.models.vision import build_image_model, pretrained_image_model
 
@@ -70,11 +70,8 @@ def exchanged_state(model: nn.Module) -> dict[str, Tensor]:
     """
     entries = model.state_dict(keep_vars=True)
     first = {id(value): name for name, value in reversed(entries.items())}
-    return {
-        name: value.detach().cpu()
-        for name, value in entries.items()
-        if value.is_floating_point() and first[id(value)] == name
-    }
+    sent = [name for name, value in entries.items() if value.is_floating_point() and first[id(value)] == name]
+    return {name: entries[name].detach().cpu() for name in sent}
 
 
 def load_exchanged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -83,8 +80,6 @@ def load_exchanged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         TraceFLError: The names are not exactly those that the model exchanges.
     """
-    expected = exchanged_state(model).keys()
-    if expected != state.keys():
-        odd = sorted(expected ^ state.keys())
-        raise TraceFLError(f"a state does not fit the model: {len(odd)} keys differ, the first is '{odd[0]}'.")
+    odd = sorted(exchanged_state(model).keys() ^ state.keys())
+    require(not odd, f"a state does not fit the model: {len(odd)} keys differ, the first is {odd[:1]}.")
     model.load_state_dict(dict(state), strict=False)
