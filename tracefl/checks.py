@@ -154,9 +154,8 @@ def _check_model(c: Config) -> None:
     fits = model.path or model.name in (*IMAGE_MODELS, "gpt2") or "/" in model.name
     _require(c, "model.name", fits, must, "correct it, or name a folder with model.path=FOLDER")
     _require(c, "model.arch", model.arch in (None, c.arch), f"be {c.arch} for model.name={model.name}", "leave it out")
-    must = f"be that of a text model, which {model.name} is not"
-    _require(c, "model.config", for_texts or not model.config, must, "leave it out")
-    _require(c, "model.tokenizer", for_texts or not model.tokenizer, must, "leave it out")
+    for key, value in (("model.config", model.config), ("model.tokenizer", model.tokenizer)):
+        _require(c, key, for_texts or not value, f"be that of a text model, not of {model.name}", "leave it out")
     if "vocab_size" in model.config:
         whole(1).check("model.config.vocab_size", model.config["vocab_size"])
     fits = model.tokenizer != "trained" or not model.has_weights

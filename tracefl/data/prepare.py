@@ -86,12 +86,10 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
 
     source = load_source(config.dataset)
     held, wanted = ("texts", "images") if source.is_text else ("images", "texts")
+    holds = f"dataset.name={config.dataset.name} holds {held} (column {source.input_columns[0]})"
     another = "distilbert/distilbert-base-uncased" if source.is_text else "resnet18"
-    require(
-        source.is_text == (config.arch == "transformer"),
-        f"model.name={config.model.name} is a model for {wanted}, but dataset.name={config.dataset.name} holds {held} "
-        f"(column {source.input_columns[0]}): choose another model, for example {another}.",
-    )
+    mismatch = f"model.name={config.model.name} is a model for {wanted}, but {holds}"
+    require(source.is_text == (config.arch == "transformer"), f"{mismatch}: choose a model such as {another}.")
     from tracefl.data.partition import partition
 
     labels = source.labels(source.train)

@@ -58,10 +58,8 @@ def _encode(source: "Source", tokenizer: Tokenizer, pad: int, split: Any, rows: 
     """See `text_encoder`; an empty text is encoded as one pad token."""
     encodings = tokenizer.encode_batch_fast(_texts(source, split, rows))
     ids = [torch.tensor(encoding.ids or [pad], dtype=torch.int32) for encoding in encodings]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "lengths": torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32),
-    }
+    lengths = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32)
+    return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad), "lengths": lengths}
 
 
 def _texts(source: "Source", split: Any, rows: np.ndarray) -> list[str]:
