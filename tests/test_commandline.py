@@ -27,6 +27,7 @@ def words(*typed: str) -> list[str]:
         ("--config-dir there +mine=x -p tracefl", "+mine=x --config-dir there -p tracefl"),
         ("~seed -m", "~seed -m"),
         ("typo --multirun", "typo --multirun"),
+        ("scale=small", "scale=small"),
         ("hydra.verbose=true +scale=small -m", "hydra.verbose=true +scale=small -m"),
     ],
 )

@@ -125,6 +125,7 @@ def test_a_key_without_effect_is_noted_in_one_line(run):
         ("num_rounds=2 strategy.num_rounds=3", "num_rounds=2 and strategy.num_rounds=3 set the same, differently"),
         ("num_rounds", "num_rounds cannot be read: "),
         ("+scale=tiny", "Could not find 'scale/tiny'"),
+        ("scale=small", "use +scale=small"),
         ("dataset.name=owner/never-there", "dataset.path=FOLDER."),
         ("dataset.path=.", "dataset.path must hold data in the hub's layout"),
         ("device=cuda", "got cuda: set device=cpu."),

@@ -37,7 +37,7 @@ def load(composed: DictConfig) -> Config:
         TraceFLError: A key is unknown or a value impossible; the message says what to do.
     """
     plain: Any = OmegaConf.to_container(composed, resolve=True)
-    for key, _ in leaves():
+    for key, _ in leaves():  # a group that is given a value: OmegaConf would not say which
         group = key.rpartition(".")[0]
         whole_group = f"{group}={plain.get(group)} sets a group of settings"
         require(not group or isinstance(plain.get(group, {}), dict), f"{whole_group}: set one, such as {key}.")
@@ -125,8 +125,9 @@ def _check_strategy(c: Config) -> None:
         if option == "num_nodes_to_select":
             require(value <= K, f"{key} must be at most clients_per_round={K}, got {value}: lower it.")
     needed = {"fedprox": ("proximal_mu",), "fedavgm": ("server_momentum", "server_learning_rate")}.get(name, ())
-    is_fedavg = needed and not any(options.get(option) for option in needed)
-    require(not is_fedavg, f"strategy.name={name} is fedavg without {' or '.join(needed)}: set it above 0.")
+    differs = not needed or any(options.get(option) for option in needed)
+    missing = f"strategy.options.{' or '.join(needed)}"
+    require(differs, f"strategy.name={name} is fedavg without {missing}: set it above 0.")
     faulty = options.get("num_malicious_nodes", 0)
     least = {"krum": 2 * faulty + 3, "multikrum": 2 * faulty + 3, "bulyan": 4 * faulty + 3}.get(name, 1)
     must = f"be at least {least} for {name} with num_malicious_nodes={faulty}"
