@@ -10,18 +10,16 @@ A faulty client does the same in every round: its seed depends on the run's seed
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tracefl.config import Config
 from tracefl.data.examples import MEAN, STD, Examples, Inputs, count_labels
-
-if TYPE_CHECKING:  # a client knows its fault from `fault_settings` alone
-    from tracefl.config import Config
-    from tracefl.data.prepare import PreparedData
+from tracefl.data.prepare import PreparedData
 
 PATCH = 4  # pixels: the trigger is a white square of 4 x 4 in the lower right corner
 TRIGGER_TOKEN, TRIGGER_PLACE = 5, 1  # id of an ordinary token, and its position: after [CLS]
@@ -42,20 +40,20 @@ def client_seed(seed: int, server_round: int, partition: int) -> int:
     return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
 
 
-def flip_rates(config: "Config") -> dict[int, float]:
+def flip_rates(config: Config) -> dict[int, float]:
     """Share of each flipped label's examples that is flipped, in [0, 1], by label."""
     rate = config.noise_rate
     return {label: float(rate.get(label, 1.0) if isinstance(rate, dict) else rate) for label in config.label2flip}
 
 
-def fault_settings(config: "Config", num_classes: int) -> dict[str, Any]:
+def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
     """What a faulty client must know of its fault, as JSON; flips are (label, target, share)."""
     rates = flip_rates(config)
     flips = [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())]
     return {**vars(config.fault), "share": config.noise_rate, "num_classes": num_classes, "flips": flips}
 
 
-def flipped_label_counts(config: "Config", data: "PreparedData", client: str) -> dict[int, int] | None:
+def flipped_label_counts(config: Config, data: PreparedData, client: str) -> dict[int, int] | None:
     """How many examples of each label a faulty client trains on, by label.
 
     Returns:

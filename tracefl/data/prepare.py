@@ -25,7 +25,6 @@ from safetensors.torch import save
 
 from tracefl.config import Config
 from tracefl.data.examples import Examples, count_labels, load_examples
-from tracefl.data.images import channels_of, encode_images
 from tracefl.errors import explained, require
 from tracefl.settings import data_settings, file_stamps, fingerprint
 
@@ -105,7 +104,7 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
 
         encode, tokenizer, text_model = text_encoder(source, config, np.concatenate(clients))
     else:
-        encode = partial(encode_images, source, config.dataset.channels or channels_of(source))
+        encode = partial(source.pixels, config.dataset.channels)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     with explained(f"storage.dir={config.storage.dir} cannot be written to", "name another folder", OSError):
         (unfinished / "clients").mkdir(parents=True)

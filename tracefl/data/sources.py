@@ -5,13 +5,19 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from huggingface_hub import constants
+from PIL import Image
+from torch import Tensor
 
 from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
+from tracefl.data.examples import IMAGE_SIZE
 from tracefl.data.packaged import load_digits, load_medmnist
 from tracefl.errors import explained, require
 from tracefl.hub import use_cache_if_offline
+
+GREY_MODES = ("1", "L", "I", "I;16", "F")  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,30 @@ class Source:
     def labels(self, split: datasets.Dataset) -> np.ndarray:
         """The labels of one of the splits, int64 [N]."""
         return np.asarray(split[self.label_column], dtype=np.int64)
+
+    def texts(self, split: datasets.Dataset, rows: np.ndarray) -> list[str]:
+        """One text for each of these rows (int64) of a split: its columns, joined with a space."""
+        table = split.select(rows)
+        columns = (table[name] for name in self.input_columns)
+        return [" ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
+
+    def pixels(self, channels: int | None, split: datasets.Dataset, rows: np.ndarray) -> dict[str, Tensor]:
+        """The images in these rows of a split, decoded and resized.
+
+        Args:
+            channels: 1 (grey) or 3 (RGB); None: as the first training image has them.
+            split: The training or the test split.
+            rows: Row numbers, int64 [N].
+
+        Returns:
+            `pixels`, uint8 [N, channels, 32, 32].
+        """
+        column, size = self.input_columns[0], (IMAGE_SIZE, IMAGE_SIZE)
+        grey = channels == 1 or (channels is None and self.train[0][column].mode in GREY_MODES)
+        images = (image.convert("L" if grey else "RGB") for image in split.select(rows)[column])
+        resized = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
+        pixels = torch.from_numpy(np.stack(resized)).view(len(rows), *size, -1)
+        return {"pixels": pixels.permute(0, 3, 1, 2).contiguous()}
 
 
 def load_source(config: DatasetConfig) -> Source:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +11,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tracefl.config import Config, Model
+from tracefl.data.sources import Source
 from tracefl.errors import require
 from tracefl.models.text import architecture, load_pretrained, text_spec
-
-if TYPE_CHECKING:
-    from tracefl.data.sources import Source
 
 VOCABULARY = 8000  # of a trained tokenizer, unless model.config.vocab_size says otherwise
 PAD = "[PAD]"
 Encode = Callable[[Any, np.ndarray], dict[str, Tensor]]  # (split, rows) -> tensors
 
 
-def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[Encode, str, dict[str, Any]]:
+def text_encoder(source: Source, config: Config, rows: np.ndarray) -> tuple[Encode, str, dict[str, Any]]:
     """The tokenizer of a run, and the model that its tokens are for.
 
     Args:
@@ -43,7 +41,7 @@ def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[En
     longest = getattr(base, "max_position_embeddings", None)
     fits = not longest or max_tokens <= longest
     require(fits, f"dataset.max_tokens must be at most {longest} for {model.name}, got {max_tokens}: lower it.")
-    tokenizer, pad = _own(model) if model.own_tokenizer else _trained(model, base, _texts(source, source.train, rows))
+    tokenizer, pad = _own(model) if model.own_tokenizer else _trained(model, base, source.texts(source.train, rows))
     special = tokenizer.num_special_tokens_to_add(False)
     must = f"dataset.max_tokens must be above {special}, the number of special tokens"
     require(max_tokens > special, f"{must}, got {max_tokens}: raise it.")
@@ -54,19 +52,12 @@ def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[En
     return partial(_encode, source, tokenizer, pad), tokenizer.to_str(), spec
 
 
-def _encode(source: "Source", tokenizer: Tokenizer, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
+def _encode(source: Source, tokenizer: Tokenizer, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
     """See `text_encoder`; an empty text is encoded as one pad token."""
-    encodings = tokenizer.encode_batch_fast(_texts(source, split, rows))
+    encodings = tokenizer.encode_batch_fast(source.texts(split, rows))
     ids = [torch.tensor(encoding.ids or [pad], dtype=torch.int32) for encoding in encodings]
     lengths = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32)
     return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad), "lengths": lengths}
-
-
-def _texts(source: "Source", split: Any, rows: np.ndarray) -> list[str]:
-    """One text per row: its columns, joined with a space."""
-    table = split.select(rows)
-    columns = (table[name] for name in source.input_columns)
-    return [" ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
 
 
 def _own(model: Model) -> tuple[Tokenizer, int]:

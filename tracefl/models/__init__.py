@@ -5,20 +5,18 @@ builds its model from the spec alone, and imports only the library of that kind 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from tracefl.config import Config
+from tracefl.data.prepare import PreparedData
 from tracefl.errors import require
 from tracefl.models.text import build_text_model, pretrained_text_model
 from tracefl.models.vision import build_image_model, pretrained_image_model
 
-if TYPE_CHECKING:  # a client builds models without any of these
-    from tracefl.config import Config
-    from tracefl.data.prepare import PreparedData
 
-
-def model_spec(config: "Config", data: "PreparedData") -> dict[str, Any]:
+def model_spec(config: Config, data: PreparedData) -> dict[str, Any]:
     """What `build_model` needs to know, as plain JSON.
 
     Returns:
@@ -41,7 +39,7 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     return build_text_model(dict(spec)) if "model_type" in spec else build_image_model(**spec)
 
 
-def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
+def initial_model(config: Config, data: PreparedData) -> nn.Module:
     """The model that a run starts from: with published weights if the configuration asks for them.
 
     Random weights are drawn from torch's global generator; seed it first.

@@ -4,15 +4,13 @@ Importing transformers takes seconds: it waits until a text model is wanted.
 """
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from tracefl.config import Model
 from tracefl.errors import TraceFLError, explained, first_line, require
-
-if TYPE_CHECKING:
-    from tracefl.config import Model
 
 # Models that can be built without a download: name -> (model type, entries of its config that
 # differ from the type's defaults).
@@ -29,7 +27,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 SET_FROM_DATA = ("model_type", "id2label", "label2id")
 
 
-def architecture(model: "Model") -> Any:
+def architecture(model: Model) -> Any:
     """The Hugging Face config of a model, with the entries of `model.config`.
 
     It is downloaded only for a name that ARCHITECTURES lacks, or for published weights.
@@ -82,7 +80,7 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
         return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**spec))
 
 
-def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
+def pretrained_text_model(model: Model, spec: dict[str, Any]) -> nn.Module:
     """The classifier with its published weights or those in `model.path`, and a new head if needed.
 
     Args:
@@ -110,7 +108,7 @@ def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
     return net
 
 
-def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
+def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
     """Call `loader.from_pretrained` on `model.path` or the hub, without running the model's code.
 
     Raises:
