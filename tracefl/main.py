@@ -65,18 +65,14 @@ def main(typed: Sequence[str] | None = None) -> None:
         job()
     except TraceFLError:
         sys.exit(1)  # of a sweep; its sentence is printed
+    except OverrideParseException as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: {error.override} cannot be read: {reason}; write key=value, and quote it.")
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {_one_sentence(error)}")
+        sys.exit(" ".join(f"error: {error} {error.__cause__ or ''}".split()))
     except KeyboardInterrupt:
         print("interrupted: complete rounds are kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-
-
-def _one_sentence(error: Exception) -> str:
-    """What Hydra or OmegaConf complain about, in one sentence that says what to do."""
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, and quote it."
-    return " ".join(f"{error} {error.__cause__ or ''}".split())
 
 
 if __name__ == "__main__":

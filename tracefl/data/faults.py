@@ -40,16 +40,11 @@ def client_seed(seed: int, server_round: int, partition: int) -> int:
     return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
 
 
-def flip_rates(config: Config) -> dict[int, float]:
-    """Share of each flipped label's examples that is flipped, in [0, 1], by label."""
-    rate = config.noise_rate
-    return {label: float(rate.get(label, 1.0) if isinstance(rate, dict) else rate) for label in config.label2flip}
-
-
 def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
     """What a faulty client must know of its fault, as JSON; flips are (label, target, share)."""
-    rates = flip_rates(config)
-    flips = [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())]
+    rate = config.noise_rate
+    rates = rate if isinstance(rate, dict) else dict.fromkeys(config.label2flip, rate)
+    flips = [(label, target, float(rates.get(label, 1))) for label, target in sorted(config.label2flip.items())]
     return {**vars(config.fault), "share": config.noise_rate, "num_classes": num_classes, "flips": flips}
 
 
