@@ -145,5 +145,6 @@ def _existing(train: datasets.Dataset, key: str, name: str) -> str:
 def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> list[str]:
     found = getattr(train.features[label], "names", None) or [str(k) for k in range(max(train[label]) + 1)]
     wanted, count = config.num_classes or len(found), len(found)
-    require(wanted >= count, f"dataset.num_classes={wanted} is too small: {config.name} has {count} classes.")
+    small = f"dataset.num_classes={wanted} is too small"
+    require(wanted >= count, f"{small}: {config.name} has {count} classes; leave it out.")
     return found + [str(index) for index in range(count, wanted)]
