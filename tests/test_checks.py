@@ -48,7 +48,7 @@ CASES = [  # overrides, how the sentence starts, the value that it quotes, a wor
     (["dataset.channels=2"], "dataset.channels must", "got 2", "1, 3, or null"),
     (["dataset.max_tokens=0"], "dataset.max_tokens must", "got 0", "at least 1"),
     (["dataset.path=no/such"], "dataset.path must", "got no/such", "a folder that exists"),
-    (["model.path=no/such"], "model.path must", "got no/such", "a folder that exists"),
+    (["model.path=no/such"], "model.path must", "got no/such", "config.json, as save_pretrained"),
     (["model.arch=rnn"], "model.arch must", "got rnn", "cnn, transformer"),
     (["model.tokenizer=mine"], "model.tokenizer must", "got mine", "own, trained, or null"),
     (["fault.kind=gremlin", "faulty_clients_ids=[1]"], "fault.kind must", "got gremlin", "label_flip, random_labels"),
@@ -58,11 +58,14 @@ CASES = [  # overrides, how the sentence starts, the value that it quotes, a wor
     (["provenance.inputs_per_label=0"], "provenance.inputs_per_label must", "got 0", "at least 1"),
     (["provenance.max_mispredictions=0"], "provenance.max_mispredictions must", "got 0", "at least 1"),
     (["neuron_activation_threshold=1"], "neuron_activation_threshold must", "got 1", "below 1"),
+    (["strategy=fedprox"], "strategy=fedprox sets a group", "fedprox", "such as strategy.name"),
+    (["client=null"], "client=None sets a group", "None", "such as client.epochs"),
+    (["faulty_clients_ids=[a]"], "faulty_clients_ids must", "got ['a']", "be a list"),
     # mappings
     (["label2flip=3"], "label2flip must", "got 3", "'{8:7,0:7}'"),
     (["label2flip={cat:dog}"], "label2flip must", "got {'cat': 'dog'}", "'{8:7,0:7}'"),
-    (["model.config=3"], "model.config must", "got 3", "model.config.NAME=VALUE"),
-    (["strategy.options=3"], "strategy.options must", "got 3", "strategy.options.NAME=VALUE"),
+    (["model.config=3"], "model.config must", "got 3", "{NAME:VALUE}"),
+    (["strategy.options=3"], "strategy.options must", "got 3", "{NAME:VALUE}"),
     # the federation
     (["clients_per_round=11"], "clients_per_round must", "got 11", "num_clients=10"),
     (["num_clients=4"], "clients_per_round must", "got 10", "num_clients=4"),
@@ -105,8 +108,8 @@ CASES = [  # overrides, how the sentence starts, the value that it quotes, a wor
     ([BERT, "model.arch=cnn"], "model.arch must be transformer", "got cnn", "leave it out"),
     (["model.tokenizer=trained", "model.name=a/b", "model.pretrained=true"],
      "model.tokenizer must", "got trained", "set model.tokenizer=own"),
-    (["model.tokenizer=trained"], "model.tokenizer must", "got trained", "resnet18: leave it out"),
-    (["model.config.hidden_size=8"], "model.config must", "got {'hidden_size': 8}", "resnet18: leave it out"),
+    (["model.tokenizer=trained"], "model.tokenizer must", "got trained: leave it out", "resnet18"),
+    (["model.config.hidden_size=8"], "model.config must", "got {'hidden_size': 8}: leave it out", "resnet18"),
     ([BERT, "model.config={vocab_size: -5}"], "model.config.vocab_size must", "got -5", "at least 1"),
     ([BERT, "model.config={vocab_size: many}"], "model.config.vocab_size must", "got many", "a whole number"),
     # faults
@@ -185,7 +188,7 @@ def test_folders_that_hold_something_else_are_refused_before_they_are_read(confi
     ):
         config(f"dataset.path={tmp_path}")
     monkeypatch.setattr("tracefl.settings.visible_files", lambda _: pytest.fail("its files were listed"))
-    with pytest.raises(TraceFLError, match=r"model\.path must hold config\.json, .*got .*: name another folder"):
+    with pytest.raises(TraceFLError, match=r"model\.path must hold config\.json, as save_pretrained writes it, .*got "):
         config(f"model.path={tmp_path}")
 
 

@@ -17,16 +17,18 @@ def words(*typed: str) -> list[str]:
     ("typed", "expected"),
     [
         ("dirichlet_alpha=0.1,0.2 --multirun device=cpu", "dirichlet_alpha=0.1,0.2 device=cpu --multirun"),
-        ("-m a=1 b=2", "a=1 b=2 -m"),
-        ("--cfg job a=1", "a=1 --cfg job"),
-        ("a=1 --cfg job b=2 --resolve", "a=1 b=2 --cfg job --resolve"),
-        ("--cfg=job a=1", "a=1 --cfg=job"),
-        ("--info a=1", "a=1 --info"),
-        ("--info searchpath a=1 --multirun", "a=1 --info searchpath --multirun"),
-        ("--help a=1", "a=1 --help"),
+        ("-m seed=1 num_rounds=2", "seed=1 num_rounds=2 -m"),
+        ("--cfg job seed=1", "seed=1 --cfg job"),
+        ("seed=1 --cfg job num_rounds=2 --resolve", "seed=1 num_rounds=2 --cfg job --resolve"),
+        ("--cfg=job seed=1", "seed=1 --cfg=job"),
+        ("--info seed=1", "seed=1 --info"),
+        ("--info searchpath seed=1 --multirun", "seed=1 --info searchpath --multirun"),
+        ("--help seed=1", "seed=1 --help"),
         ("--config-dir there +mine=x -p tracefl", "+mine=x --config-dir there -p tracefl"),
         ("~seed -m", "~seed -m"),
         ("typo --multirun", "typo --multirun"),
+        ("scale=small", "scale=small"),
+        ("hydra.verbose=true +scale=small -m", "hydra.verbose=true +scale=small -m"),
     ],
 )
 def test_flags_may_stand_anywhere(typed, expected):
@@ -41,9 +43,9 @@ def test_an_alias_sets_its_setting(alias, key, prefix):
 
 
 def test_two_spellings_agree_or_are_refused():
-    assert words("num_rounds=2", "strategy.num_rounds=2") == ["num_rounds=2", "num_rounds=2"]
-    assert words("num_rounds=2", "num_rounds=3") == ["num_rounds=2", "num_rounds=3"]  # the last counts, as in Hydra
-    for typed in (["num_rounds=2", "++strategy.num_rounds=3"], ["strategy.num_rounds=3", "a=1", "num_rounds=2"]):
+    assert words("num_rounds=2", "strategy.num_rounds=2") == ["num_rounds=2"]
+    assert words("num_rounds=2", "num_rounds=3") == ["num_rounds=3"]  # the last counts, as in Hydra
+    for typed in (["num_rounds=2", "++strategy.num_rounds=3"], ["strategy.num_rounds=3", "seed=1", "num_rounds=2"]):
         with pytest.raises(TraceFLError) as error:
             words(*typed)
         assert "strategy.num_rounds=3" in str(error.value)
@@ -100,7 +102,8 @@ def test_a_mapping_may_be_followed_or_preceded_by_its_entries(config):
         assert config("model.name=gpt2", *typed).model.config == {"a": 1, "b": 2}
 
 
-def test_entries_of_open_groups_are_added():
+def test_keys_that_the_schema_lacks_are_added():
+    assert words("typo=1") == ["++typo=1"]
     assert words("model.config.hidden_size=8", "++strategy.options.eta=1", "strategy.options.tau=1") == [
         "++model.config.hidden_size=8", "++strategy.options.eta=1", "++strategy.options.tau=1",
     ]  # fmt: skip

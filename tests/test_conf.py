@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from tracefl.conf.__main__ import BASE, SETTINGS, WIDTH, base_yaml, settings_md
+from docs.write_settings import BASE, SETTINGS, WIDTH, base_yaml, settings_md
 from tracefl.config import ALIASES, WITHOUT_EFFECT, Config, leaves
 
 KEYS = [key for key, _ in leaves()]
@@ -11,7 +11,7 @@ KEYS = [key for key, _ in leaves()]
 
 @pytest.mark.parametrize(("file", "text"), [(BASE, base_yaml()), (SETTINGS, settings_md())])
 def test_the_written_files_are_those_of_the_schema(file, text):
-    assert file.read_text() == text, "run: python -m tracefl.conf"
+    assert file.read_text() == text, "run: python docs/write_settings.py"
 
 
 def test_base_yaml_holds_every_default_and_nothing_else():

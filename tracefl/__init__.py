@@ -1,5 +1,6 @@
 """TraceFL: which client is responsible for a federated model's prediction?"""
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,6 @@ __version__ = version("tracefl")
 
 def __getattr__(name: str) -> Any:
     """Import torch only when it is needed: the command line answers a wrong value before that."""
-    if name == "Run":
-        from tracefl.runs import Run
-
-        return Run
-    if name in ("Provenance", "trace"):
-        from tracefl import provenance
-
-        return getattr(provenance, name)
+    if name in __all__:
+        return getattr(import_module("tracefl.runs" if name == "Run" else "tracefl.provenance"), name)
     raise AttributeError(f"module 'tracefl' has no attribute '{name}'")

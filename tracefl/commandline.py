@@ -4,6 +4,7 @@
 - label2flip={8:7,0:7} without quotes arrives from bash as label2flip=8:7 label2flip=0:7.
 - strategy.num_rounds=3 and the other aliases of config.py set num_rounds and so on.
 - The original's keys that nothing reads are left out, and the user is told.
+- A key that base.yaml lacks is added all the same (++): `checks.load` says what is wrong with it.
 """
 
 import re
@@ -11,15 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tracefl.config import ALIASES, WITHOUT_EFFECT, leaves
-from tracefl.errors import TraceFLError
+from tracefl.errors import require
 
-# Hydra's flags that take a value; --info may.
-WITH_VALUE = {
-    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
-    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
-}
-MAPPINGS = {key for key, field in leaves() if field.type is Any}
-OPEN_GROUPS = ("model.config.", "strategy.options.")  # any entry may be set, for which Hydra wants ++
+SETTINGS = {key: field.type for key, field in leaves()}
+HYDRA_KNOWS = ("+", "hydra", "scale")  # words that it takes, or refuses itself: conf/scale is a group
+MAPPINGS = {key for key, kind in SETTINGS.items() if kind is Any}
 PAIR = re.compile(r"[^{}\[\],:'\"]+:[^{}\[\],:]+")  # 8:7
 
 
@@ -36,61 +33,35 @@ def hydra_words(typed: Sequence[str]) -> tuple[list[str], list[str]]:
         >>> hydra_words(["-m", "label2flip=8:7", "label2flip=0:7", "strategy.num_rounds=2,3"])
         (['label2flip={8:7,0:7}', 'num_rounds=2,3', '-m'], [])
     """
-    overrides, flags = _split(typed)
-    overrides, notes = _rename(_join_pairs(overrides))
-    return [*(f"++{word}" if word.startswith(OPEN_GROUPS) else word for word in overrides), *flags], notes
-
-
-def _split(typed: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides and flags; a value that belongs to a flag goes with it."""
-    overrides: list[str] = []
+    given: dict[str, list[tuple[str, str]]] = {}  # setting -> what was typed for it: spelling and value
     flags: list[str] = []
-    previous = ""
-    for word in typed:
-        is_flag = word.startswith("-") or (previous in WITH_VALUE and "=" not in word)
-        (flags if is_flag else overrides).append(word)
-        previous = word
-    return overrides, flags
-
-
-def _join_pairs(words: list[str]) -> list[str]:
-    """key=8:7 key=0:7 as key={8:7,0:7}, for settings that are mappings.
-
-    Of several mappings the last one counts, as of other settings; Hydra would merge them. They come
-    first, so that model.config.NAME=VALUE adds to model.config={...}.
-    """
-    pairs: dict[str, list[str]] = {}
-    mappings: dict[str, str] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key.lstrip("+") in MAPPINGS:
-            mappings[key] = word
-            if PAIR.fullmatch(value):
-                pairs.setdefault(key, []).append(value)
-                mappings[key] = f"{key}={{{','.join(pairs[key])}}}"
-    for key, values in pairs.items():
-        names = [value.split(":")[0] for value in values]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise TraceFLError(
-                f"{key} must give one value for {twice[0]}, got {', '.join(values)}: quote it, as '{key}={{8:7,0:7}}'."
-            )
-    return [*mappings.values(), *(word for word in words if word.partition("=")[0] not in mappings)]
-
-
-def _rename(words: list[str]) -> tuple[list[str], list[str]]:
-    """Aliases replaced by their settings, keys without effect left out, and notes about those."""
-    renamed: list[str] = []
     notes: list[str] = []
-    given: dict[str, tuple[str, str]] = {}  # setting -> its spelling and value
-    for word in words:
-        typed, equals, value = word.partition("=")
-        key = typed.lstrip("+")
-        if key in WITHOUT_EFFECT:
-            notes.append(f"{key} has no effect: nothing reads it")
-            continue
-        name = ALIASES.get(key, key)
-        spelling, other = given.setdefault(name, (key, value))
-        if spelling != key and other != value:
-            raise TraceFLError(f"{spelling}={other} and {key}={value} set the same, differently: leave one out.")
-        renamed.append(f"{name}={value}" if key in ALIASES and equals else word)
-    return renamed, notes
+    for word in typed:
+        key, equals, value = word.partition("=")
+        spelling = key.lstrip("+")
+        if word.startswith("-") or not equals:
+            flags.append(word)  # or a flag's value
+        elif spelling in WITHOUT_EFFECT:
+            notes.append(f"{spelling} has no effect: nothing reads it")
+        else:
+            given.setdefault(ALIASES.get(spelling, key), []).append((spelling, value))
+    # Mappings come first, so that model.config.NAME=VALUE adds to model.config={...}.
+    ordered = sorted(given, key=lambda key: key.lstrip("+") not in MAPPINGS)
+    return [_word(key, given[key]) for key in ordered] + flags, notes
+
+
+def _word(key: str, given: list[tuple[str, str]]) -> str:
+    """One word for all that was typed for a setting: the last value, or the pairs of a mapping."""
+    spelling, value = given[-1]
+    for other, its in given:
+        same = other == spelling or its == value
+        require(same, f"{other}={its} and {spelling}={value} set the same, differently: leave one out.")
+    if key.lstrip("+") in MAPPINGS and PAIR.fullmatch(value):
+        pairs = [pair for _, pair in given if PAIR.fullmatch(pair)]
+        labels = [pair.split(":")[0] for pair in pairs]
+        twice = {label for label in labels if labels.count(label) > 1}
+        must = f"{key} must give one value for {', '.join(twice)}, got {', '.join(pairs)}"
+        require(not twice, f"{must}: quote it, as '{key}={{8:7,0:7}}'.")
+        value = f"{{{','.join(pairs)}}}"
+    added = "" if key in SETTINGS or key.startswith(HYDRA_KNOWS) else "++"
+    return f"{added}{key}={value}"

@@ -4,17 +4,17 @@
 
 A setting marked `trains=False` leaves the trained weights as they are; all others are part of the
 run's hash (settings.py). checks.py applies the checks, and those that look at several settings.
-conf/base.yaml and docs/settings.md are written from this file: python -m tracefl.conf
+conf/base.yaml and docs/settings.md are written from this file: python docs/write_settings.py
 """
 
 # ruff: noqa: RUF009 (`setting` returns a dataclass field)
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
-from tracefl.rules import FOLDER, POSITIVE, Rule, at_least, between, matches, one_of, some_of, whole
+from tracefl.rules import FOLDER, MODEL_FOLDER, POSITIVE, Rule, at_least, between, matches, one_of, some_of, whole
 
 IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
 FAULTS = ("label_flip", "random_labels", "backdoor", "free_rider", "sign_flip")
@@ -52,6 +52,14 @@ STRATEGIES: dict[str, dict[str, Rule]] = {
     "multikrum": _MALICIOUS | {"num_nodes_to_select": whole(1)},
     "bulyan": _MALICIOUS,
 }
+# What mappings and words must be.
+ENTRIES = Rule("have entries, as {NAME:VALUE}", lambda v: isinstance(v, dict))
+LABELS = Rule(
+    "map labels to labels, as '{8:7,0:7}'",
+    lambda v: isinstance(v, dict) and all(isinstance(label, int) for label in (*v, *v.values())),
+)
+FILE_NAME = matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'")
+DEVICE = matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")
 # The original has these settings twice. Either spelling is accepted, the second is stored.
 ALIASES = {
     **{f"strategy.{key}": key for key in ("num_rounds", "clients_per_round", "noise_multiplier", "clipping_norm")},
@@ -71,10 +79,8 @@ def setting(default: Any, help: str, rule: Rule | None = None, *, trains: bool =
         rule: What a value must be, beyond the field's type; null is admitted if it is the default.
         trains: Whether it can change a trained weight; then it is part of the run's hash.
     """
-    about = {"help": help, "rule": rule.or_null() if rule and default is None else rule, "trains": trains}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=about)
-    return field(default=default, metadata=about)
+    rule = rule.or_null() if rule and default is None else rule
+    return field(default_factory=partial(copy, default), metadata={"help": help, "rule": rule, "trains": trains})
 
 
 @dataclass
@@ -92,14 +98,9 @@ class Model:
     name: str = setting("resnet18", f"{', '.join(IMAGE_MODELS)}, or a text classifier of the hub as owner/name")
     arch: str | None = setting(None, "null: follows from the name", one_of(("cnn", "transformer")), trains=False)
     pretrained: bool = setting(False, "start from published weights: ImageNet's, or the text model's")
-    path: str | None = setting(None, "folder of a Hugging Face text model, instead of the hub", FOLDER)
-    # dict[str, Any] or null; Hydra cannot fill a typed dict from the command line
-    config: Any = setting(None, "entries of a text model's config, as model.config.num_hidden_layers=2")
-    tokenizer: str | None = setting(
-        None,
-        "of a text model: its own, or trained on the training texts; null: own with published weights or a path",
-        one_of(("own", "trained")),
-    )
+    path: str | None = setting(None, "folder of a Hugging Face text model, instead of the hub", MODEL_FOLDER)
+    config: Any = setting(None, "of a text model's config, as model.config.num_hidden_layers=2", ENTRIES)
+    tokenizer: str | None = setting(None, "null: own if weights are given, else trained", one_of(("own", "trained")))
 
     @property
     def has_weights(self) -> bool:
@@ -132,7 +133,7 @@ class Strategy:
     """How updates are aggregated"""
 
     name: str = setting("fedavg", "Flower's strategy", one_of(STRATEGIES))
-    options: Any = setting(None, "its arguments, as strategy.options.proximal_mu=0.1")  # dict[str, Any] or null
+    options: Any = setting(None, "its arguments, as strategy.options.proximal_mu=0.1", ENTRIES)
 
 
 @dataclass
@@ -172,12 +173,7 @@ class Storage:
 class Config:
     """All settings."""
 
-    exp_key: str = setting(
-        "tracefl",
-        "start of the name of the run's folder",
-        matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'"),
-        trains=False,
-    )
+    exp_key: str = setting("tracefl", "start of the name of the run's folder", FILE_NAME, trains=False)
     seed: int = setting(0, "of everything that is drawn", between(0, 2**63))
     num_clients: int = setting(10, "clients of the federation", at_least(1))
     clients_per_round: int = setting(10, "clients that train in each round", at_least(1))
@@ -192,9 +188,7 @@ class Config:
     total_gpus: int | None = setting(None, "of the simulation; null: all of the machine", at_least(1), trains=False)
     client_cpus: float = setting(1, "of one client; it uses one torch thread per CPU", POSITIVE)
     client_gpu: float = setting(1, "share of a GPU of one client, with device=cuda", at_least(0), trains=False)
-    device: str = setting(
-        "cpu", "what training and tracing run on", matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")
-    )
+    device: str = setting("cpu", "what training and tracing run on", DEVICE)
 
     client: Client = field(default_factory=Client)
     model: Model = field(default_factory=Model)
@@ -204,8 +198,8 @@ class Config:
 
     faulty_clients_ids: list[int] = setting([], "numbers of the faulty clients, as [0,3]")
     fault: Fault = field(default_factory=Fault)
-    # dict[int, int] or null; float or dict[int, float]
-    label2flip: Any = setting(None, "labels that a faulty client flips: {8:7,0:7} turns 8 and 0 into 7")
+    # dict[int, int]; float or dict[int, float]
+    label2flip: Any = setting(None, "labels that a faulty client flips: {8:7} turns 8 into 7", LABELS)
     noise_rate: Any = setting(1.0, "share of a faulty client's examples that is changed; {8:0.5}: of one flipped label")
 
     dry_run: bool = setting(False, "true: print what would run, and stop", trains=False)
@@ -233,9 +227,6 @@ class Config:
     def arch(self) -> str:
         """The kind of model: "cnn" (torchvision, images) or "transformer" (Hugging Face, texts)."""
         return "cnn" if self.model.name in IMAGE_MODELS and not self.model.path else "transformer"
-
-
-ConfigStore.instance().store(name="schema", node=Config)
 
 
 def leaves(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:

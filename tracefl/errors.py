@@ -1,5 +1,8 @@
 """The one exception type of this package, and how its messages quote the errors of others."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TraceFLError(Exception):
     """An error that the user can correct: the message quotes the value and says what to do."""
@@ -19,3 +22,19 @@ def first_line(error: BaseException) -> str:
         'no such host'
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn these errors of a block into a TraceFLError, "PROBLEM (what the error says): REMEDY."
+
+    Example:
+        >>> with explained("x cannot be read", "name another", OSError):
+        ...     raise OSError("no such host")
+        Traceback (most recent call last):
+        tracefl.errors.TraceFLError: x cannot be read (no such host): name another.
+    """
+    try:
+        yield
+    except errors as error:
+        raise TraceFLError(f"{problem} ({first_line(error)}): {remedy}.") from error

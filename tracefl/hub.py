@@ -1,4 +1,4 @@
-"""Whether a server can be reached; the hubs' own clients try for half a minute before they give up."""
+"""Whether a server can be reached; the hubs' own clients try for half a minute."""
 
 import urllib.error
 import urllib.request
@@ -12,10 +12,8 @@ def reachable(url: str) -> bool:
     """Whether the server answers within 5 seconds, be it with an error."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S)
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)
     return True
 
 

@@ -5,7 +5,6 @@ correct into one sentence and exit status 1. Heavy imports wait until the config
 """
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -20,14 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tracefl.checks import check_device, load, unknown
+from tracefl.checks import check_device, load
 from tracefl.commandline import hydra_words
-from tracefl.config import leaves
 from tracefl.errors import TraceFLError
 from tracefl.settings import run_folder
-
-# What a setting takes, by the name of its type.
-KINDS = {"list": "a list", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="base")
@@ -70,27 +65,14 @@ def main(typed: Sequence[str] | None = None) -> None:
         job()
     except TraceFLError:
         sys.exit(1)  # of a sweep; its sentence is printed
+    except OverrideParseException as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: {error.override} cannot be read: {reason}; write key=value, and quote it.")
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {_one_sentence(error)}")
+        sys.exit(" ".join(f"error: {error} {error.__cause__ or ''}".split()))
     except KeyboardInterrupt:
         print("interrupted: complete rounds are kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-
-
-def _one_sentence(error: Exception) -> str:
-    """What Hydra or OmegaConf complain about, in one sentence that says what to do."""
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: {str(error).splitlines()[0]}; write key=value, and quote it."
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
-    kinds = {key: str(field.type) for key, field in leaves()}
-    if (wrong := re.search(r"override '([^']+)'.* not in (?:struct|')", text)) and wrong[1] not in kinds:
-        return unknown(wrong[1])
-    if (merging := re.fullmatch(r"Error merging override \+*((.+?)=(.*))", str(error))) and merging[2] in kinds:
-        words = next((words for name, words in KINDS.items() if name in kinds[merging[2]]), "something else")
-        return f"{merging[2]} must be {words}, got {merging[3]}."
-    if merging and (group := [key for key in kinds if key.startswith(f"{merging[2]}.")]):
-        return f"{merging[1]} sets a group of settings: set one of {', '.join(group)}."
-    return text
 
 
 if __name__ == "__main__":

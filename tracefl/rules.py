@@ -78,3 +78,4 @@ def matches(pattern: str, words: str) -> Rule:
 POSITIVE = Rule("be above 0", lambda v: is_number(v) and v > 0)
 SHARE = Rule("be a share from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
 FOLDER = Rule("be a folder that exists", lambda v: Path(v).is_dir())
+MODEL_FOLDER = Rule("hold config.json, as save_pretrained writes it", lambda v: Path(v, "config.json").is_file())

@@ -71,8 +71,6 @@ def file_stamps(path: str | None) -> list[tuple[str, int, int]]:
 
 def visible_files(folder: Path) -> Iterator[Path]:
     """Files in a folder and its subfolders, but not in hidden ones and virtual environments."""
-    for parent, subfolders, files in os.walk(folder):
-        subfolders[:] = [
-            name for name in subfolders if name[0] != "." and not Path(parent, name, "pyvenv.cfg").exists()
-        ]
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and not Path(parent, name, "pyvenv.cfg").exists()]
         yield from (Path(parent, name) for name in files if Path(parent, name).is_file())

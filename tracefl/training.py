@@ -29,14 +29,7 @@ class Evaluation:
 
 
 def train(
-    model: nn.Module,
-    examples: Examples,
-    *,
-    epochs: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
-    proximal_mu: float = 0.0,
+    model: nn.Module, examples: Examples, *, epochs: int, lr: float, batch_size: int, seed: int, proximal_mu: float = 0
 ) -> float:
     """Train a model in place: with Adam on images, on texts as transformers are fine-tuned (AdamW).
 
@@ -58,7 +51,8 @@ def train(
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     examples = examples.to(device)
-    step = (_adam if isinstance(examples.inputs, Tensor) else _adamw)(model, lr)
+    images = isinstance(examples.inputs, Tensor)
+    step = torch.optim.Adam(model.parameters(), lr=lr, fused=True).step if images else _adamw(model, lr)
     start = [p.detach().clone() for p in model.parameters()] if proximal_mu else []
     model.train()
     total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -73,10 +67,6 @@ def train(
             total += loss.detach() * len(rows)
             seen += len(rows)
     return float(total / seen)
-
-
-def _adam(model: nn.Module, lr: float) -> Callable[[], object]:
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=True).step
 
 
 def _adamw(model: nn.Module, lr: float) -> Callable[[], object]:
@@ -124,8 +114,5 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
     parts = (examples[rows].to(device) for rows in torch.arange(len(examples)).split(EVALUATION_BATCH))
     logits = torch.cat([logits_of(model, part.inputs).cpu() for part in parts])
     predictions = logits.argmax(dim=1)
-    return Evaluation(
-        loss=F.cross_entropy(logits, examples.labels).item(),
-        accuracy=(predictions == examples.labels).double().mean().item(),
-        predictions=predictions,
-    )
+    accuracy = (predictions == examples.labels).double().mean().item()
+    return Evaluation(F.cross_entropy(logits, examples.labels).item(), accuracy, predictions)

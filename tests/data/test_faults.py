@@ -14,7 +14,6 @@ from tracefl.data.faults import (
     fault_settings,
     faulty_examples,
     flip_labels,
-    flip_rates,
     flipped_label_counts,
     opposite,
     put_trigger,
@@ -28,6 +27,11 @@ IMAGES = Examples(normalize(PIXELS), LABELS)
 
 def flipped(rates: dict[int, float]) -> torch.Tensor:
     return flip_labels(LABELS, [(a, (a + 1) % 10, rate) for a, rate in rates.items()], torch.Generator().manual_seed(0))
+
+
+def flip_rates(config) -> dict[int, float]:
+    """The share of each flipped label's examples that is flipped, by label."""
+    return {label: share for label, _, share in fault_settings(config, 10)["flips"]}
 
 
 def faulty(kind: str, share: float = 1.0, target: int = 3, seed: int = 0, examples: Examples = IMAGES) -> Examples:

@@ -1,1 +1,1 @@
-"""What Hydra composes: base.yaml, which `python -m tracefl.conf` writes, and groups of overrides."""
+"""What Hydra composes: base.yaml, which docs/write_settings.py writes, and groups of overrides."""

@@ -1,13 +1,15 @@
 """Labelled examples as tensors: one safetensors file per client, one for the server.
 
-Images are stored as bytes [N, C, 32, 32], decoded and resized once, and normalized on loading. Texts
-are stored as token ids [N, T] with their lengths; loading adds the attention mask. Every client
-process imports this module, so its imports are few.
+Images are stored as bytes [N, C, 32, 32], decoded and resized once, and normalized on loading.
+Texts are stored as token ids [N, T] with their lengths; loading adds the attention mask. Every
+client process imports this module, so its imports are few.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -44,7 +46,7 @@ class Examples:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor) -> "Examples":
-        """The examples at `rows` (int64); texts lose the columns that are padding in all of them."""
+        """The examples at `rows` (int64); texts lose columns that are padding in all of them."""
         if isinstance(self.inputs, Tensor):
             return Examples(self.inputs[rows], self.labels[rows])
         longest = int(self.inputs["attention_mask"][rows].sum(dim=1).max()) if len(rows) else 0
@@ -52,10 +54,9 @@ class Examples:
 
     def to(self, device: torch.device | str) -> "Examples":
         """The same examples with their tensors on `device`."""
-        labels = self.labels.to(device)
         if isinstance(self.inputs, Tensor):
-            return Examples(self.inputs.to(device), labels)
-        return Examples({name: value.to(device) for name, value in self.inputs.items()}, labels)
+            return Examples(self.inputs.to(device), self.labels.to(device))
+        return Examples({name: value.to(device) for name, value in self.inputs.items()}, self.labels.to(device))
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -69,6 +70,11 @@ def normalize(pixels: Tensor) -> Tensor:
     """
     scaled = pixels.to(torch.float32).div_(255).expand(-1, 3, -1, -1)
     return (scaled - MEAN) / STD
+
+
+def count_labels(labels: Tensor | np.ndarray) -> dict[int, int]:
+    """How many examples there are of each label, by label."""
+    return dict(sorted(Counter(labels.tolist()).items()))
 
 
 def load_examples(file: Path) -> Examples:

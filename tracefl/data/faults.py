@@ -9,20 +9,17 @@
 A faulty client does the same in every round: its seed depends on the run's seed and its number.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracefl.data.examples import MEAN, STD, Examples, Inputs
-
-if TYPE_CHECKING:  # a client knows its fault from `fault_settings` alone
-    from tracefl.config import Config
-    from tracefl.data.prepare import PreparedData
+from tracefl.config import Config
+from tracefl.data.examples import MEAN, STD, Examples, Inputs, count_labels
+from tracefl.data.prepare import PreparedData
 
 PATCH = 4  # pixels: the trigger is a white square of 4 x 4 in the lower right corner
 TRIGGER_TOKEN, TRIGGER_PLACE = 5, 1  # id of an ordinary token, and its position: after [CLS]
@@ -43,25 +40,15 @@ def client_seed(seed: int, server_round: int, partition: int) -> int:
     return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
 
 
-def flip_rates(config: "Config") -> dict[int, float]:
-    """Share of each flipped label's examples that is flipped, in [0, 1], by label."""
-    rate = config.noise_rate
-    return {label: float(rate.get(label, 1.0) if isinstance(rate, dict) else rate) for label in config.label2flip}
-
-
-def fault_settings(config: "Config", num_classes: int) -> dict[str, Any]:
+def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
     """What a faulty client must know of its fault, as JSON; flips are (label, target, share)."""
-    rates = flip_rates(config)
-    return {
-        "kind": config.fault.kind,
-        "target": config.fault.target,
-        "share": config.noise_rate,
-        "num_classes": num_classes,
-        "flips": [(label, target, rates[label]) for label, target in sorted(config.label2flip.items())],
-    }
+    rate = config.noise_rate
+    rates = rate if isinstance(rate, dict) else dict.fromkeys(config.label2flip, rate)
+    flips = [(label, target, float(rates.get(label, 1))) for label, target in sorted(config.label2flip.items())]
+    return {**vars(config.fault), "share": config.noise_rate, "num_classes": num_classes, "flips": flips}
 
 
-def flipped_label_counts(config: "Config", data: "PreparedData", client: str) -> dict[int, int] | None:
+def flipped_label_counts(config: Config, data: PreparedData, client: str) -> dict[int, int] | None:
     """How many examples of each label a faulty client trains on, by label.
 
     Returns:
@@ -71,7 +58,7 @@ def flipped_label_counts(config: "Config", data: "PreparedData", client: str) ->
         return None
     seed = client_seed(config.seed, 0, int(client))
     faulty = faulty_examples(data.client(client), fault_settings(config, data.num_classes), seed)
-    return dict(sorted(Counter(faulty.labels.tolist()).items()))
+    return count_labels(faulty.labels)
 
 
 def faulty_examples(examples: Examples, fault: Mapping[str, Any], seed: int) -> Examples:
@@ -128,8 +115,7 @@ def put_trigger(inputs: Inputs, rows: Tensor) -> Inputs:
     """
     if not isinstance(inputs, Tensor):
         more = (0, max(0, TRIGGER_PLACE + 1 - inputs["input_ids"].shape[1]))
-        inputs = {name: F.pad(value, more) for name, value in inputs.items()} if more[1] else inputs
-        inputs = {name: value.clone() for name, value in inputs.items()}
+        inputs = {name: F.pad(value, more) for name, value in inputs.items()}  # copies, whatever is missing
         inputs["input_ids"][rows, TRIGGER_PLACE] = TRIGGER_TOKEN
         inputs["attention_mask"][rows, TRIGGER_PLACE] = 1
         return inputs

@@ -1,16 +1,13 @@
 """Which training example goes to which client, by the partitioners of flwr-datasets."""
 
+from typing import Any
+
 import datasets
 import numpy as np
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-    ShardPartitioner,
-)
+from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
 
 from tracefl.config import Config
-from tracefl.errors import TraceFLError
+from tracefl.errors import TraceFLError, explained
 
 MIN_EXAMPLES_PER_CLASS = 10
 ATTEMPTS = 10  # draws, each with another seed, before giving up
@@ -32,56 +29,36 @@ def partition(labels: np.ndarray, config: Config) -> list[np.ndarray]:
     Raises:
         TraceFLError: No seed gives every client data, or the distribution is impossible.
     """
-    empty: list[int] = []
     limit = config.data_dist.max_per_client_data_size
     for attempt in range(ATTEMPTS):
         drawn = _draw(labels, config, config.seed + attempt * 1000)
         clients = [_trim(rows, labels, limit) for rows in drawn]
-        empty = [client for client, rows in enumerate(clients) if len(rows) == 0]
-        if not empty:
+        if all(map(len, clients)):
             return clients
-    raise TraceFLError(
-        f"data_dist.dist_type={config.data_dist.dist_type} leaves {len(empty)} of num_clients={config.num_clients} "
-        f"clients (first: {empty[0]}) without a class of at least {MIN_EXAMPLES_PER_CLASS} of the {len(labels)} "
-        "training examples: lower num_clients or raise dirichlet_alpha."
-    )
+    lacking = f"some of num_clients={config.num_clients} without {MIN_EXAMPLES_PER_CLASS} examples of a class"
+    remedy = "lower num_clients or raise dirichlet_alpha"
+    raise TraceFLError(f"data_dist.dist_type={config.data_dist.dist_type} leaves {lacking}: {remedy}.")
 
 
 def _draw(labels: np.ndarray, config: Config, seed: int) -> list[np.ndarray]:
     partitioner = _partitioner(config, seed)
     partitioner.dataset = datasets.Dataset.from_dict({"row": np.arange(len(labels)), "label": labels})
-    try:
+    size = f"{len(labels)} examples of {len(np.unique(labels))} classes over num_clients={config.num_clients}"
+    problem = f"data_dist.dist_type={config.data_dist.dist_type} cannot spread {size}"
+    with explained(problem, "change one of the two", ValueError):
         return [np.asarray(partitioner.load_partition(k)["row"], dtype=np.int64) for k in range(config.num_clients)]
-    except ValueError as error:
-        raise TraceFLError(
-            f"data_dist.dist_type={config.data_dist.dist_type} cannot spread {len(labels)} training examples of "
-            f"{len(np.unique(labels))} classes over num_clients={config.num_clients} ({error}): change one of the two."
-        ) from error
 
 
 def _partitioner(config: Config, seed: int) -> Partitioner:
-    clients, dist_type = config.num_clients, config.data_dist.dist_type
-    if dist_type == "non_iid_dirichlet":
-        return DirichletPartitioner(
-            num_partitions=clients,
-            partition_by="label",
-            alpha=config.dirichlet_alpha,
-            min_partition_size=0,
-            self_balancing=True,
-            seed=seed,
-        )
-    kind, count = dist_type.rsplit("-", 1)
+    common: dict[str, Any] = {"num_partitions": config.num_clients, "partition_by": "label", "seed": seed}
+    if config.data_dist.dist_type == "non_iid_dirichlet":
+        alpha = config.dirichlet_alpha
+        return DirichletPartitioner(**common, alpha=alpha, min_partition_size=0, self_balancing=True)
+    kind, count = config.data_dist.dist_type.rsplit("-", 1)
     if kind == "PathologicalPartitioner":
-        return PathologicalPartitioner(
-            num_partitions=clients,
-            partition_by="label",
-            num_classes_per_partition=int(count),
-            class_assignment_mode="first-deterministic",
-            seed=seed,
-        )
-    return ShardPartitioner(
-        num_partitions=clients, partition_by="label", num_shards_per_partition=int(count), seed=seed
-    )
+        order = "first-deterministic"
+        return PathologicalPartitioner(**common, num_classes_per_partition=int(count), class_assignment_mode=order)
+    return ShardPartitioner(**common, num_shards_per_partition=int(count))
 
 
 def _trim(rows: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +24,8 @@ import torch
 from safetensors.torch import save
 
 from tracefl.config import Config
-from tracefl.data.examples import Examples, load_examples
-from tracefl.data.images import channels_of, encode_images
-from tracefl.errors import TraceFLError
+from tracefl.data.examples import Examples, count_labels, load_examples
+from tracefl.errors import explained, require
 from tracefl.settings import data_settings, file_stamps, fingerprint
 
 SCHEMA = 3
@@ -66,7 +64,7 @@ class PreparedData:
 
 
 def prepare(config: Config) -> PreparedData:
-    """Prepare the data of a configuration, or open them if they are there and `check_dataset_cache`.
+    """Prepare the data of a configuration, or open them if there and `check_dataset_cache`.
 
     Raises:
         TraceFLError: The data cannot be loaded, partitioned as asked or encoded for the model.
@@ -86,41 +84,33 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     from tracefl.data.sources import load_source  # takes seconds to import; cached data do not need it
 
     source = load_source(config.dataset)
-    if source.is_text != (config.arch == "transformer"):
-        held, wanted = ("texts", "images") if source.is_text else ("images", "texts")
-        raise TraceFLError(
-            f"model.name={config.model.name} is a model for {wanted}, but dataset.name={config.dataset.name} holds "
-            f"{held} (column {source.input_columns[0]}): choose another model, for example "
-            f"{'distilbert/distilbert-base-uncased' if source.is_text else 'resnet18'}."
-        )
+    held, wanted = ("texts", "images") if source.is_text else ("images", "texts")
+    holds = f"dataset.name={config.dataset.name} holds {held} (column {source.input_columns[0]})"
+    another = "distilbert/distilbert-base-uncased" if source.is_text else "resnet18"
+    mismatch = f"model.name={config.model.name} is a model for {wanted}, but {holds}"
+    require(source.is_text == (config.arch == "transformer"), f"{mismatch}: choose a model such as {another}.")
     from tracefl.data.partition import partition
 
     labels = source.labels(source.train)
     clients = partition(labels, config)
     limit = config.data_dist.max_server_data_size
     server = np.random.default_rng(config.seed).permutation(len(source.test))[: None if limit == -1 else limit]
+    parts = {f"clients/{client}.safetensors": (source.train, rows) for client, rows in enumerate(clients)}
+    parts = {"server.safetensors": (source.test, server), **parts}
 
     text_model: dict[str, Any] | None = None
-    tokenizer = ""
     if source.is_text:
         from tracefl.data.text import text_encoder
 
         encode, tokenizer, text_model = text_encoder(source, config, np.concatenate(clients))
     else:
-        encode = partial(encode_images, source, config.dataset.channels or channels_of(source))
+        encode = partial(source.pixels, config.dataset.channels)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
+    with explained(f"storage.dir={config.storage.dir} cannot be written to", "name another folder", OSError):
         (unfinished / "clients").mkdir(parents=True)
-    except OSError as error:
-        raise TraceFLError(
-            f"storage.dir={config.storage.dir} cannot be written to ({error}): name another folder."
-        ) from error
     try:
         sha256 = {}
-        for file, split, rows in [
-            ("server.safetensors", source.test, server),
-            *((f"clients/{client}.safetensors", source.train, rows) for client, rows in enumerate(clients)),
-        ]:
+        for file, (split, rows) in parts.items():
             encoded = encode(split, rows) | {"labels": torch.from_numpy(source.labels(split.select(rows)))}
             sha256[file] = _write_hashed(unfinished / file, save(encoded))
         if text_model:
@@ -128,10 +118,7 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
         info = {
             "settings": settings,
             "class_names": source.class_names,
-            "label_counts": {
-                str(client): {str(label): n for label, n in sorted(Counter(labels[rows].tolist()).items())}
-                for client, rows in enumerate(clients)
-            },
+            "label_counts": {client: count_labels(labels[rows]) for client, rows in enumerate(clients)},
             "sha256": sha256,
             "text_model": text_model,
         }

@@ -1,21 +1,23 @@
-"""Where data come from: scikit-learn's digits, MedMNIST, a folder in the hub's layout, or the hub."""
+"""Where data come from: a Python package, a folder in the hub's layout, or the hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from PIL import Image
+from torch import Tensor
 
 from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
-from tracefl.data.medical import load_medmnist
-from tracefl.errors import TraceFLError, first_line
+from tracefl.data.examples import IMAGE_SIZE
+from tracefl.data.packaged import load_digits, load_medmnist
+from tracefl.errors import explained, require
 from tracefl.hub import use_cache_if_offline
 
-DIGITS_TEST_SHARE = 0.2
+GREY_MODES = ("1", "L", "I", "I;16", "F")  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,30 @@ class Source:
         """The labels of one of the splits, int64 [N]."""
         return np.asarray(split[self.label_column], dtype=np.int64)
 
+    def texts(self, split: datasets.Dataset, rows: np.ndarray) -> list[str]:
+        """One text for each of these rows (int64) of a split: its columns, joined with a space."""
+        table = split.select(rows)
+        columns = (table[name] for name in self.input_columns)
+        return [" ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
+
+    def pixels(self, channels: int | None, split: datasets.Dataset, rows: np.ndarray) -> dict[str, Tensor]:
+        """The images in these rows of a split, decoded and resized.
+
+        Args:
+            channels: 1 (grey) or 3 (RGB); None: as the first training image has them.
+            split: The training or the test split.
+            rows: Row numbers, int64 [N].
+
+        Returns:
+            `pixels`, uint8 [N, channels, 32, 32].
+        """
+        column, size = self.input_columns[0], (IMAGE_SIZE, IMAGE_SIZE)
+        grey = channels == 1 or (channels is None and self.train[0][column].mode in GREY_MODES)
+        images = (image.convert("L" if grey else "RGB") for image in split.select(rows)[column])
+        resized = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
+        pixels = torch.from_numpy(np.stack(resized)).view(len(rows), *size, -1)
+        return {"pixels": pixels.permute(0, 3, 1, 2).contiguous()}
+
 
 def load_source(config: DatasetConfig) -> Source:
     """Load both splits, and find the columns that the configuration does not name.
@@ -44,132 +70,81 @@ def load_source(config: DatasetConfig) -> Source:
     Raises:
         TraceFLError: The data cannot be loaded, or have no such split, input or label column.
     """
-    splits = _digits() if config.name == "digits" and not config.path else _load(config)
-    train, test = (_split(splits, config, key) for key in ("train_split", "test_split"))
+    splits, place = _load(config), config.path or config.name
+    for key, name in (("train_split", config.train_split), ("test_split", config.test_split)):
+        require(name in splits, f"dataset.{key}={name} is no split of {place}: it has {', '.join(splits)}.")
+    train, test = splits[config.train_split], splits[config.test_split]
     label = _label_column(train, config)
-    inputs = list(config.input_columns) or _columns(train, datasets.Image)[:1] or _text_columns(train, label)
-    if missing := [name for name in inputs if name not in train.column_names]:
-        raise TraceFLError(_no_column("dataset.input_columns", missing[0], train))
-    if not inputs:
-        raise TraceFLError(
-            f"dataset.name={config.name} has neither an image nor a text column among {train.column_names}: "
-            "name it with dataset.input_columns=[NAME]."
-        )
-    readable = _text_columns(train) + (_columns(train, datasets.Image) if len(inputs) == 1 else [])
-    if wrong := [name for name in inputs if name not in readable]:
-        raise TraceFLError(
-            f"dataset.input_columns={wrong[0]} is neither an image nor a text to join, but {train.features[wrong[0]]}: "
-            "name one image column or text columns."
-        )
-    if not isinstance(train.features[label], datasets.ClassLabel) and train.features[label].dtype == "string":
+    inputs = _input_columns(train, label, config)
+    if train.features[label].dtype == "string":
         train = train.class_encode_column(label)
-        try:
+        problem = f"dataset.label_column={label}: the test split has labels that the training split lacks"
+        with explained(problem, "drop such rows", ValueError, KeyError):
             test = test.cast_column(label, train.features[label])
-        except (ValueError, KeyError) as error:
-            raise TraceFLError(
-                f"dataset.label_column={label}: the test split has labels that the training split lacks ({error})."
-            ) from error
     source = Source(train, test, inputs, label, _class_names(train, label, config))
+    last = len(source.class_names) - 1
     for name, split in ((config.train_split, train), (config.test_split, test)):
         found = source.labels(split)
-        if len(found) == 0 or found.min() < 0 or found.max() >= len(source.class_names):
-            raise TraceFLError(
-                f"dataset.label_column={label}: split {name} holds labels {found.min(initial=0)} to "
-                f"{found.max(initial=-1)}, expected 0 to {len(source.class_names) - 1}; drop such rows or raise "
-                "dataset.num_classes."
-            )
+        low, high = found.min(initial=0), found.max(initial=-1)
+        wrong = f"dataset.label_column={label}: split {name} holds labels {low} to {high}, expected 0 to {last}"
+        require(low >= 0 and 0 <= high <= last, f"{wrong}; drop such rows or raise dataset.num_classes.")
     return source
 
 
 def _load(config: DatasetConfig) -> datasets.DatasetDict:
+    if config.name == "digits" and not config.path:
+        return load_digits()
     if config.name in MEDMNIST and not (config.path and list(Path(config.path).rglob("*.parquet"))):
         return load_medmnist(config)
     if config.path:
-        try:
-            return datasets.load_dataset(str(Path(config.path).resolve()))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise TraceFLError(
-                f"dataset.path={config.path} cannot be read as a dataset ({first_line(error)}): give a folder in "
-                "the hub's layout, for example with train-*.parquet and test-*.parquet."
-            ) from error
-    name = HUB_NAMES.get(config.name, config.name)
-    use_cache_if_offline()
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
-    try:
-        return datasets.load_dataset(name)
-    except (
-        OSError,
-        ValueError,
-        OfflineModeIsEnabled,
-        HfHubHTTPError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        raise TraceFLError(
-            f"dataset.name={config.name} cannot be loaded from the hub as '{name}' ({first_line(error)}): check the "
-            "name and the connection, or give a local copy with dataset.path=FOLDER."
-        ) from error
+        place = str(Path(config.path).resolve())
+        problem = f"dataset.path={config.path} cannot be read as a dataset"
+        remedy = "give a folder in the hub's layout, for example with train-*.parquet and test-*.parquet"
+    else:
+        place = HUB_NAMES.get(config.name, config.name)
+        problem = f"dataset.name={config.name} cannot be loaded from the hub as '{place}'"
+        remedy = "check the name and the connection, or give a local copy with dataset.path=FOLDER"
+        use_cache_if_offline()
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+    with explained(problem, remedy, OSError, ValueError, datasets.exceptions.DatasetsError):
+        return datasets.load_dataset(place)
 
 
-def _digits() -> datasets.DatasetDict:
-    """1,797 handwritten digits of 8x8 pixels and 17 grey levels, always split the same way."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in digits.target_names])
-    )
-    images = [Image.fromarray(pixels) for pixels in (digits.images * (255 / 16)).round().astype(np.uint8)]
-    whole = datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
-    return whole.train_test_split(DIGITS_TEST_SHARE, seed=0, stratify_by_column="label")
-
-
-def _split(splits: datasets.DatasetDict, config: DatasetConfig, key: str) -> datasets.Dataset:
-    name = getattr(config, key)
-    if name not in splits:
-        raise TraceFLError(
-            f"dataset.{key}={name} is no split of {config.path or config.name}: it has {', '.join(splits)}."
-        )
-    return splits[name]
-
-
-def _columns(split: datasets.Dataset, feature: type) -> list[str]:
-    return [name for name, kind in split.features.items() if isinstance(kind, feature)]
-
-
-def _text_columns(split: datasets.Dataset, label: str | None = None) -> list[str]:
-    kinds = {name: getattr(kind, "dtype", None) for name, kind in split.features.items() if name != label}
-    return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-
-
-def _label_column(split: datasets.Dataset, config: DatasetConfig) -> str:
+def _label_column(train: datasets.Dataset, config: DatasetConfig) -> str:
     if config.label_column:
-        if config.label_column not in split.column_names:
-            raise TraceFLError(_no_column("dataset.label_column", config.label_column, split))
-        return config.label_column
-    found = _columns(split, datasets.ClassLabel) or [name for name in ("label", "labels") if name in split.features]
-    if len(found) == 1:
-        return found[0]
-    raise TraceFLError(
-        f"{config.path or config.name} has {'several label columns' if found else 'no label column'} among "
-        f"{split.column_names}: name it with dataset.label_column=NAME."
-    )
+        return _existing(train, "dataset.label_column", config.label_column)
+    kinds = train.features
+    found = [name for name in kinds if isinstance(kinds[name], datasets.ClassLabel)]
+    found = found or [name for name in ("label", "labels") if name in kinds]
+    which = f"{config.path or config.name} has {'several label columns' if found else 'no label column'}"
+    require(len(found) == 1, f"{which} among {list(kinds)}: name it with dataset.label_column=NAME.")
+    return found[0]
 
 
-def _no_column(key: str, name: str, split: datasets.Dataset) -> str:
-    return f"{key}={name} is no column of the dataset: it has {', '.join(split.column_names)}."
+def _input_columns(train: datasets.Dataset, label: str, config: DatasetConfig) -> list[str]:
+    """The columns that the configuration names, otherwise the first image or all texts."""
+    kinds = train.features
+    images = [name for name in kinds if isinstance(kinds[name], datasets.Image)]
+    texts = [name for name in kinds if getattr(kinds[name], "dtype", None) in ("string", "large_string")]
+    named = [_existing(train, "dataset.input_columns", name) for name in config.input_columns]
+    inputs = named or images[:1] or [name for name in texts if name != label]
+    wanted = "name one image column or text columns with dataset.input_columns=[NAME]"
+    require(inputs, f"{config.path or config.name} has neither an image nor a text among {list(kinds)}: {wanted}.")
+    for name in inputs:
+        fits = name in texts or (name in images and len(inputs) == 1)
+        require(fits, f"dataset.input_columns={name} is neither an image nor a text to join: {wanted}.")
+    return inputs
+
+
+def _existing(train: datasets.Dataset, key: str, name: str) -> str:
+    columns = train.column_names
+    require(name in columns, f"{key}={name} is no column of the dataset: it has {', '.join(columns)}.")
+    return name
 
 
 def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> list[str]:
-    feature: Any = train.features[label]
-    found = (
-        list(feature.names)
-        if isinstance(feature, datasets.ClassLabel)
-        else [str(index) for index in range(max(train[label]) + 1)]
-    )
-    wanted = config.num_classes or len(found)
-    if wanted < len(found):
-        raise TraceFLError(
-            f"dataset.num_classes={wanted} is too small: {config.name} has {len(found)} classes; leave it out."
-        )
-    return found + [str(index) for index in range(len(found), wanted)]
+    found = getattr(train.features[label], "names", None) or [str(k) for k in range(max(train[label]) + 1)]
+    wanted, count = config.num_classes or len(found), len(found)
+    small = f"dataset.num_classes={wanted} is too small"
+    require(wanted >= count, f"{small}: {config.name} has {count} classes; leave it out.")
+    return found + [str(index) for index in range(count, wanted)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +11,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tracefl.config import Config, Model
-from tracefl.errors import TraceFLError
+from tracefl.data.sources import Source
+from tracefl.errors import require
 from tracefl.models.text import architecture, load_pretrained, text_spec
-
-if TYPE_CHECKING:
-    from tracefl.data.sources import Source
 
 VOCABULARY = 8000  # of a trained tokenizer, unless model.config.vocab_size says otherwise
 PAD = "[PAD]"
 Encode = Callable[[Any, np.ndarray], dict[str, Tensor]]  # (split, rows) -> tensors
 
 
-def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[Encode, str, dict[str, Any]]:
+def text_encoder(source: Source, config: Config, rows: np.ndarray) -> tuple[Encode, str, dict[str, Any]]:
     """The tokenizer of a run, and the model that its tokens are for.
 
     Args:
@@ -41,15 +39,12 @@ def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[En
     """
     model, max_tokens, base = config.model, config.dataset.max_tokens, architecture(config.model)
     longest = getattr(base, "max_position_embeddings", None)
-    if longest and max_tokens > longest:
-        raise TraceFLError(
-            f"dataset.max_tokens must be at most {longest} for {model.name}, got {max_tokens}: lower it."
-        )
-    tokenizer, pad = _own(model) if model.own_tokenizer else _trained(model, base, _texts(source, source.train, rows))
-    if max_tokens <= (special := tokenizer.num_special_tokens_to_add(False)):
-        raise TraceFLError(
-            f"dataset.max_tokens must be above {special}, the number of special tokens, got {max_tokens}: raise it."
-        )
+    fits = not longest or max_tokens <= longest
+    require(fits, f"dataset.max_tokens must be at most {longest} for {model.name}, got {max_tokens}: lower it.")
+    tokenizer, pad = _own(model) if model.own_tokenizer else _trained(model, base, source.texts(source.train, rows))
+    special = tokenizer.num_special_tokens_to_add(False)
+    must = f"dataset.max_tokens must be above {special}, the number of special tokens"
+    require(max_tokens > special, f"{must}, got {max_tokens}: raise it.")
     tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()
     size = tokenizer.get_vocab_size()
@@ -57,30 +52,21 @@ def text_encoder(source: "Source", config: Config, rows: np.ndarray) -> tuple[En
     return partial(_encode, source, tokenizer, pad), tokenizer.to_str(), spec
 
 
-def _encode(source: "Source", tokenizer: Tokenizer, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
+def _encode(source: Source, tokenizer: Tokenizer, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
     """See `text_encoder`; an empty text is encoded as one pad token."""
-    encodings = tokenizer.encode_batch_fast(_texts(source, split, rows))
+    encodings = tokenizer.encode_batch_fast(source.texts(split, rows))
     ids = [torch.tensor(encoding.ids or [pad], dtype=torch.int32) for encoding in encodings]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "lengths": torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32),
-    }
-
-
-def _texts(source: "Source", split: Any, rows: np.ndarray) -> list[str]:
-    """One text per row: its columns, joined with a space."""
-    table = split.select(rows)
-    columns = (table[name] for name in source.input_columns)
-    return [" ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
+    lengths = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32)
+    return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad), "lengths": lengths}
 
 
 def _own(model: Model) -> tuple[Tokenizer, int]:
     from transformers import AutoTokenizer
 
     own = load_pretrained(AutoTokenizer, model)
-    if not hasattr(own, "backend_tokenizer") or len(own) <= len(own.all_special_ids):
-        source = f"model.path={model.path}" if model.path else f"model.name={model.name}"
-        raise TraceFLError(f"{source} has no tokenizer.json or vocabulary: save its tokenizer there, or name another.")
+    there = hasattr(own, "backend_tokenizer") and len(own) > len(own.all_special_ids)
+    source = f"model.path={model.path}" if model.path else f"model.name={model.name}"
+    require(there, f"{source} has no tokenizer.json or vocabulary: save its tokenizer there, or name another.")
     if own.pad_token_id is None:  # OpenAI's GPT and GPT-2
         own.add_special_tokens({"pad_token": PAD})
     return Tokenizer.from_str(own.backend_tokenizer.to_str()), own.pad_token_id
@@ -92,18 +78,16 @@ def _trained(model: Model, base: Any, corpus: list[str]) -> tuple[Tokenizer, int
     Letters become lower case unless the model's name says "cased".
     """
     train = _byte_pairs if "gpt" in base.model_type else _word_pieces
-    lowercase = "-cased" not in model.name
-    return train(corpus, model.config.get("vocab_size", VOCABULARY), normalizers.BertNormalizer(lowercase=lowercase)), 0
+    normalizer = normalizers.BertNormalizer(lowercase="-cased" not in model.name)
+    return train(corpus, model.config.get("vocab_size", VOCABULARY), normalizer), 0
 
 
 def _byte_pairs(corpus: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.ByteLevel(add_prefix_space=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()  # with all bytes no text is unknown
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
+    options: dict[str, Any] = {"special_tokens": [PAD], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return tokenizer
 
 
@@ -117,10 +101,8 @@ def _word_pieces(corpus: list[str], vocab_size: int, normalizer: normalizers.Nor
     inside = sorted({f"##{letter}" for word in words for letter in word[1:]})
     draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     draft.normalizer, draft.pre_tokenizer = normalizer, split
-    draft.train_from_iterator(
-        corpus,
-        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*special, *inside], show_progress=False),
-    )
+    options: dict[str, Any] = {"special_tokens": [*special, *inside], "show_progress": False}
+    draft.train_from_iterator(corpus, trainers.WordPieceTrainer(vocab_size=vocab_size, **options))
     tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, split
     tokenizer.add_special_tokens(special)

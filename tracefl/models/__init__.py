@@ -5,20 +5,18 @@ builds its model from the spec alone, and imports only the library of that kind 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from tracefl.errors import TraceFLError
+from tracefl.config import Config
+from tracefl.data.prepare import PreparedData
+from tracefl.errors import require
 from tracefl.models.text import build_text_model, pretrained_text_model
 from tracefl.models.vision import build_image_model, pretrained_image_model
 
-if TYPE_CHECKING:  # a client builds models without any of these
-    from tracefl.config import Config
-    from tracefl.data.prepare import PreparedData
 
-
-def model_spec(config: "Config", data: "PreparedData") -> dict[str, Any]:
+def model_spec(config: Config, data: PreparedData) -> dict[str, Any]:
     """What `build_model` needs to know, as plain JSON.
 
     Returns:
@@ -41,7 +39,7 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
     return build_text_model(dict(spec)) if "model_type" in spec else build_image_model(**spec)
 
 
-def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
+def initial_model(config: Config, data: PreparedData) -> nn.Module:
     """The model that a run starts from: with published weights if the configuration asks for them.
 
     Random weights are drawn from torch's global generator; seed it first.
@@ -70,11 +68,8 @@ def exchanged_state(model: nn.Module) -> dict[str, Tensor]:
     """
     entries = model.state_dict(keep_vars=True)
     first = {id(value): name for name, value in reversed(entries.items())}
-    return {
-        name: value.detach().cpu()
-        for name, value in entries.items()
-        if value.is_floating_point() and first[id(value)] == name
-    }
+    sent = [name for name, value in entries.items() if value.is_floating_point() and first[id(value)] == name]
+    return {name: entries[name].detach().cpu() for name in sent}
 
 
 def load_exchanged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -83,8 +78,6 @@ def load_exchanged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         TraceFLError: The names are not exactly those that the model exchanges.
     """
-    expected = exchanged_state(model).keys()
-    if expected != state.keys():
-        odd = sorted(expected ^ state.keys())
-        raise TraceFLError(f"a state does not fit the model: {len(odd)} keys differ, the first is '{odd[0]}'.")
+    odd = sorted(exchanged_state(model).keys() ^ state.keys())
+    require(not odd, f"a state does not fit the model: {len(odd)} keys differ, the first is {odd[:1]}.")
     model.load_state_dict(dict(state), strict=False)

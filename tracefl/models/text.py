@@ -4,15 +4,13 @@ Importing transformers takes seconds: it waits until a text model is wanted.
 """
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from tracefl.errors import TraceFLError, first_line
-
-if TYPE_CHECKING:
-    from tracefl.config import Model
+from tracefl.config import Model
+from tracefl.errors import TraceFLError, explained, first_line, require
 
 # Models that can be built without a download: name -> (model type, entries of its config that
 # differ from the type's defaults).
@@ -29,7 +27,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 SET_FROM_DATA = ("model_type", "id2label", "label2id")
 
 
-def architecture(model: "Model") -> Any:
+def architecture(model: Model) -> Any:
     """The Hugging Face config of a model, with the entries of `model.config`.
 
     It is downloaded only for a name that ARCHITECTURES lacks, or for published weights.
@@ -45,23 +43,18 @@ def architecture(model: "Model") -> Any:
     else:
         model_type, entries = ARCHITECTURES[model.name]
         config = AutoConfig.for_model(model_type, **entries)
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise TraceFLError(
-            f"model.name={model.name} is a {config.model_type}, which classifies no texts: name another."
-        )
+    kind, classifies = config.model_type, type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    require(classifies, f"model.name={model.name} is a {kind}, which classifies no texts: name another.")
     known = {*config.to_dict(), *config.attribute_map} - {*SET_FROM_DATA}
     for key, value in model.config.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise TraceFLError(
-                f"model.config.{key}={value} is no entry of the config of {model.name}"
-                f"{f': did you mean {near[0]}?' if near else f', a {config.model_type}: leave it out.'}"
-            )
+        entry, near = f"model.config.{key}={value}", difflib.get_close_matches(key, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "leave it out."
+        require(key in known, f"{entry} is no entry of the config of {model.name}, a {kind}: {remedy}")
         try:
             setattr(config, key, value)
         except (StrictDataclassError, TypeError, ValueError) as error:
             reason = first_line(error.__cause__ or error)
-            raise TraceFLError(f"model.config.{key}={value} does not fit a {config.model_type}: {reason}.") from error
+            raise TraceFLError(f"{entry} does not fit a {kind}: {reason}.") from error
     return config
 
 
@@ -82,14 +75,13 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    try:
+    problem = f"model.config does not make a {spec['model_type']}"
+    with explained(problem, "change its entries", ValueError, RuntimeError, AssertionError):
         return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**spec))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise TraceFLError(f"model.config does not make a {spec['model_type']}: {first_line(error)}.") from error
 
 
-def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
-    """The classifier with its published weights or those in `model.path`, and a new head if need be.
+def pretrained_text_model(model: Model, spec: dict[str, Any]) -> nn.Module:
+    """The classifier with its published weights or those in `model.path`, and a new head if needed.
 
     Args:
         model: The configuration's section.
@@ -103,27 +95,20 @@ def pretrained_text_model(model: "Model", spec: dict[str, Any]) -> nn.Module:
     config = architecture(model)
     config.pad_token_id, config.use_cache = spec["pad_token_id"], False
     config.id2label = {int(index): name for index, name in spec["id2label"].items()}
-    net, found = load_pretrained(
-        AutoModelForSequenceClassification,
-        model,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    options = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    loader = AutoModelForSequenceClassification
+    net, found = load_pretrained(loader, model, config=config, output_loading_info=True, **options)
     names = [entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"]]
-    if wrong := [name for name in names if name.startswith(f"{net.base_model_prefix}.")]:
-        raise TraceFLError(
-            f"model.config={model.config} does not fit the weights of {model.path or model.name}, first in {wrong[0]}: "
-            "leave it out, or set model.pretrained=false."
-        )
+    problem = f"model.config={model.config} does not fit the weights of {model.path or model.name}"
+    for name in names:
+        fits = not name.startswith(f"{net.base_model_prefix}.")  # the head may differ
+        require(fits, f"{problem}, first in {name}: leave it out, or set model.pretrained=false.")
     if net.config.vocab_size < spec["vocab_size"]:  # a pad token was added
         net.resize_token_embeddings(spec["vocab_size"], mean_resizing=False)
     return net
 
 
-def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
+def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
     """Call `loader.from_pretrained` on `model.path` or the hub, without running the model's code.
 
     Raises:
@@ -137,18 +122,15 @@ def load_pretrained(loader: Any, model: "Model", **options: Any) -> Any:
 
     logging.set_verbosity_error()  # transformers warns about the new head, which is wanted
     logging.disable_progress_bar()
-    if not model.path:
+    if model.path:
+        problem = f"model.path={model.path} cannot be read"
+        remedy = "give a folder with config.json, model.safetensors and a tokenizer, as save_pretrained leaves it"
+    else:
         use_cache_if_offline()
-    try:
+        problem = f"model.name={model.name} cannot be loaded from the hub"
+        setting = "model.pretrained=false" if model.pretrained else "model.tokenizer=trained"
+        without = f"set {setting}, " if model.name in ARCHITECTURES else ""
+        remedy = f"check name and connection, {without}or give a local copy with model.path=FOLDER"
+    broken = (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError)
+    with explained(problem, remedy, *broken):
         return loader.from_pretrained(model.path or model.name, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError) as error:
-        if model.path:
-            raise TraceFLError(
-                f"model.path={model.path} cannot be read ({first_line(error)}): give a folder with config.json, "
-                "model.safetensors and a tokenizer, as save_pretrained leaves it."
-            ) from error
-        remedy = "set model.pretrained=false" if model.pretrained else "set model.tokenizer=trained"
-        raise TraceFLError(
-            f"model.name={model.name} cannot be loaded from the hub ({first_line(error)}): check name and connection, "
-            f"{f'{remedy}, ' if model.name in ARCHITECTURES else ''}or give a local copy with model.path=FOLDER."
-        ) from error

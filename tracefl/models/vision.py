@@ -3,11 +3,9 @@
 Importing torchvision takes seconds: it waits until an image model is wanted.
 """
 
-from urllib.error import URLError
-
 from torch import nn
 
-from tracefl.errors import TraceFLError
+from tracefl.errors import explained
 
 
 def build_image_model(name: str, num_classes: int) -> nn.Module:
@@ -25,13 +23,9 @@ def pretrained_image_model(name: str, num_classes: int) -> nn.Module:
     """
     import torchvision
 
-    try:
+    problem = f"model.pretrained=true needs the ImageNet weights of {name}, which cannot be downloaded"
+    with explained(problem, "check the connection or set model.pretrained=false", OSError, RuntimeError):
         model = torchvision.models.get_model(name, weights="DEFAULT")
-    except (URLError, OSError, RuntimeError) as error:
-        raise TraceFLError(
-            f"model.pretrained=true needs the ImageNet weights of {name}, which cannot be downloaded ({error}): "
-            "check the connection or set model.pretrained=false."
-        ) from error
     head = "classifier" if name.startswith("densenet") else "fc"
     setattr(model, head, nn.Linear(getattr(model, head).in_features, num_classes))
     return model

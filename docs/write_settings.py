@@ -1,4 +1,4 @@
-"""Write conf/base.yaml and docs/settings.md from the schema: python -m tracefl.conf"""
+"""Write conf/base.yaml and docs/settings.md from the schema: python docs/write_settings.py"""
 
 import json
 import textwrap
@@ -9,8 +9,8 @@ from typing import Any
 
 from tracefl.config import ALIASES, WITHOUT_EFFECT, Config, leaves
 
-BASE = Path(__file__).with_name("base.yaml")
-SETTINGS = Path(__file__).parents[2] / "docs" / "settings.md"
+BASE = Path(__file__).parents[1] / "tracefl" / "conf" / "base.yaml"
+SETTINGS = Path(__file__).with_name("settings.md")
 WIDTH = 100
 # Headings of the settings outside of groups, by the first one below each.
 SECTIONS = {
@@ -25,9 +25,8 @@ SECTIONS = {
 
 HEAD = """\
 # Every setting of TraceFL with its default. Override: python -m tracefl.main num_rounds=3
-# Written from tracefl/config.py by python -m tracefl.conf: change it there.
+# Written from tracefl/config.py by python docs/write_settings.py: change it there.
 defaults:
-  - schema # an unknown key or a wrong type stops before any work
   - _self_
   - override hydra/job_logging: none # the package logs for itself
   - override hydra/hydra_logging: none
@@ -44,7 +43,7 @@ TABLE_HEAD = """\
 
 Set any of them on the command line, as in `python -m tracefl.main num_rounds=3 dataset.name=mnist`. A list of
 values with `--multirun` is a sweep: `dirichlet_alpha=0.1,1`. This page is written from `tracefl/config.py` by
-`python -m tracefl.conf`.
+`python docs/write_settings.py`.
 
 Settings marked ● can change a trained weight: another value is another run, in another folder.
 """
@@ -100,8 +99,7 @@ def _blocks() -> Iterator[tuple[str, list[tuple[str, Field[Any]]]]]:
 
 
 def _default(entry: Field[Any]) -> str:
-    default = entry.default_factory() if callable(entry.default_factory) else entry.default
-    return json.dumps(default).replace('"', "")
+    return json.dumps(entry.default_factory()).replace('"', "")
 
 
 def _help(entry: Field[Any]) -> str:

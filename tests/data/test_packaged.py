@@ -52,7 +52,7 @@ def test_a_file_that_is_none_or_absent_is_named(config, tmp_path, monkeypatch):
     (tmp_path / "octmnist.npz").write_bytes(b"PK\x03\x04 half a download")
     with pytest.raises(TraceFLError, match=r"octmnist\.npz cannot be read"):
         prepare(config(*wanted(tmp_path, "octmnist")))
-    monkeypatch.setattr("tracefl.data.medical.reachable", lambda url: False)
+    monkeypatch.setattr("tracefl.data.packaged.reachable", lambda url: False)
     monkeypatch.setattr("medmnist.info.DEFAULT_ROOT", str(tmp_path / "none"))
     with pytest.raises(TraceFLError, match=r"pathmnist\.npz does not exist and cannot be downloaded"):
         prepare(config("dataset.name=pathmnist"))
