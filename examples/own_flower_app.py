@@ -1,4 +1,4 @@
-"""A Flower app of your own, recorded and traced: any model, data, training and strategy of Flower."""
+"""A Flower app of your own, recorded and traced: your model, data, training and strategy."""
 
 import sys
 
