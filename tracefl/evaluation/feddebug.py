@@ -54,13 +54,10 @@ def debug_round(config: Config, run: Run, model: nn.Module, number: int, watch: 
         A table with `COLUMNS`, one row per (image, vote): the suspects. No rows if no faulty client
         took part.
     """
-    view = run.round(number)
-    clients = {client.id: view.client_state(client.id) for client in view.clients}
+    clients = run.client_states(number)  # checked before the clock runs
     faults = len(faulty_clients(config) & clients.keys())
     if faults == 0:
         return pd.DataFrame(columns=COLUMNS)
-    for state in clients.values():
-        state.check()  # before the clock runs
     seed, picky = [run["seed"], number], not config.faster_input_generation and len(clients) >= PICKY_FROM
     with watch.measure("FedDebug", IMAGES):
         active = observe(model, list(clients.values()), config.neuron_activation_threshold, picky=picky, seed=seed)

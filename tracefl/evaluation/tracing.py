@@ -53,8 +53,8 @@ def trace_round(
     Raises:
         TraceFLError: the round cannot be traced, for example because a client's file is damaged.
     """
-    view, device, watch = run.round(number), next(model.parameters()).device, watch or Stopwatch()
-    weights = {client.id: client.weight for client in view.clients}
+    device, watch = next(model.parameters()).device, watch or Stopwatch()
+    weights = {client.id: client.weight for client in run.round(number).clients}
     paper = {"layers": "paper", "layer_decay": 0.9 if config.enable_beta else 1.0}
     paper["weights"] = weights if config.client_weights_normalization else None
     arguments: dict[str, dict[str, Any]] = {"neuron": paper, "influence": {"weights": weights}}
@@ -68,9 +68,7 @@ def trace_round(
         if config.faulty_clients_ids and config.fault.kind == "backdoor":
             chosen, predicted = with_trigger(chosen), torch.full_like(predicted, config.fault.target)
         inputs, targets = chosen.to(device).inputs, predicted.to(device)
-        clients = {client.id: view.client_state(client.id) for client in view.clients}
-        for state in clients.values():
-            state.check()  # before the clock runs
+        clients = run.client_states(number)  # checked before the clock runs
         for method in config.provenance.methods:
             with watch.measure(method, len(rows)):
                 answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
