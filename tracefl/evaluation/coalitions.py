@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import log_odds, logits_of
-from tracefl.errors import TraceFLError
+from tracefl.classifier import Batch, log_odds, logits_of
+from tracefl.errors import require
 from tracefl.evaluation.localization import spearman
 from tracefl.states import State
 
@@ -36,7 +36,7 @@ def values(
     clients: Mapping[str, State],
     weights: Mapping[str, float],
     incoming: State,
-    inputs: Tensor | Mapping[str, Tensor],
+    inputs: Batch,
     targets: Tensor,
 ) -> Tensor:
     """Play the game: fuse every set of clients and evaluate it on the inputs.
@@ -66,10 +66,8 @@ def values(
         [0.5, 1.0, 3.0, 2.0]
     """
     K = len(clients)
-    if not 1 <= K <= MOST_CLIENTS:
-        raise TraceFLError(
-            f"the number of clients must be 1 to {MOST_CLIENTS}, got {K} (2^{K} coalitions): choose fewer"
-        )
+    limits = f"must be 1 to {MOST_CLIENTS}, got {K} (2^{K} coalitions)"
+    require(1 <= K <= MOST_CLIENTS, f"the number of clients {limits}: choose fewer")
     model = copy.deepcopy(model).eval()
     state = {name: w for name, w in model.state_dict().items() if w.is_floating_point()}
     p = {who: float(weights[who]) for who in clients}
