@@ -14,12 +14,15 @@ the others are searched again. Of several suspects with the same A_k one is draw
 of always the first.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracefl.classifier import exact
 from tracefl.config import Config
 from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
 from tracefl.evaluation.localization import NAN
@@ -134,12 +137,12 @@ def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[
     """
     outputs: list[Tensor] = []  # copies, as a ReLU may work in place
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
-    try:
-        predicted = model.eval()(images).argmax(1)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        outputs.append(output.clone())
+
+    with exact(model, lambda: [layer.register_forward_hook(keep) for layer in layers]):
+        predicted = model(images).argmax(1)
     active = []
     for output in outputs:
         z = output.flatten(1).relu()

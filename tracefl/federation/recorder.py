@@ -7,7 +7,7 @@ keeps from round to round.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +29,7 @@ EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use
 MOMENTS = ("m_t", "v_t", "momentum_vector")  # by name, by name, a list
 
 
+@dataclass(eq=False, repr=False)
 class Recorder(Wrapper):
     """Any Flower strategy, recorded into a run.
 
@@ -57,29 +58,21 @@ class Recorder(Wrapper):
             recorder.start(grid, ArrayRecord(model.state_dict()), num_rounds=3)
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        run: Run,
-        nodes: Mapping[int, str],
-        *,
-        clients_per_round: int,
-        seed: int,
-        evaluate: Callable[[State], Evaluation],
-        accept_failures: bool = False,
-        on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None,
-        on_round: Callable[[Run], None] = lambda _: None,
-    ) -> None:
-        self.strategy, self.run, self.nodes = strategy, run, dict(nodes)
-        self.clients_per_round, self.seed, self.evaluate = clients_per_round, seed, evaluate
-        self.accept_failures, self.on_client, self.on_round = accept_failures, on_client, on_round
-        self._chosen: list[str] = []
-        self._expected: dict[str, Tensor] = {}
-        self._accepted: dict[str, tuple[Message, Participant]] = {}
-        self._failures: dict[str, str] = {}
+    strategy: Strategy
+    run: Run
+    nodes: Mapping[int, str]
+    _: KW_ONLY
+    clients_per_round: int
+    seed: int
+    evaluate: Callable[[State], Evaluation]
+    accept_failures: bool = False
+    on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None
+    on_round: Callable[[Run], None] = lambda _: None
+
+    def __post_init__(self) -> None:
         self._used: dict[int, float] = {}  # id() of a content -> its weight
-        self._watch_weights(_innermost(strategy))
-        load_optimizer_state(strategy, run.strategy_state(len(run.rounds)))
+        self._watch_weights(_innermost(self.strategy))
+        load_optimizer_state(self.strategy, self.run.strategy_state(len(self.run.rounds)))
 
     @property
     def _number(self) -> int:
@@ -123,8 +116,10 @@ class Recorder(Wrapper):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
         """The inner strategy's messages, to this round's participants."""
-        self._chosen, self._accepted, self._failures = self.participants(self._number), {}, {}
-        self._expected = dict(arrays.to_torch_state_dict())
+        self._chosen = self.participants(self._number)
+        self._accepted: dict[str, tuple[Message, Participant]] = {}
+        self._failures: dict[str, str] = {}  # client -> why
+        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
         node_of = {client: node for node, client in self.nodes.items()}
         only = cast(Grid, GridView(grid, nodes=[node_of[client] for client in self._chosen]))
         messages = self.strategy.configure_train(self._number, arrays, config, only)
@@ -198,8 +193,8 @@ def _complaint(reply: Message, expected: State) -> str | None:
     if odd := sorted(state.keys() ^ expected.keys()):
         return f"its model has {'extra' if odd[0] in state else 'missing'} entry '{odd[0]}'"
     for name, value in state.items():
-        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
-            wanted, sent = ((tuple(t.shape), str(t.dtype)) for t in (expected[name], value))
+        wanted, sent = ((tuple(t.shape), str(t.dtype)) for t in (expected[name], value))
+        if sent != wanted:
             return f"its '{name}' must be {wanted}, got {sent}"
         if not torch.isfinite(value).all():
             return f"its '{name}' has non-finite values"

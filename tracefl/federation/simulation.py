@@ -83,11 +83,6 @@ def _backend(config: Config) -> dict[str, Any]:
     if "RAY_ADDRESS" not in os.environ:
         init |= {"num_cpus": config.total_cpus} if config.total_cpus else {}
         init |= {"num_gpus": config.total_gpus} if on_gpu and config.total_gpus is not None else {}
-    return {
-        "init_args": init,
-        "client_resources": {
-            "num_cpus": config.client_cpus,
-            "num_gpus": config.client_gpu if on_gpu else 0.0,
-            "max_restarts": -1,  # a killed actor is replaced, its client counts as failed
-        },
-    }
+    # a killed actor is replaced, its client counts as failed
+    resources = {"num_cpus": config.client_cpus, "num_gpus": config.client_gpu if on_gpu else 0.0, "max_restarts": -1}
+    return {"init_args": init, "client_resources": resources}
