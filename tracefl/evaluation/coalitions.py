@@ -142,11 +142,9 @@ def shapley(v: Tensor) -> Tensor:
     K = (len(v) - 1).bit_length()
     size, sets = members(K).sum(1), torch.arange(1 << K)
     weight = torch.tensor([1 / (K * math.comb(K - 1, s)) for s in range(K)], dtype=torch.float64)
-    found = []
-    for k in range(K):
-        without = sets[(sets >> k & 1) == 0]
-        found.append((weight[size[without], None] * (v[without | 1 << k] - v[without])).sum(0))
-    return torch.stack(found, 1)
+    without = [sets[(sets >> k & 1) == 0] for k in range(K)]
+    gained = [weight[size[some], None] * (v[some | 1 << k] - v[some]) for k, some in enumerate(without)]
+    return torch.stack([gain.sum(0) for gain in gained], 1)
 
 
 def client_lds(v: Tensor, scores: Tensor) -> Tensor:

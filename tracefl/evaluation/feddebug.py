@@ -61,16 +61,13 @@ def debug_round(config: Config, run: Run, model: nn.Module, number: int, watch: 
     faults = len(faulty_clients(config) & clients.keys())
     if faults == 0:
         return pd.DataFrame(columns=COLUMNS)
-    seed, picky = [run["seed"], number], not config.faster_input_generation and len(clients) >= PICKY_FROM
+    seed, ids = [run["seed"], number], list(clients)
+    picky = not config.faster_input_generation and len(ids) >= PICKY_FROM
     with watch.measure("FedDebug", IMAGES):
         active = observe(model, list(clients.values()), config.neuron_activation_threshold, picky=picky, seed=seed)
         rng = np.random.default_rng(seed)
-        ids = list(clients)
-        rows = [
-            (number, image, vote, ids[k])
-            for image in range(IMAGES)
-            for vote, k in enumerate(suspects(np.unpackbits(active[:, image], axis=1), faults, rng), start=1)
-        ]
+        named = [suspects(np.unpackbits(active[:, image], axis=1), faults, rng) for image in range(IMAGES)]
+    rows = [(number, image, vote, ids[k]) for image, ks in enumerate(named) for vote, k in enumerate(ks, start=1)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -86,10 +86,9 @@ def _select(config: Config, run: Run, model: nn.Module, examples: Examples, numb
 
     Correct predictions or, with faulty clients, the mispredictions that their fault would cause.
     """
-    predictions, seed = run.predictions(number), [run["seed"], number]
-    participants = {client.id for client in run.round(number).clients}
-    faulty = faulty_clients(config)
-    labels, limit = examples.labels, config.provenance.max_mispredictions
+    predictions, labels, seed = run.predictions(number), examples.labels, [run["seed"], number]
+    participants, faulty = {client.id for client in run.round(number).clients}, faulty_clients(config)
+    limit = config.provenance.max_mispredictions
     if not faulty:
         held = {label for client in run.clients if client.id in participants for label in client.trained_label_counts}
         return select_correct(predictions, labels, held, config.provenance.inputs_per_label, seed)

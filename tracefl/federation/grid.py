@@ -40,16 +40,14 @@ class GridView:
         """The replies that came within `timeout` seconds; None: wait for all."""
         waiting, replies = set(self.grid.push_messages(messages)), []
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        while waiting:
+        while True:
             for reply in self.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 replies.append(reply)
                 self.on_reply(reply)
-            if time.monotonic() > deadline:
-                break
-            if waiting:
-                time.sleep(PULL_INTERVAL_S)
-        return replies
+            if not waiting or time.monotonic() > deadline:
+                return replies
+            time.sleep(PULL_INTERVAL_S)
 
     def _check(self) -> None:
         if self.stop.is_set():

@@ -6,7 +6,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -67,14 +67,10 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
 @contextmanager
 def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
     """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other."""
-    if threading.current_thread() is not threading.main_thread():
+    with ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():
+            undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: stop.set()))
         yield
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _backend(config: Config) -> dict[str, Any]:

@@ -110,9 +110,8 @@ def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[s
         below = table[:, :label].sum(axis=1)
         bars.bar(range(len(clients)), table[:, label], bottom=below, edgecolor="white", lw=0.4, label=name, **style)
     if len(class_names) <= 20:
-        bars.legend(
-            title="label", fontsize=6, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True
-        )
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True}
+        bars.legend(title="label", fontsize=6, title_fontsize=7, **place)
     bars.set_xticks(range(len(clients)), clients, fontsize=7, rotation=90 if len(clients) > 12 else 0)
     bars.set(xlabel="client", ylabel="examples", ylim=(0, 1.05 * table.sum(axis=1).max()))
     _save(figure, file)
