@@ -57,14 +57,14 @@ def debug_round(config: Config, run: Run, model: nn.Module, number: int, watch: 
         A table with `COLUMNS`, one row per (image, vote): the suspects. No rows if no faulty client
         took part.
     """
-    clients = run.client_states(number)  # checked before the clock runs
-    faults = len(faulty_clients(config) & clients.keys())
+    seed, ids = [run["seed"], number], [client.id for client in run.round(number).clients]
+    faults = len(faulty_clients(config) & set(ids))
     if faults == 0:
         return pd.DataFrame(columns=COLUMNS)
-    seed, ids = [run["seed"], number], list(clients)
+    states = list(run.client_states(number).values())  # checked before the clock runs
     picky = not config.faster_input_generation and len(ids) >= PICKY_FROM
     with watch.measure("FedDebug", IMAGES):
-        active = observe(model, list(clients.values()), config.neuron_activation_threshold, picky=picky, seed=seed)
+        active = observe(model, states, config.neuron_activation_threshold, picky=picky, seed=seed)
         rng = np.random.default_rng(seed)
         named = [suspects(np.unpackbits(active[:, image], axis=1), faults, rng) for image in range(IMAGES)]
     rows = [(number, image, vote, ids[k]) for image, ks in enumerate(named) for vote, k in enumerate(ks, start=1)]

@@ -79,11 +79,11 @@ class ParametersOnly(Wrapper):
         if released is None:
             return None, metrics
         n_k = np.array([next(iter(reply.content.metric_records.values()))["num-examples"] for reply in replies], float)
-        averaged = {
-            name: np.average([arrays[name].numpy() for arrays in whole], axis=0, weights=n_k)
-            for name in self.buffers & whole[0].keys()
-        }
-        together = dict(released) | {name: Array(np.asarray(mean, np.float32)) for name, mean in averaged.items()}
+        averaged = {}
+        for name in self.buffers & whole[0].keys():
+            mean = np.average([arrays[name].numpy() for arrays in whole], axis=0, weights=n_k)
+            averaged[name] = Array(np.asarray(mean, np.float32))
+        together = {**released, **averaged}
         return ArrayRecord({name: together[name] for name in whole[0]}), metrics
 
     def _parameters(self, arrays: ArrayRecord) -> ArrayRecord:

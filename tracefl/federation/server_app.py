@@ -57,13 +57,9 @@ def serve(
         accept_failures=config.accept_failures,
         **observers,
     )
-    recorder.start(
-        grid,
-        ArrayRecord(dict(run.global_state(len(run.rounds)))),
-        config.num_rounds,
-        timeout=config.round_timeout,
-        train_config=ConfigRecord({"task": json.dumps(client_task(config, data))}),
-    )
+    arrays = ArrayRecord(dict(run.global_state(len(run.rounds))))
+    task = ConfigRecord({"task": json.dumps(client_task(config, data))})
+    recorder.start(grid, arrays, config.num_rounds, timeout=config.round_timeout, train_config=task)
 
 
 def client_task(config: Config, data: PreparedData) -> dict[str, Any]:

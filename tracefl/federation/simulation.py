@@ -69,7 +69,8 @@ def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
     """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other."""
     with ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
-            undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: stop.set()))
+            previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
+            undo.callback(signal.signal, signal.SIGINT, previous)
         yield
 
 
