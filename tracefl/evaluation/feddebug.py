@@ -14,6 +14,7 @@ the others are searched again. Of several suspects with the same A_k one is draw
 of always the first.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
     return found
 
 
-def observe(model: nn.Module, states: list[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
+def observe(model: nn.Module, states: Sequence[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
     """Which neurons are active in each of K clients on each image.
 
     Returns bits, uint8 [K, IMAGES, neurons / 8 rounded up]. If `picky`, images on whose class
