@@ -114,10 +114,7 @@ class Run:
         self.path = path
         self._header = header
         self.clients = [_client_from_json(entry) for entry in header["clients"]]
-        self.rounds = [
-            Round(**{**entry, "clients": [Participant(**client) for client in entry["clients"]]})
-            for entry in header["rounds"]
-        ]
+        self.rounds = [_round_from_json(entry) for entry in header["rounds"]]
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -235,11 +232,12 @@ class Run:
         return StateFile(self._file(number, "strategy"), sha256) if sha256 else {}
 
     def record_client(
-        self, number: int, client_id: str, state: State, num_examples: int, weight: float = 0.0
+        self, number: int, client: str, state: State, num_examples: int, weight: float = 0
     ) -> Participant:
         """Write a client's model of a round that is not complete yet."""
-        file = self._file(number, f"clients/{client_id}")
-        return Participant(client_id, num_examples, weight, f"clients/{file.name}", write_state(file, state))
+        name = f"clients/{client}"
+        sha256 = write_state(self._file(number, name), state)
+        return Participant(client, num_examples, weight, f"{name}.safetensors", sha256)
 
     def record_round(
         self,
@@ -260,11 +258,8 @@ class Run:
             failures: client id -> why the client was left out.
             strategy_state: the moments that a server optimizer keeps.
         """
-        states = {
-            "global": released,
-            "predictions": {"predictions": evaluation.predictions},
-            "strategy": strategy_state,
-        }
+        predictions = {"predictions": evaluation.predictions}
+        states = {"global": released, "predictions": predictions, "strategy": strategy_state}
         sha256 = {name: write_state(self._file(number, name), state) for name, state in states.items() if state}
         hashes, judged = (sha256["global"], sha256["predictions"]), (evaluation.loss, evaluation.accuracy)
         self.rounds.append(Round(number, clients, *hashes, *judged, failures, sha256.get("strategy")))
@@ -286,12 +281,11 @@ def locked(folder: Path) -> Iterator[None]:
         TraceFLError: another process holds it; it is not waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    busy = f"{folder} is being written by another process: wait for it, or choose another exp_key"
     try:
         held = FileLock(folder / ".lock").acquire(blocking=False)
     except Timeout:
-        raise TraceFLError(
-            f"{folder} is being written by another process: wait for it, or choose another exp_key"
-        ) from None
+        raise TraceFLError(busy) from None
     with held:
         yield
 
@@ -316,8 +310,10 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 def _client_from_json(entry: dict[str, Any]) -> ClientInfo:
     """JSON's keys are strings, labels are numbers."""
-    counts = {
-        name: entry[name] and {int(label): count for label, count in entry[name].items()}
-        for name in ("label_counts", "flipped_label_counts")
-    }
+    names = ("label_counts", "flipped_label_counts")
+    counts = {name: entry[name] and {int(label): n for label, n in entry[name].items()} for name in names}
     return ClientInfo(**{**entry, **counts})
+
+
+def _round_from_json(entry: dict[str, Any]) -> Round:
+    return Round(**{**entry, "clients": [Participant(**client) for client in entry["clients"]]})

@@ -4,7 +4,6 @@ Predictions and labels are int64 [N]; the answers are rows, int64 [n], drawn at 
 """
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -24,22 +23,20 @@ def faulty_clients(config: Config) -> set[str]:
     return {str(client) for client in config.faulty_clients_ids}
 
 
-def select_correct(
-    predictions: Tensor, labels: Tensor, of_interest: set[int], per_label: int, seed: list[int]
-) -> Tensor:
-    """Rows of correct predictions, `per_label` of each label of interest, at least ten in all.
+def select_correct(predictions: Tensor, labels: Tensor, held: set[int], per_label: int, seed: list[int]) -> Tensor:
+    """Rows of correct predictions, `per_label` of each label in `held`, at least ten in all.
 
     A label with too few correct predictions gives what it has.
     """
     correct = _shuffled(predictions == labels, seed)
-    by_label = [correct[labels[correct] == label] for label in sorted(of_interest)]
+    by_label = [correct[labels[correct] == label] for label in sorted(held)]
     filled = sum(len(rows) > 0 for rows in by_label)
     count = max(per_label, math.ceil(MIN_INPUTS / max(filled, 1)))
     return torch.cat([rows[:count] for rows in by_label] or [correct[:0]])
 
 
 def select_flipped(
-    predictions: Tensor, labels: Tensor, label2flip: Mapping[int, int], limit: int, seed: list[int]
+    predictions: Tensor, labels: Tensor, label2flip: dict[int, int], limit: int, seed: list[int]
 ) -> Tensor:
     """Rows of mispredictions from a flipped label to its target, at most `limit`."""
     targets = labels.clone().fill_(-1)

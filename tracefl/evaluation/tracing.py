@@ -75,7 +75,8 @@ def trace_round(
             server = noise = torch.full((len(rows),), torch.nan, dtype=torch.float64)
             if method == "influence" and answer.residual is not None:
                 server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
-            tables.append(_table(run, number, answer, rows, examples.labels[rows], server, noise))
+            of_input = {"input": rows, "label": examples.labels[rows], "server": server, "noise": noise}
+            tables.append(_table(run, number, answer, of_input))
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be traced: {error}") from error
     return pd.concat(tables, ignore_index=True)
@@ -115,13 +116,10 @@ def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, target
     return noise.contributions[:, 0]
 
 
-def _table(
-    run: Run, number: int, answer: Provenance, rows: Tensor, labels: Tensor, server: Tensor, noise: Tensor
-) -> pd.DataFrame:
-    """An answer with `COLUMNS`; rows, labels, server and noise are of its N inputs."""
+def _table(run: Run, number: int, answer: Provenance, of_input: dict[str, Tensor]) -> pd.DataFrame:
+    """An answer with `COLUMNS`; `of_input` are columns with a number for each of its N inputs."""
     table = answer.to_frame().rename(columns={"target": "predicted"})
     held = {client.id: client.trained_label_counts for client in run.clients}
-    of_input = {"input": rows, "label": labels, "server": server, "noise": noise}
     return table.assign(
         round=number,
         method=answer.method,

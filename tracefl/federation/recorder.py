@@ -166,11 +166,9 @@ class Recorder(Wrapper):
         self.on_client(self._number, client, metrics)
 
     def _fail(self, client: str, reason: str) -> None:
-        require(
-            self.accept_failures,
-            f"round {self._number}, client {client}: {reason}. Rounds 1 to {len(self.run.rounds)} are kept; the same "
-            "command goes on from there, accept_failures=true goes on without such a client.",
-        )
+        kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
+        tolerate = "accept_failures=true goes on without such a client"
+        require(self.accept_failures, f"round {self._number}, client {client}: {reason}. {kept}, {tolerate}.")
         self._failures[client] = reason
 
 

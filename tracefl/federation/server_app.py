@@ -99,10 +99,8 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
         if reply.has_error():
             raise TraceFLError(f"round 0: a node could not say which client it is: {reply.error.reason}")
         found[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["partition-id"])
-    held = sorted(found.values(), key=int)
-    require(
-        held == [str(index) for index in range(num_clients)],
-        f"the connected nodes must hold partitions 0 to {num_clients - 1} (num_clients={num_clients}), got {held} from "
-        f"{len(nodes)} nodes: start one node per client",
-    )
+    held, last = sorted(found.values(), key=int), num_clients - 1
+    wanted = f"must hold partitions 0 to {last} (num_clients={num_clients}), got {held} from {len(nodes)} nodes"
+    complete = held == [str(partition) for partition in range(num_clients)]
+    require(complete, f"the connected nodes {wanted}: start one node per client")
     return found

@@ -42,11 +42,9 @@ def open_or_create(config: Config, data: PreparedData, folder: Path, initial: St
     """
     if initial is None:
         run = Run.open(folder)
-        require(
-            run["data_sha256"] == data.digest,
-            f"{folder} was trained on other data than dataset.name={config.dataset.name} gives now: choose "
-            "another exp_key, or set check_train_cache=false to train it again",
-        )
+        other = f"{folder} was trained on other data than dataset.name={config.dataset.name} gives now"
+        remedy = "choose another exp_key, or set check_train_cache=false to train it again"
+        require(run["data_sha256"] == data.digest, f"{other}: {remedy}")
         return run
     for stale in ("run.json", ROUNDS):
         (folder / stale).unlink(missing_ok=True)

@@ -87,12 +87,10 @@ def privacy_lines(config: Config, rounds: int) -> Iterator[str]:
     if config.noise_multiplier != -1:
         from tracefl.federation.privacy import TARGET_DELTA, epsilon
 
+        after = f"Differential privacy of the parameters after {rounds} rounds"
         spent = epsilon(config.noise_multiplier, rounds, config.clients_per_round, config.num_clients)
-        yield (
-            f"Differential privacy of the parameters after {rounds} rounds: epsilon = {spent:.4g} at delta = "
-            f"{TARGET_DELTA:g} (one client's updates against none); BatchNorm's running statistics are released as "
-            "they are"
-        )
+        what = f"epsilon = {spent:.4g} at delta = {TARGET_DELTA:g} (one client's updates against none)"
+        yield f"{after}: {what}; BatchNorm's running statistics are released as they are"
 
 
 def percent(share: float, missing: str = "n/a") -> str:

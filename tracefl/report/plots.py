@@ -133,8 +133,8 @@ def plot_times(table: pd.DataFrame, file: Path) -> None:
         style = {"width": 0.23, "color": colour, "hatch": hatch, "edgecolor": "white"}
         time.bar(x, table[seconds], label=label, **style)
         right.bar(x, 100 * table[accuracy], **style)
-    for at, chance in zip(place, 100 * table["chance_accuracy"], strict=True):
-        right.plot([at - 0.4, at + 0.4], [chance, chance], "k:", label="by chance" if at == 0 else None)
+    chance = 100 * table["chance_accuracy"]
+    right.hlines(chance, place - 0.4, place + 0.4, colors="k", linestyles=":", label="by chance")
     time.set(ylabel="seconds per localization", yscale="log")
     right.set(ylabel="localization accuracy (%)", ylim=(0, 105))
     for axes in (time, right):

@@ -54,23 +54,21 @@ class TrainingProgress(Progress):
     def __init__(self, num_rounds: int, clients_per_round: int, done: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         super().__init__(*columns, disable=not sys.stdout.isatty())
-        self.num_rounds, self.clients_per_round, self.heard = num_rounds, clients_per_round, 0
         self.rounds = self.add_task("rounds ", total=num_rounds, completed=done)
         self.clients = self.add_task("clients", total=clients_per_round)
 
     def on_client(self, number: int, client: str, metrics: Mapping[str, Any]) -> None:
-        self.heard += 1
-        self.update(self.clients, completed=self.heard)
+        self.advance(self.clients)
         if self.disable:
             line = "[Round %d] client c%s trained on %d examples, loss %.3f (%d of %d)"
-            examples, loss = metrics["num-examples"], metrics["train-loss"]
-            log.info(line, number, client, examples, loss, self.heard, self.clients_per_round)
+            examples, loss, bar = metrics["num-examples"], metrics["train-loss"], self.tasks[self.clients]
+            log.info(line, number, client, examples, loss, bar.completed, bar.total)
 
     def on_round(self, run: Run) -> None:
-        record, self.heard = run.rounds[-1], 0
+        record = run.rounds[-1]
         self.update(self.rounds, completed=record.number)
         self.update(self.clients, completed=0)
         for client, reason in record.failures.items():
             log.warning("[Round %d] client c%s is left out: %s", record.number, client, reason)
         line = "[Round %d] global model: loss %.2f, accuracy %.2f (round %d of %d)"
-        log.info(line, record.number, record.loss, record.accuracy, record.number, self.num_rounds)
+        log.info(line, record.number, record.loss, record.accuracy, record.number, self.tasks[self.rounds].total)
