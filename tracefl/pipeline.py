@@ -20,10 +20,7 @@ from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
-from tracefl.report.figures import draw_run
-from tracefl.report.lines import fusion_lines, privacy_lines, provenance_lines
-from tracefl.report.progress import TrainingProgress, log_to_console, log_to_file
-from tracefl.report.tables import print_faulty, print_summary
+from tracefl.report import figures, lines, progress, tables
 from tracefl.results import FEDDEBUG, PROVENANCE, ROUNDS, cached, read_timings, update_timings, write_csv, write_events
 from tracefl.runs import Run, locked, write_atomically
 from tracefl.settings import run_folder
@@ -47,10 +44,10 @@ def run_experiment(config: Config, resolved: str) -> None:
     if not (config.do_training or config.do_provenance):
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
         return
-    log_to_console()
+    progress.log_to_console()
     folder = run_folder(config)
     initial = initial_state(config, data, folder)  # may fail: before the folder is there
-    with locked(folder), log_to_file(folder / LOG_FILE):
+    with locked(folder), progress.log_to_file(folder / LOG_FILE):
         run = open_or_create(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
@@ -59,9 +56,9 @@ def run_experiment(config: Config, resolved: str) -> None:
         votes = debug(config, run, model)
         metrics = judge(config, run, answers, votes)
         report(config, run, answers, metrics)
-    print_summary(metrics, config.provenance.methods)
+    tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
-        print_faulty(metrics, config.provenance.methods, faulty_clients(config))
+        tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
@@ -76,8 +73,8 @@ def train(config: Config, data: PreparedData, run: Run, model: nn.Module, exampl
     from tracefl.federation.simulation import simulate
 
     log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, config.num_clients)
-    with TrainingProgress(wanted, config.clients_per_round, done) as progress:
-        observers = {"on_client": progress.on_client, "on_round": progress.on_round}
+    with progress.TrainingProgress(wanted, config.clients_per_round, done) as shown:
+        observers = {"on_client": shown.on_client, "on_round": shown.on_round}
         simulate(config, lambda grid: serve(grid, config, data, run, model, examples, **observers))
 
 
@@ -125,16 +122,16 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
     if answers is not None:
         if config.convert_cache_to_csv:
             write_csv(run.path / "provenance.csv", answers)
-        for line in provenance_lines(metrics, answers, faulty_clients(config)):
+        for line in lines.provenance_lines(metrics, answers, faulty_clients(config)):
             log.info(line)
-    for line in (*fusion_lines(run, config.strategy.name), *privacy_lines(config, len(run.rounds))):
+    for line in (*lines.fusion_lines(run, config.strategy.name), *lines.privacy_lines(config, len(run.rounds))):
         log.info(line)
     if answers is not None or not (run.path / ROUNDS).exists():
         rounds = wide(metrics)
         write_csv(run.path / ROUNDS, rounds)
         write_events(run.path / "tensorboard", rounds)
     if config.plotting:
-        draw_run(run.path)
+        figures.draw_run(run.path)
 
 
 def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
