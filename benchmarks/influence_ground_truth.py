@@ -172,9 +172,8 @@ def judge_recorded(folder: Path, judged: int, inputs: int) -> None:
     examples, classes = run.server_examples(), len(run["class_names"])
     labels = {client.id: client.label_counts for client in run.clients}
     for record in run.rounds[-judged:]:
-        view, model = run.round(record.number), run.model(record.number)
-        states = {client.id: dict(view.client_state(client.id)) for client in view.clients}
-        weights = {client.id: client.weight for client in view.clients}
+        model, states = run.model(record.number), {k: dict(v) for k, v in run.client_states(record.number).items()}
+        weights = {client.id: client.weight for client in record.clients}
         right = (run.predictions(record.number) == examples.labels).nonzero()[:inputs, 0]
         chosen = examples[right]
         held = torch.tensor([[labels[who].get(label, 0) for label in range(classes)] for who in states])

@@ -62,8 +62,7 @@ def serve(grid, context) -> None:
 
 if __name__ == "__main__":
     run_simulation(server_app, client_app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1}})
-    last, model = Run.open(FOLDER).round(ROUNDS), new_model()
-    model.load_state_dict(dict(Run.open(FOLDER).global_state(ROUNDS)))
-    states = {client.id: last.client_state(client.id) for client in last.clients}
-    weights = {client.id: client.weight for client in last.clients}
+    run, model = Run.open(FOLDER), new_model()
+    model.load_state_dict(dict(run.global_state(ROUNDS)))
+    states, weights = run.client_states(ROUNDS), {client.id: client.weight for client in run.round(ROUNDS).clients}
     print(trace(model, states, torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), weights=weights, method="influence"))

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.federation import local
-from tests.test_main import tracefl
+from tests.test_main import process
 from tracefl import Run
 from tracefl.errors import TraceFLError
 from tracefl.pipeline import run_experiment
@@ -40,7 +40,7 @@ def weights(storage: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished")
-    done = tracefl(*SMALL, "plotting=true", "convert_cache_to_csv=true", cwd=folder)
+    done = process(*SMALL, "plotting=true", "convert_cache_to_csv=true", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -200,7 +200,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(finished, tmp_path):
     status, _ = interrupt_after(2, signal.SIGKILL, tmp_path)
     assert status == -signal.SIGKILL
     assert len(Run.open(the_run(tmp_path)).rounds) == 2
-    done = tracefl(*SMALL, cwd=tmp_path)
+    done = process(*SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "training rounds 3 to 3" in done.stdout
     assert weights(tmp_path) == weights(finished[0])
@@ -209,7 +209,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(finished, tmp_path):
 @pytest.mark.slow
 def test_a_faulty_client_is_named_on_real_images(real_data, tmp_path):
     flips = "{" + ",".join(f"{label}:0" for label in range(1, 10)) + "}"
-    done = tracefl(
+    done = process(
         "dataset.name=mnist", f"dataset.path={real_data / 'mnist'}", "num_clients=5", "clients_per_round=5",
         "num_rounds=2", "dirichlet_alpha=0.7", "data_dist.max_per_client_data_size=400", "faulty_clients_ids=[0]",
         f"label2flip={flips}", "exp_key=small", cwd=tmp_path, timeout=900,
@@ -242,7 +242,7 @@ def test_a_text_model_goes_all_the_way_and_repeats_to_the_byte(real_data, tmp_pa
     ]  # fmt: skip
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        done = tracefl(*command, cwd=folder, timeout=900)
+        done = process(*command, cwd=folder, timeout=900)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("\n") < 5, done.stderr  # no library's chatter
     assert weights(tmp_path / "one") == weights(tmp_path / "two")

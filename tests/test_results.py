@@ -3,22 +3,27 @@
 import pandas as pd
 import pytest
 
+from tests.report.recorded import record
+from tracefl import Run
 from tracefl.results import cached, read_timings, update_timings, write_events
 
 
-def test_a_table_is_made_once_for_each_key(tmp_path):
-    made = []
+def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
+    made, run = [], Run.open(record(tmp_path))
 
     def make() -> pd.DataFrame:
         made.append(1)
         return pd.DataFrame({"round": [len(made)], "client": ["3"]})
 
     def table(key: str, **options) -> list[int]:
-        return cached(tmp_path / "feddebug.parquet", {"settings": key}, make, **options)["round"].tolist()
+        return cached(run, "feddebug.parquet", {"threshold": key}, make, **options)["round"].tolist()
 
     assert [table("a"), table("a")] == [[1], [1]]
     assert [table("b"), table("b"), table("a")] == [[2], [2], [3]]
     assert table("a", reuse=False) == [4]
+    assert table("a") == [4]
+    run.rounds.pop()  # other models
+    assert table("a") == [5]
     assert pd.read_parquet(tmp_path / "feddebug.parquet")["client"].tolist() == ["3"]
 
 

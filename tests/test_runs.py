@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from tracefl import Run, runs, states
 from tracefl.errors import TraceFLError
-from tracefl.runs import ClientInfo, Participant, client_file, locked, write_state
+from tracefl.runs import ClientInfo, locked, write_state
 from tracefl.states import StateFile
+from tracefl.training import Evaluation
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -19,13 +20,12 @@ def state(value: float) -> dict[str, torch.Tensor]:
 def one_round(folder) -> Run:
     clients = [ClientInfo("0", {3: 12, 5: 10}), ClientInfo("7", {5: 20})]
     run = Run.create(folder, initial=state(0.0), clients=clients, seed=3, data_sha256="abc")
-    sent = {"0": state(1.0), "7": state(2.0)}
-    sha256 = {client: run.record_client(1, client, sent[client]) for client in sent}
     participants = [
-        Participant("0", 22, 22 / 42, client_file("0"), sha256["0"]),
-        Participant("7", 20, 20 / 42, client_file("7"), sha256["7"]),
+        run.record_client(1, "0", state(1.0), 22, 22 / 42),
+        run.record_client(1, "7", state(2.0), 20, 20 / 42),
     ]
-    run.record_round(1, participants, state(1.5), torch.tensor([3, 5, 5]), 0.7, 2 / 3, {"4": "it raised: ValueError"})
+    evaluation = Evaluation(0.7, 2 / 3, torch.tensor([3, 5, 5]))
+    run.record_round(1, participants, state(1.5), evaluation, {"4": "it raised: ValueError"})
     return run
 
 
@@ -39,14 +39,17 @@ def test_a_run_reads_as_it_was_written(tmp_path):
     assert run.rounds[0].failures == {"4": "it raised: ValueError"}
     for number, value in ((0, 0.0), (1, 1.5)):
         assert torch.equal(run.global_state(number)["w"], state(value)["w"])
-    client = run.round(1).client_state("7")
+    client = run.client_state(1, "7")
     assert set(client) == {"w", "b"}
     assert torch.equal(client["b"], state(2.0)["b"])
     assert run.predictions(1).tolist() == [3, 5, 5]
+    assert (run.rounds[0].loss, run.rounds[0].accuracy) == (0.7, 2 / 3)
+    assert [client.file for client in run.rounds[0].clients] == ["clients/0.safetensors", "clients/7.safetensors"]
+    assert list(run.client_states(1)) == ["0", "7"]
 
 
 def test_a_state_looks_like_a_dictionary(tmp_path):
-    client = one_round(tmp_path).round(1).client_state("0")
+    client = one_round(tmp_path).client_state(1, "0")
     assert len(client) == 2
     assert "w" in client
     assert "v" not in client
@@ -58,9 +61,11 @@ def test_a_changed_file_is_noticed_when_it_is_read(tmp_path):
     one_round(tmp_path)
     write_state(tmp_path / "rounds/0001/clients/7.safetensors", state(9.0))
     run = Run.open(tmp_path)
-    assert torch.equal(run.round(1).client_state("0")["w"], state(1.0)["w"])
+    assert torch.equal(run.client_state(1, "0")["w"], state(1.0)["w"])
     with pytest.raises(TraceFLError, match=r"7\.safetensors is not the file that was recorded"):
-        run.round(1).client_state("7")["w"]
+        run.client_state(1, "7")["w"]
+    with pytest.raises(TraceFLError, match=r"7\.safetensors is not the file that was recorded"):
+        run.client_states(1)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -72,7 +77,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_an_unfinished_round_is_no_part_of_the_run(tmp_path):
     run = one_round(tmp_path)
-    run.record_client(2, "0", state(5.0))
+    run.record_client(2, "0", state(5.0), 22)
     assert len(Run.open(tmp_path).rounds) == 1
     with pytest.raises(TraceFLError, match="round 2 is not recorded"):
         Run.open(tmp_path).round(2)
@@ -80,7 +85,7 @@ def test_an_unfinished_round_is_no_part_of_the_run(tmp_path):
 
 def test_a_client_that_took_no_part_is_named(tmp_path):
     with pytest.raises(TraceFLError, match="client '5' took no part in round 1: its participants were 0, 7"):
-        one_round(tmp_path).round(1).client_state("5")
+        one_round(tmp_path).client_state(1, "5")
 
 
 def test_what_is_no_run_is_said_so(tmp_path):

@@ -3,9 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
@@ -15,20 +13,17 @@ from tracefl.checks import check_targets
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData, prepare
-from tracefl.errors import TraceFLError
+from tracefl.errors import require
 from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judge_times, wide
 from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
-from tracefl.report.figures import draw_run
-from tracefl.report.lines import fusion_lines, privacy_lines, provenance_lines
-from tracefl.report.progress import TrainingProgress, log_to_console, log_to_file
-from tracefl.report.tables import print_faulty, print_summary
+from tracefl.report import figures, lines, progress, tables
 from tracefl.results import FEDDEBUG, PROVENANCE, ROUNDS, cached, read_timings, update_timings, write_csv, write_events
 from tracefl.runs import Run, locked, write_atomically
-from tracefl.settings import fingerprint, run_folder
+from tracefl.settings import run_folder
 
 LOG_FILE = "TraceFL_clients_contributions.log"
 log = logging.getLogger("tracefl")
@@ -49,10 +44,10 @@ def run_experiment(config: Config, resolved: str) -> None:
     if not (config.do_training or config.do_provenance):
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
         return
-    log_to_console()
+    progress.log_to_console()
     folder = run_folder(config)
     initial = initial_state(config, data, folder)  # may fail: before the folder is there
-    with locked(folder), log_to_file(folder / LOG_FILE):
+    with locked(folder), progress.log_to_file(folder / LOG_FILE):
         run = open_or_create(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
@@ -61,7 +56,9 @@ def run_experiment(config: Config, resolved: str) -> None:
         votes = debug(config, run, model)
         metrics = judge(config, run, answers, votes)
         report(config, run, answers, metrics)
-    print_tables(config, metrics)
+    tables.print_summary(metrics, config.provenance.methods)
+    if config.do_provenance and config.faulty_clients_ids:
+        tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
@@ -71,15 +68,14 @@ def train(config: Config, data: PreparedData, run: Run, model: nn.Module, exampl
     if done == wanted:
         log.info("%s: all %d rounds are recorded, nothing is trained", run.path, done)
         return
-    if not config.do_training:
-        raise TraceFLError(f"do_training=false needs {wanted} recorded rounds, got {done}: set do_training=true")
+    require(config.do_training, f"do_training=false needs {wanted} recorded rounds, got {done}: set do_training=true")
     from tracefl.federation.server_app import serve  # brings Flower and Ray
     from tracefl.federation.simulation import simulate
 
     log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, config.num_clients)
-    with TrainingProgress(wanted, config.clients_per_round, done) as progress:
-        hear = progress.on_client, progress.on_round
-        simulate(config, lambda grid: serve(grid, config, data, run, model, examples, *hear))
+    with progress.TrainingProgress(wanted, config.clients_per_round, done) as shown:
+        observers = {"on_client": shown.on_client, "on_round": shown.on_round}
+        simulate(config, lambda grid: serve(grid, config, data, run, model, examples, **observers))
 
 
 def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -91,22 +87,22 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
-        answers = _every_round(run, tracing.COLUMNS, partial(tracing.trace_round, config, run, model, examples))
+        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples))
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers
 
     settings = [vars(config.provenance), config.enable_beta, config.client_weights_normalization]
-    return cached(run.path / PROVENANCE, _key(run, settings), make, reuse=config.check_prov_cache)
+    return cached(run, PROVENANCE, settings, make, reuse=config.check_prov_cache)
 
 
 def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
     """FedDebug's votes of every round (`feddebug.COLUMNS`); None where it is not to run."""
     if not (config.do_provenance and config.faulty_clients_ids and config.do_feddebug and config.arch == "cnn"):
         return None
-    make = partial(_every_round, run, feddebug.COLUMNS, partial(feddebug.debug_round, config, run, model))
+    make = partial(_every_round, run, partial(feddebug.debug_round, config, run, model))
     settings = [config.neuron_activation_threshold, config.faster_input_generation]
-    return cached(run.path / FEDDEBUG, _key(run, settings), make, reuse=config.check_prov_cache)
+    return cached(run, FEDDEBUG, settings, make, reuse=config.check_prov_cache)
 
 
 def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.DataFrame | None) -> pd.DataFrame:
@@ -126,32 +122,21 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
     if answers is not None:
         if config.convert_cache_to_csv:
             write_csv(run.path / "provenance.csv", answers)
-        for line in provenance_lines(metrics, answers, faulty_clients(config)):
+        for line in lines.provenance_lines(metrics, answers, faulty_clients(config)):
             log.info(line)
-    for line in (*fusion_lines(run, config.strategy.name), *privacy_lines(config, len(run.rounds))):
+    for line in (*lines.fusion_lines(run, config.strategy.name), *lines.privacy_lines(config, len(run.rounds))):
         log.info(line)
     if answers is not None or not (run.path / ROUNDS).exists():
         rounds = wide(metrics)
         write_csv(run.path / ROUNDS, rounds)
         write_events(run.path / "tensorboard", rounds)
     if config.plotting:
-        draw_run(run.path)
+        figures.draw_run(run.path)
 
 
-def print_tables(config: Config, metrics: pd.DataFrame) -> None:
-    print_summary(metrics, config.provenance.methods)
-    if config.faulty_clients_ids and config.do_provenance:
-        print_faulty(metrics, config.provenance.methods, faulty_clients(config))
-
-
-def _every_round(run: Run, columns: list[str], one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all rounds as one, and what was measured into timings.csv."""
+def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all rounds as one; what they took goes into timings.csv."""
     watch = Stopwatch()
     tables = [one_round(record.number, watch) for record in run.rounds]
     update_timings(run.path, watch.table())
-    return pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=columns)])
-
-
-def _key(run: Run, settings: list[Any]) -> dict[str, str]:
-    """What answers depend on, beside the settings in the folder's name: models and settings."""
-    return {"settings": fingerprint(settings), "models": fingerprint([asdict(record) for record in run.rounds])}
+    return pd.concat([table for table in tables if len(table)] or tables[:1])

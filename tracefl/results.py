@@ -1,37 +1,41 @@
 """The tables beside a recorded run: rounds.csv, timings.csv, and two Parquet files of answers."""
 
-import io
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tracefl.runs import write_atomically
+from tracefl.runs import Run, write_atomically
+from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
 
 
-def cached(file: Path, key: dict[str, Any], make: Callable[[], pd.DataFrame], *, reuse: bool = True) -> pd.DataFrame:
-    """The table in a Parquet file if it was made under the same key; otherwise make and write it.
+def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame], *, reuse: bool = True) -> pd.DataFrame:
+    """The table in a Parquet file if it was made of the same models with the same settings.
+
+    Otherwise it is made and written, with a key for both in the file's metadata.
 
     Args:
-        file: where the table is kept, with its key in the metadata.
-        key: all that the table depends on, as plain JSON.
+        run: the run whose models the table is about.
+        name: of the file in the run's folder.
+        settings: all that the table depends on, beside the models; plain JSON.
         make: computes the table.
         reuse: False computes it in any case.
     """
+    file = run.path / name
+    key = {"settings": fingerprint(settings), "models": fingerprint([asdict(record) for record in run.rounds])}
     if reuse and file.exists():
         table = pd.read_parquet(file)
         if table.attrs.get("settings") == key:
             return table
     table = make()
     table.attrs = {"settings": key}
-    content = io.BytesIO()
-    table.to_parquet(content, index=False)
-    write_atomically(file, content.getvalue())
+    write_atomically(file, table.to_parquet(index=False))
     return table
 
 
@@ -46,8 +50,8 @@ def read_rounds(folder: Path) -> pd.DataFrame:
 
 def update_timings(folder: Path, measured: pd.DataFrame) -> None:
     """Put what was measured into timings.csv; rows of other methods are kept."""
-    kept = read_timings(folder)
     if len(measured):
+        kept = read_timings(folder)
         kept = kept[~kept["method"].isin(measured["method"])]
         write_csv(folder / TIMINGS, pd.concat([kept, measured] if len(kept) else [measured]))
 

@@ -28,8 +28,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tracefl.data.examples import Examples, load_examples
-from tracefl.errors import TraceFLError
+from tracefl.errors import TraceFLError, require
 from tracefl.states import State, StateFile
+from tracefl.training import Evaluation
 
 SCHEMA = 1
 
@@ -90,32 +91,6 @@ class ClientInfo:
         return self.label_counts if self.flipped_label_counts is None else self.flipped_label_counts
 
 
-@dataclass(frozen=True)
-class RoundView:
-    """A complete round: its record, and what its clients sent."""
-
-    record: Round
-    folder: Path
-
-    @property
-    def clients(self) -> list[Participant]:
-        return self.record.clients
-
-    def client_state(self, client_id: str) -> StateFile:
-        """The model that a client sent, as received; a tensor is read when it is asked for.
-
-        Raises:
-            TraceFLError: the client did not take part, or (on reading) its file is damaged.
-        """
-        for client in self.clients:
-            if client.id == client_id:
-                return StateFile(self.folder / client.file, client.sha256)
-        raise TraceFLError(
-            f"client '{client_id}' took no part in round {self.record.number}: its participants were "
-            f"{', '.join(client.id for client in self.clients)}"
-        )
-
-
 class Run:
     """A recorded run, open for reading and, while it is being trained, for adding rounds.
 
@@ -128,9 +103,10 @@ class Run:
         >>> initial, clients = {"w": torch.zeros(2)}, [ClientInfo("0", {7: 3})]
         >>> run = Run.create(folder, initial=initial, clients=clients, seed=0)
         >>> sent = {"w": torch.ones(2)}
-        >>> part = Participant("0", 3, 1.0, client_file("0"), run.record_client(1, "0", sent))
-        >>> run.record_round(1, [part], sent, torch.tensor([7]), 0.5, 1.0, failures={})
-        >>> Run.open(folder).round(1).client_state("0")["w"].tolist()
+        >>> part = run.record_client(1, "0", sent, num_examples=3, weight=1.0)
+        >>> evaluation = Evaluation(loss=0.5, accuracy=1.0, predictions=torch.tensor([7]))
+        >>> run.record_round(1, [part], sent, evaluation, failures={})
+        >>> Run.open(folder).client_state(1, "0")["w"].tolist()
         [1.0, 1.0]
     """
 
@@ -157,10 +133,8 @@ class Run:
             raise TraceFLError(f"{path} holds no recorded run (no run.json): give a run's folder") from None
         except json.JSONDecodeError as error:
             raise TraceFLError(f"{path / 'run.json'} is no JSON ({error}): restore it or train again") from error
-        if header.get("schema") != SCHEMA:
-            raise TraceFLError(
-                f"the schema of {path} must be {SCHEMA}, got {header.get('schema')}: train the run again"
-            )
+        schema = header.get("schema")
+        require(schema == SCHEMA, f"the schema of {path} must be {SCHEMA}, got {schema}: train the run again")
         return cls(path, header)
 
     @classmethod
@@ -176,9 +150,8 @@ class Run:
         path = Path(path)
         sha256 = write_state(path / "rounds" / "0000" / "global.safetensors", initial)
         start = {"schema": SCHEMA, **header, "initial_sha256": sha256, "clients": [asdict(c) for c in clients]}
-        run = cls(path, json.loads(json.dumps({**start, "rounds": []})))
-        run._save()
-        return run
+        cls(path, {**start, "rounds": []})._save()
+        return cls.open(path)
 
     def __getitem__(self, key: str) -> Any:
         """An entry of the header, for example `run["seed"]`.
@@ -186,24 +159,47 @@ class Run:
         Raises:
             TraceFLError: the run was recorded without it.
         """
-        if key not in self._header:
-            raise TraceFLError(f"{self.path / 'run.json'} has no entry '{key}': give it to Run.create, or train again")
+        missing = f"{self.path / 'run.json'} has no entry '{key}': give it to Run.create, or train again"
+        require(key in self._header, missing)
         return self._header[key]
 
-    def round(self, number: int) -> RoundView:
-        """Round `number`, counted from 1.
+    def round(self, number: int) -> Round:
+        """The record of round `number`, counted from 1.
 
         Raises:
             TraceFLError: it is not recorded.
         """
-        if not 1 <= number <= len(self.rounds):
-            raise TraceFLError(f"round {number} is not recorded in {self.path}: it has rounds 1 to {len(self.rounds)}")
-        return RoundView(self.rounds[number - 1], self.round_folder(number))
+        there = 1 <= number <= len(self.rounds)
+        require(there, f"round {number} is not recorded in {self.path}: it has rounds 1 to {len(self.rounds)}")
+        return self.rounds[number - 1]
 
     def global_state(self, number: int) -> StateFile:
         """The model released by round `number`; 0 is the initial model."""
-        sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).record.global_sha256
-        return StateFile(self.round_folder(number) / "global.safetensors", sha256)
+        sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).global_sha256
+        return StateFile(self._file(number, "global"), sha256)
+
+    def client_state(self, number: int, client_id: str) -> StateFile:
+        """The model that a client sent in a round, as received; a tensor is read when asked for.
+
+        Raises:
+            TraceFLError: the client did not take part, or (on reading) its file is damaged.
+        """
+        participants = {client.id: client for client in self.round(number).clients}
+        names = ", ".join(participants)
+        there = client_id in participants
+        require(there, f"client '{client_id}' took no part in round {number}: its participants were {names}")
+        return StateFile(self._file(number, f"clients/{client_id}"), participants[client_id].sha256)
+
+    def client_states(self, number: int) -> dict[str, StateFile]:
+        """Client id -> the model that it sent, of every participant of a round.
+
+        Raises:
+            TraceFLError: a file is missing or damaged; all are compared with their hashes here.
+        """
+        states = {client.id: self.client_state(number, client.id) for client in self.round(number).clients}
+        for state in states.values():
+            state.check()
+        return states
 
     def model(self, number: int) -> nn.Module:
         """The model released by round `number` (0: the initial one), on the CPU in evaluation mode.
@@ -227,33 +223,28 @@ class Run:
 
     def predictions(self, number: int) -> Tensor:
         """What round `number`'s global model predicts for the server's examples, int64 [N]."""
-        sha256 = self.round(number).record.predictions_sha256
-        return StateFile(self.round_folder(number) / "predictions.safetensors", sha256)["predictions"]
+        sha256 = self.round(number).predictions_sha256
+        return StateFile(self._file(number, "predictions"), sha256)["predictions"]
 
     def strategy_state(self, number: int) -> State:
         """Moments that the server's optimizer keeps after round `number`; empty if it has none."""
-        sha256 = None if number == 0 else self.round(number).record.strategy_sha256
-        return {} if sha256 is None else StateFile(self.round_folder(number) / "strategy.safetensors", sha256)
+        sha256 = self.round(number).strategy_sha256 if number else None
+        return StateFile(self._file(number, "strategy"), sha256) if sha256 else {}
 
-    def round_folder(self, number: int) -> Path:
-        return self.path / "rounds" / f"{number:04d}"
-
-    def record_client(self, number: int, client_id: str, state: State) -> str:
-        """Write a client's model of a round that is not complete yet.
-
-        Returns:
-            The file's SHA-256.
-        """
-        return write_state(self.round_folder(number) / client_file(client_id), state)
+    def record_client(
+        self, number: int, client: str, state: State, num_examples: int, weight: float = 0
+    ) -> Participant:
+        """Write a client's model of a round that is not complete yet."""
+        name = f"clients/{client}"
+        sha256 = write_state(self._file(number, name), state)
+        return Participant(client, num_examples, weight, f"{name}.safetensors", sha256)
 
     def record_round(
         self,
         number: int,
         clients: list[Participant],
         released: State,
-        predictions: Tensor,
-        loss: float,
-        accuracy: float,
+        evaluation: Evaluation,
         failures: dict[str, str],
         strategy_state: State | None = None,
     ) -> None:
@@ -261,22 +252,21 @@ class Run:
 
         Args:
             number: the round's, one more than the last one's.
-            clients: the participants, whose models `record_client` has written.
+            clients: the participants, as `record_client` has returned them, with their weights.
             released: state dict of the new global model.
-            predictions: the class that it predicts for each of the server's examples, int64 [N].
-            loss: its mean loss on the server's examples.
-            accuracy: its accuracy on them, in [0, 1].
+            evaluation: its loss, accuracy and predictions on the server's examples.
             failures: client id -> why the client was left out.
             strategy_state: the moments that a server optimizer keeps.
         """
-        folder = self.round_folder(number)
-        strategy_sha256 = write_state(folder / "strategy.safetensors", strategy_state) if strategy_state else None
-        global_sha256 = write_state(folder / "global.safetensors", released)
-        predictions_sha256 = write_state(folder / "predictions.safetensors", {"predictions": predictions})
-        self.rounds.append(
-            Round(number, clients, global_sha256, predictions_sha256, loss, accuracy, failures, strategy_sha256)
-        )
+        predictions = {"predictions": evaluation.predictions}
+        states = {"global": released, "predictions": predictions, "strategy": strategy_state}
+        sha256 = {name: write_state(self._file(number, name), state) for name, state in states.items() if state}
+        hashes, judged = (sha256["global"], sha256["predictions"]), (evaluation.loss, evaluation.accuracy)
+        self.rounds.append(Round(number, clients, *hashes, *judged, failures, sha256.get("strategy")))
         self._save()
+
+    def _file(self, number: int, name: str) -> Path:
+        return self.path / "rounds" / f"{number:04d}" / f"{name}.safetensors"
 
     def _save(self) -> None:
         header = {**self._header, "rounds": [asdict(record) for record in self.rounds]}
@@ -291,21 +281,13 @@ def locked(folder: Path) -> Iterator[None]:
         TraceFLError: another process holds it; it is not waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    busy = f"{folder} is being written by another process: wait for it, or choose another exp_key"
     try:
-        lock.acquire(blocking=False)
+        held = FileLock(folder / ".lock").acquire(blocking=False)
     except Timeout:
-        raise TraceFLError(
-            f"{folder} is being written by another process: wait for it, or choose another exp_key"
-        ) from None
-    try:
+        raise TraceFLError(busy) from None
+    with held:
         yield
-    finally:
-        lock.release()
-
-
-def client_file(client_id: str) -> str:
-    return f"clients/{client_id}.safetensors"
 
 
 def write_state(file: Path, state: State) -> str:
@@ -327,13 +309,10 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def _client_from_json(entry: dict[str, Any]) -> ClientInfo:
-    flipped = entry["flipped_label_counts"]
-    return ClientInfo(entry["id"], _counts(entry["label_counts"]), flipped and _counts(flipped), entry.get("fault"))
-
-
-def _counts(entry: dict[str, int]) -> dict[int, int]:
-    """JSON's keys are strings."""
-    return {int(label): count for label, count in entry.items()}
+    """JSON's keys are strings, labels are numbers."""
+    names = ("label_counts", "flipped_label_counts")
+    counts = {name: entry[name] and {int(label): n for label, n in entry[name].items()} for name in names}
+    return ClientInfo(**{**entry, **counts})
 
 
 def _round_from_json(entry: dict[str, Any]) -> Round:

@@ -6,7 +6,8 @@ from torch import nn
 
 from tracefl.data.examples import Examples
 from tracefl.models import exchanged_state
-from tracefl.runs import ClientInfo, Participant, Run, client_file
+from tracefl.runs import ClientInfo, Run
+from tracefl.training import Evaluation
 
 
 class OneChannel(nn.Module):
@@ -31,9 +32,6 @@ def recorded(tmp_path):
     run = Run.create(
         tmp_path, initial=exchanged_state(model), clients=[ClientInfo("0", {0: 30}), ClientInfo("1", {1: 10})], seed=0
     )
-    participants = [
-        Participant(str(k), n, n / 40, client_file(str(k)), run.record_client(1, str(k), states[k]))
-        for k, n in ((0, 30), (1, 10))
-    ]
-    run.record_round(1, participants, released, labels, 0.1, 1.0, {})
+    participants = [run.record_client(1, str(k), states[k], n, n / 40) for k, n in ((0, 30), (1, 10))]
+    run.record_round(1, participants, released, Evaluation(0.1, 1.0, labels), {})
     return run, model, Examples(inputs, labels)

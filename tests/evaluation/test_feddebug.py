@@ -22,8 +22,8 @@ from tracefl.evaluation.feddebug import (
 )
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import exchanged_state
-from tracefl.runs import ClientInfo, Participant, Run, client_file
-from tracefl.training import train
+from tracefl.runs import ClientInfo, Run
+from tracefl.training import Evaluation, train
 
 
 def enumerated(active: np.ndarray, left: list[int]) -> list[int]:
@@ -130,11 +130,9 @@ def trained(tmp_path_factory) -> Run:
             examples = Examples(examples.inputs, torch.zeros_like(examples.labels))
         model.load_state_dict(start, strict=False)
         train(model, examples, epochs=3, lr=0.003, batch_size=32, seed=k)
-        sent.append(
-            Participant(str(k), 300, 0.2, client_file(str(k)), run.record_client(1, str(k), exchanged_state(model)))
-        )
+        sent.append(run.record_client(1, str(k), exchanged_state(model), 300, 0.2))
     run.clients = [ClientInfo(str(k), {}) for k in range(5)]
-    run.record_round(1, sent, start, torch.zeros(3, dtype=torch.int64), 0.1, 0.9, {})
+    run.record_round(1, sent, start, Evaluation(0.1, 0.9, torch.zeros(3, dtype=torch.int64)), {})
     return run
 
 

@@ -10,6 +10,7 @@ from tracefl.evaluation.selection import with_trigger
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evaluation.tracing import COLUMNS, trace_round
 from tracefl.federation.noise import gaussian_noise
+from tracefl.training import Evaluation
 
 FLIP = ("faulty_clients_ids=[1]", "label2flip={0:1}")
 
@@ -94,12 +95,11 @@ def test_every_method_is_timed(recorded, config):
 
 def test_the_noise_of_differential_privacy_is_found_again(recorded, config):
     run, model, examples = recorded
-    states = [run.round(1).client_state(str(k)) for k in (0, 1)]
+    states = [run.client_state(1, str(k)) for k in (0, 1)]
     mean = {name: 0.75 * states[0][name] + 0.25 * states[1][name] for name in states[0]}
     noisy = {name: value + gaussian_noise(name, value, 0.4 / 2, run["seed"], 2) for name, value in mean.items()}
-    run.record_client(2, "0", states[0])
-    run.record_client(2, "1", states[1])
-    run.record_round(2, run.round(1).clients, noisy, examples.labels, 0.1, 1.0, {})
+    clients = [run.record_client(2, str(k), states[k], n, n / 40) for k, n in ((0, 30), (1, 10))]
+    run.record_round(2, clients, noisy, Evaluation(0.1, 1.0, examples.labels), {})
     influence = "provenance.methods=[influence]"
     table = trace_round(config(influence, "noise_multiplier=0.1", "clipping_norm=4"), run, model, examples, 2)
     assert (table["noise"].abs() > 1e-3).all()

@@ -8,7 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from tracefl.evaluation.tracing import COLUMNS
-from tracefl.runs import ClientInfo, Participant, Run, client_file
+from tracefl.runs import ClientInfo, Run
+from tracefl.training import Evaluation
 
 
 def record(
@@ -20,8 +21,8 @@ def record(
     run = Run.create(folder, initial=state, clients=clients, seed=0, class_names=["no", "yes"])
     rounds, rows = [], []
     for t in range(1, num_rounds + 1):
-        shares = [Participant(c.id, 10, 1 / 3, client_file(c.id), run.record_client(t, c.id, state)) for c in clients]
-        run.record_round(t, shares, state, torch.tensor([0, 1]), 1.0 / t, 0.4 + 0.1 * t, {})
+        shares = [run.record_client(t, c.id, state, 10, 1 / 3) for c in clients]
+        run.record_round(t, shares, state, Evaluation(1.0 / t, 0.4 + 0.1 * t, torch.tensor([0, 1])), {})
         rounds.append({
             "round": t, "loss": 1.0 / t, "accuracy": 0.4 + 0.1 * t, "num_inputs": 2, "chance_accuracy": 0.5,
             "localization_accuracy": min(1, 0.5 + alpha / 2), "localization_accuracy_influence": 1.0,

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import log_odds, logits_of
-from tracefl.errors import TraceFLError
+from tracefl.classifier import Batch, log_odds, logits_of
+from tracefl.errors import require
 from tracefl.evaluation.localization import spearman
 from tracefl.states import State
 
@@ -36,7 +36,7 @@ def values(
     clients: Mapping[str, State],
     weights: Mapping[str, float],
     incoming: State,
-    inputs: Tensor | Mapping[str, Tensor],
+    inputs: Batch,
     targets: Tensor,
 ) -> Tensor:
     """Play the game: fuse every set of clients and evaluate it on the inputs.
@@ -66,10 +66,8 @@ def values(
         [0.5, 1.0, 3.0, 2.0]
     """
     K = len(clients)
-    if not 1 <= K <= MOST_CLIENTS:
-        raise TraceFLError(
-            f"the number of clients must be 1 to {MOST_CLIENTS}, got {K} (2^{K} coalitions): choose fewer"
-        )
+    limits = f"must be 1 to {MOST_CLIENTS}, got {K} (2^{K} coalitions)"
+    require(1 <= K <= MOST_CLIENTS, f"the number of clients {limits}: choose fewer")
     model = copy.deepcopy(model).eval()
     state = {name: w for name, w in model.state_dict().items() if w.is_floating_point()}
     p = {who: float(weights[who]) for who in clients}
@@ -144,11 +142,9 @@ def shapley(v: Tensor) -> Tensor:
     K = (len(v) - 1).bit_length()
     size, sets = members(K).sum(1), torch.arange(1 << K)
     weight = torch.tensor([1 / (K * math.comb(K - 1, s)) for s in range(K)], dtype=torch.float64)
-    found = []
-    for k in range(K):
-        without = sets[(sets >> k & 1) == 0]
-        found.append((weight[size[without], None] * (v[without | 1 << k] - v[without])).sum(0))
-    return torch.stack(found, 1)
+    without = [sets[(sets >> k & 1) == 0] for k in range(K)]
+    gained = [weight[size[some], None] * (v[some | 1 << k] - v[some]) for k, some in enumerate(without)]
+    return torch.stack([gain.sum(0) for gain in gained], 1)
 
 
 def client_lds(v: Tensor, scores: Tensor) -> Tensor:

@@ -14,12 +14,16 @@ the others are searched again. Of several suspects with the same A_k one is draw
 of always the first.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracefl.classifier import exact
 from tracefl.config import Config
 from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
 from tracefl.evaluation.localization import NAN
@@ -54,23 +58,17 @@ def debug_round(config: Config, run: Run, model: nn.Module, number: int, watch: 
         A table with `COLUMNS`, one row per (image, vote): the suspects. No rows if no faulty client
         took part.
     """
-    view = run.round(number)
-    clients = {client.id: view.client_state(client.id) for client in view.clients}
-    faults = len(faulty_clients(config) & clients.keys())
+    seed, ids = [run["seed"], number], [client.id for client in run.round(number).clients]
+    faults = len(faulty_clients(config) & set(ids))
     if faults == 0:
         return pd.DataFrame(columns=COLUMNS)
-    for state in clients.values():
-        state.check()  # before the clock runs
-    seed, picky = [run["seed"], number], not config.faster_input_generation and len(clients) >= PICKY_FROM
+    states = list(run.client_states(number).values())  # checked before the clock runs
+    picky = not config.faster_input_generation and len(ids) >= PICKY_FROM
     with watch.measure("FedDebug", IMAGES):
-        active = observe(model, list(clients.values()), config.neuron_activation_threshold, picky=picky, seed=seed)
+        active = observe(model, states, config.neuron_activation_threshold, picky=picky, seed=seed)
         rng = np.random.default_rng(seed)
-        ids = list(clients)
-        rows = [
-            (number, image, vote, ids[k])
-            for image in range(IMAGES)
-            for vote, k in enumerate(suspects(np.unpackbits(active[:, image], axis=1), faults, rng), start=1)
-        ]
+        named = [suspects(np.unpackbits(active[:, image], axis=1), faults, rng) for image in range(IMAGES)]
+    rows = [(number, image, vote, ids[k]) for image, ks in enumerate(named) for vote, k in enumerate(ks, start=1)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -102,7 +100,7 @@ def suspects(active: Array, faults: int, rng: np.random.Generator) -> list[int]:
     return found
 
 
-def observe(model: nn.Module, states: list[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
+def observe(model: nn.Module, states: Sequence[State], threshold: float, *, picky: bool, seed: list[int]) -> Array:
     """Which neurons are active in each of K clients on each image.
 
     Returns bits, uint8 [K, IMAGES, neurons / 8 rounded up]. If `picky`, images on whose class
@@ -137,12 +135,12 @@ def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[
     """
     outputs: list[Tensor] = []  # copies, as a ReLU may work in place
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
-    try:
-        predicted = model.eval()(images).argmax(1)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        outputs.append(output.clone())
+
+    with exact(model, lambda: [layer.register_forward_hook(keep) for layer in layers]):
+        predicted = model(images).argmax(1)
     active = []
     for output in outputs:
         z = output.flatten(1).relu()

@@ -58,9 +58,8 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
     decided = (contributions.max(axis=1, initial=-np.inf) > contributions.min(axis=1, initial=np.inf)) | (K == 1)
     contributions, label_counts, culprits = contributions[decided], label_counts[decided], culprits[decided]
     if len(contributions) == 0:
-        return {"num_inputs": Judged(N)} | dict.fromkeys(
-            ("localization", "largest_client", "top_holder", "spearman"), Judged(NAN)
-        )
+        names = ("localization", "largest_client", "top_holder", "spearman")
+        return {"num_inputs": Judged(N)} | dict.fromkeys(names, Judged(NAN))
     inputs, named = np.arange(len(contributions)), contributions.argmax(axis=1)
     most = label_counts.max(axis=1, keepdims=True)
     top, chance = (label_counts == most) & (most > 0), float(culprits.mean())

@@ -43,11 +43,8 @@ class Metric(NamedTuple):
 
 def judge_models(run: Run) -> list[Metric]:
     """Loss and accuracy of the model that each round released."""
-    return [
-        Metric(record.number, MODEL, name, value)
-        for record in run.rounds
-        for name, value in (("loss", record.loss), ("accuracy", record.accuracy))
-    ]
+    names = ("loss", "accuracy")
+    return [Metric(record.number, MODEL, name, getattr(record, name)) for record in run.rounds for name in names]
 
 
 def judge_answers(run: Run, answers: pd.DataFrame, methods: list[str], faulty: set[str]) -> list[Metric]:
@@ -73,12 +70,8 @@ def judge_answers(run: Run, answers: pd.DataFrame, methods: list[str], faulty: s
 def judge_times(run: Run, timings: pd.DataFrame, methods: list[str]) -> list[Metric]:
     """Mean seconds per localization over all rounds (timings.csv), repeated for each round."""
     seconds = timings.set_index("method")["seconds_per_localization"].to_dict()
-    return [
-        Metric(record.number, method, "seconds", seconds[method])
-        for record in run.rounds
-        for method in methods
-        if method in seconds
-    ]
+    timed = [method for method in methods if method in seconds]
+    return [Metric(record.number, method, "seconds", seconds[method]) for record in run.rounds for method in timed]
 
 
 def means(metrics: pd.DataFrame) -> dict[tuple[str, str], Judged]:

@@ -3,7 +3,7 @@
 Predictions and labels are int64 [N]; the answers are rows, int64 [n], drawn at random by `seed`.
 """
 
-from collections.abc import Mapping
+import math
 
 import numpy as np
 import torch
@@ -23,39 +23,32 @@ def faulty_clients(config: Config) -> set[str]:
     return {str(client) for client in config.faulty_clients_ids}
 
 
-def select_correct(
-    predictions: Tensor, labels: Tensor, of_interest: set[int], per_label: int, seed: list[int]
-) -> Tensor:
-    """Rows of correct predictions, `per_label` of each label of interest, at least ten in all.
+def select_correct(predictions: Tensor, labels: Tensor, held: set[int], per_label: int, seed: list[int]) -> Tensor:
+    """Rows of correct predictions, `per_label` of each label in `held`, at least ten in all.
 
     A label with too few correct predictions gives what it has.
     """
-    order = _shuffled(labels, seed)
-    correct = order[(predictions == labels)[order]]
-    by_label = {label: correct[labels[correct] == label] for label in sorted(of_interest)}
-    by_label = {label: rows for label, rows in by_label.items() if len(rows)}
-    if not by_label:
-        return torch.empty(0, dtype=torch.int64)
-    count = max(per_label, -(-MIN_INPUTS // len(by_label)))
-    return torch.cat([rows[:count] for rows in by_label.values()])
+    correct = _shuffled(predictions == labels, seed)
+    by_label = [correct[labels[correct] == label] for label in sorted(held)]
+    filled = sum(len(rows) > 0 for rows in by_label)
+    count = max(per_label, math.ceil(MIN_INPUTS / max(filled, 1)))
+    return torch.cat([rows[:count] for rows in by_label] or [correct[:0]])
 
 
 def select_flipped(
-    predictions: Tensor, labels: Tensor, label2flip: Mapping[int, int], limit: int, seed: list[int]
+    predictions: Tensor, labels: Tensor, label2flip: dict[int, int], limit: int, seed: list[int]
 ) -> Tensor:
     """Rows of mispredictions from a flipped label to its target, at most `limit`."""
-    order = _shuffled(labels, seed)
     targets = labels.clone().fill_(-1)
     for label, target in label2flip.items():
         if label != target:
             targets[labels == label] = target
-    return order[(predictions == targets)[order]][:limit]
+    return _shuffled(predictions == targets, seed)[:limit]
 
 
 def select_wrong(predictions: Tensor, labels: Tensor, limit: int, seed: list[int]) -> Tensor:
     """Rows of mispredictions of any kind, at most `limit`."""
-    order = _shuffled(labels, seed)
-    return order[(predictions != labels)[order]][:limit]
+    return _shuffled(predictions != labels, seed)[:limit]
 
 
 def select_triggered(
@@ -66,8 +59,7 @@ def select_triggered(
     Rows of that label, and those predicted as the target without the trigger (`predictions`), are
     left out.
     """
-    order = _shuffled(examples.labels, seed)
-    order = order[(examples.labels[order] != target) & (predictions[order] != target)]
+    order = _shuffled((examples.labels != target) & (predictions != target), seed)
     found = torch.empty(0, dtype=torch.int64)
     for rows in order.split(TRIGGERED_BATCH):
         if len(found) < limit:
@@ -81,5 +73,7 @@ def with_trigger(examples: Examples) -> Examples:
     return Examples(put_trigger(examples.inputs, torch.arange(len(examples))), examples.labels)
 
 
-def _shuffled(labels: Tensor, seed: list[int]) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+def _shuffled(wanted: Tensor, seed: list[int]) -> Tensor:
+    """The rows at which `wanted`, bool [N], is true."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(wanted)))
+    return order[wanted[order]]

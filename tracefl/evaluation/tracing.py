@@ -53,8 +53,8 @@ def trace_round(
     Raises:
         TraceFLError: the round cannot be traced, for example because a client's file is damaged.
     """
-    view, device, watch = run.round(number), next(model.parameters()).device, watch or Stopwatch()
-    weights = {client.id: client.weight for client in view.clients}
+    device, watch = next(model.parameters()).device, watch or Stopwatch()
+    weights = {client.id: client.weight for client in run.round(number).clients}
     paper = {"layers": "paper", "layer_decay": 0.9 if config.enable_beta else 1.0}
     paper["weights"] = weights if config.client_weights_normalization else None
     arguments: dict[str, dict[str, Any]] = {"neuron": paper, "influence": {"weights": weights}}
@@ -68,16 +68,15 @@ def trace_round(
         if config.faulty_clients_ids and config.fault.kind == "backdoor":
             chosen, predicted = with_trigger(chosen), torch.full_like(predicted, config.fault.target)
         inputs, targets = chosen.to(device).inputs, predicted.to(device)
-        clients = {client.id: view.client_state(client.id) for client in view.clients}
-        for state in clients.values():
-            state.check()  # before the clock runs
+        clients = run.client_states(number)  # checked before the clock runs
         for method in config.provenance.methods:
             with watch.measure(method, len(rows)):
                 answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
             server = noise = torch.full((len(rows),), torch.nan, dtype=torch.float64)
             if method == "influence" and answer.residual is not None:
                 server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
-            tables.append(_table(run, number, answer, rows, examples.labels[rows], server, noise))
+            of_input = {"input": rows, "label": examples.labels[rows], "server": server, "noise": noise}
+            tables.append(_table(run, number, answer, of_input))
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be traced: {error}") from error
     return pd.concat(tables, ignore_index=True)
@@ -88,10 +87,9 @@ def _select(config: Config, run: Run, model: nn.Module, examples: Examples, numb
 
     Correct predictions or, with faulty clients, the mispredictions that their fault would cause.
     """
-    predictions, seed = run.predictions(number), [run["seed"], number]
-    participants = {client.id for client in run.round(number).clients}
-    faulty = faulty_clients(config)
-    labels, limit = examples.labels, config.provenance.max_mispredictions
+    predictions, labels, seed = run.predictions(number), examples.labels, [run["seed"], number]
+    participants, faulty = {client.id for client in run.round(number).clients}, faulty_clients(config)
+    limit = config.provenance.max_mispredictions
     if not faulty:
         held = {label for client in run.clients if client.id in participants for label in client.trained_label_counts}
         return select_correct(predictions, labels, held, config.provenance.inputs_per_label, seed)
@@ -118,13 +116,10 @@ def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, target
     return noise.contributions[:, 0]
 
 
-def _table(
-    run: Run, number: int, answer: Provenance, rows: Tensor, labels: Tensor, server: Tensor, noise: Tensor
-) -> pd.DataFrame:
-    """An answer with `COLUMNS`; rows, labels, server and noise are of its N inputs."""
+def _table(run: Run, number: int, answer: Provenance, of_input: dict[str, Tensor]) -> pd.DataFrame:
+    """An answer with `COLUMNS`; `of_input` are columns with a number for each of its N inputs."""
     table = answer.to_frame().rename(columns={"target": "predicted"})
     held = {client.id: client.trained_label_counts for client in run.clients}
-    of_input = {"input": rows, "label": labels, "server": server, "noise": noise}
     return table.assign(
         round=number,
         method=answer.method,

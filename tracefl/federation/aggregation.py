@@ -15,10 +15,7 @@ from tracefl.config import Config
 from tracefl.errors import TraceFLError
 from tracefl.federation.privacy import Aggregated, FixedClipping, Messages
 
-NAMES = ("FedAvg", "FedProx", "FedAdam", "FedYogi", "FedAdagrad", "FedAvgM", "FedMedian", "FedTrimmedAvg", "Krum")
-BY_NAME: dict[str, type[strategy.FedAvg]] = {
-    name.lower(): getattr(strategy, name) for name in (*NAMES, "MultiKrum", "Bulyan")
-}
+BY_NAME = {name.lower(): getattr(strategy, name) for name in strategy.__all__}
 SERVER_OPTIMIZERS = (strategy.FedAdam, strategy.FedYogi, strategy.FedAdagrad, strategy.FedAvgM)
 
 
@@ -34,15 +31,13 @@ def build_strategy(config: Config, buffers: frozenset[str] = frozenset()) -> Str
     """
     count, name, options = config.clients_per_round, config.strategy.name, config.strategy.options
     try:
-        inner: Strategy = BY_NAME[name](
-            fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count, **options
-        )
+        counts = {"fraction_evaluate": 0.0, "min_train_nodes": count, "min_available_nodes": count}
+        inner: Strategy = BY_NAME[name](**counts, **options)
     except (TypeError, ValueError) as error:
         raise TraceFLError(f"strategy.options must be arguments of {name}, got {options} ({error})") from error
     if config.noise_multiplier != -1:
-        private = FixedClipping(inner, config.noise_multiplier, config.clipping_norm, count, seed=config.seed)
-        return ParametersOnly(private, buffers)
-    return ParametersOnly(inner, buffers) if isinstance(inner, SERVER_OPTIMIZERS) else inner
+        inner = FixedClipping(inner, config.noise_multiplier, config.clipping_norm, count, seed=config.seed)
+    return ParametersOnly(inner, buffers) if isinstance(inner, (FixedClipping, *SERVER_OPTIMIZERS)) else inner
 
 
 class Wrapper(Strategy):
@@ -77,17 +72,17 @@ class ParametersOnly(Wrapper):
 
     def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
         replies = list(replies)
-        whole = [_arrays(reply) for reply in replies]
+        whole = [next(iter(reply.content.array_records.values())) for reply in replies]
         for reply, arrays in zip(replies, whole, strict=True):
             _replace_arrays(reply, self._parameters(arrays))
         released, metrics = self.strategy.aggregate_train(server_round, replies)
         if released is None:
             return None, metrics
         n_k = np.array([next(iter(reply.content.metric_records.values()))["num-examples"] for reply in replies], float)
-        averaged = {
-            name: _array(np.average([arrays[name].numpy() for arrays in whole], axis=0, weights=n_k))
-            for name in self.buffers & whole[0].keys()
-        }
+        averaged = {}
+        for name in self.buffers & whole[0].keys():
+            mean = np.average([arrays[name].numpy() for arrays in whole], axis=0, weights=n_k)
+            averaged[name] = Array(np.asarray(mean, np.float32))
         together = {**released, **averaged}
         return ArrayRecord({name: together[name] for name in whole[0]}), metrics
 
@@ -99,13 +94,5 @@ class ParametersOnly(Wrapper):
         return ArrayRecord({name: arrays[name] for name in sorted(arrays) if name not in self.buffers})
 
 
-def _arrays(message: Message) -> ArrayRecord:
-    return next(iter(message.content.array_records.values()))
-
-
 def _replace_arrays(message: Message, arrays: ArrayRecord) -> None:
     message.content[next(iter(message.content.array_records))] = arrays
-
-
-def _array(value: np.ndarray) -> Array:
-    return Array(np.asarray(value, dtype=np.float32))

@@ -48,20 +48,9 @@ def train_round(message: Message, context: Context) -> Message:
     load_exchanged_state(model, received)
     loss = float("nan")
     if fault["kind"] != "free_rider":
-        loss = train(
-            model.to(task["device"]),
-            examples,
-            epochs=task["epochs"],
-            lr=task["lr"],
-            batch_size=task["batch_size"],
-            seed=seed,
-            proximal_mu=float(config.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
-        )
+        proximal_mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+        loss = train(model.to(task["device"]), examples, seed=seed, proximal_mu=proximal_mu, **task["training"])
     state = exchanged_state(model)
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord(opposite(received, state) if fault["kind"] == "sign_flip" else state),
-            "metrics": MetricRecord({"num-examples": len(examples), "train-loss": loss}),
-        }
-    )
-    return Message(content, reply_to=message)
+    sent = ArrayRecord(opposite(received, state) if fault["kind"] == "sign_flip" else state)
+    metrics = MetricRecord({"num-examples": len(examples), "train-loss": loss})
+    return Message(RecordDict({"arrays": sent, "metrics": metrics}), reply_to=message)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message
@@ -11,6 +12,7 @@ from flwr.serverapp import Grid
 PULL_INTERVAL_S = 0.1
 
 
+@dataclass
 class GridView:
     """Everything of `grid`, changed by what is given.
 
@@ -21,42 +23,35 @@ class GridView:
         stop: once it is set, waiting for nodes or replies raises InterruptedError.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        *,
-        nodes: list[int] | None = None,
-        on_reply: Callable[[Message], None] = lambda _: None,
-        stop: threading.Event | None = None,
-    ) -> None:
-        self._grid, self._nodes, self._on_reply, self._stop = grid, nodes, on_reply, stop or threading.Event()
+    grid: Grid
+    nodes: list[int] | None = None
+    on_reply: Callable[[Message], None] = lambda _: None
+    stop: threading.Event = field(default_factory=threading.Event)
 
     def get_node_ids(self) -> Iterable[int]:
         self._check()
-        return self._grid.get_node_ids() if self._nodes is None else self._nodes
+        return self.grid.get_node_ids() if self.nodes is None else self.nodes
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self._check()
-        return self._grid.pull_messages(message_ids)
+        return self.grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """The replies that came within `timeout` seconds; None: wait for all."""
-        waiting, replies = set(self._grid.push_messages(messages)), []
+        waiting, replies = set(self.grid.push_messages(messages)), []
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        while waiting:
+        while True:
             for reply in self.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 replies.append(reply)
-                self._on_reply(reply)
-            if time.monotonic() > deadline:
-                break
-            if waiting:
-                time.sleep(PULL_INTERVAL_S)
-        return replies
+                self.on_reply(reply)
+            if not waiting or time.monotonic() > deadline:
+                return replies
+            time.sleep(PULL_INTERVAL_S)
 
     def _check(self) -> None:
-        if self._stop.is_set():
+        if self.stop.is_set():
             raise InterruptedError("stopped while waiting for clients")
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
+        return getattr(self.grid, name)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -13,7 +12,7 @@ from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import fault_settings
 from tracefl.data.prepare import PreparedData
-from tracefl.errors import TraceFLError
+from tracefl.errors import TraceFLError, require
 from tracefl.federation import grid as grid_module
 from tracefl.federation.aggregation import build_strategy
 from tracefl.federation.recorder import Recorder
@@ -27,14 +26,7 @@ IDENTIFY_TIMEOUT_S = 300.0
 
 
 def serve(
-    grid: Grid,
-    config: Config,
-    data: PreparedData,
-    run: Run,
-    model: nn.Module,
-    examples: Examples,
-    on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None,
-    on_round: Callable[[Run], None] = lambda _: None,
+    grid: Grid, config: Config, data: PreparedData, run: Run, model: nn.Module, examples: Examples, **observers: Any
 ) -> None:
     """Run what is left of the run's rounds on the nodes of `grid`.
 
@@ -45,8 +37,7 @@ def serve(
         run: the run that rounds are added to.
         model: of the run's architecture, on the device to evaluate on; its weights are overwritten.
         examples: the server's.
-        on_client: called with (round, client id, metrics) after every accepted update.
-        on_round: called with the run after every complete round.
+        **observers: `on_client` and `on_round` of `Recorder`.
 
     Raises:
         TraceFLError: a client failed; the message names the round and the client.
@@ -64,16 +55,11 @@ def serve(
         seed=config.seed,
         evaluate=evaluate_state,
         accept_failures=config.accept_failures,
-        on_client=on_client,
-        on_round=on_round,
+        **observers,
     )
-    recorder.start(
-        grid,
-        ArrayRecord(dict(run.global_state(len(run.rounds)))),
-        config.num_rounds,
-        timeout=config.round_timeout,
-        train_config=ConfigRecord({"task": json.dumps(client_task(config, data))}),
-    )
+    arrays = ArrayRecord(dict(run.global_state(len(run.rounds))))
+    task = ConfigRecord({"task": json.dumps(client_task(config, data))})
+    recorder.start(grid, arrays, config.num_rounds, timeout=config.round_timeout, train_config=task)
 
 
 def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
@@ -82,9 +68,7 @@ def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
         "seed": config.seed,
         "data": str(data.folder.resolve()),
         "model": model_spec(config, data),
-        "epochs": config.client.epochs,
-        "lr": config.client.lr,
-        "batch_size": config.batch_size,
+        "training": {"epochs": config.client.epochs, "lr": config.client.lr, "batch_size": config.batch_size},
         "device": config.device,
         "threads": client_threads(config),
         "faulty_clients_ids": config.faulty_clients_ids,
@@ -114,11 +98,9 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
     for reply in grid.send_and_receive(queries, timeout=IDENTIFY_TIMEOUT_S):
         if reply.has_error():
             raise TraceFLError(f"round 0: a node could not say which client it is: {reply.error.reason}")
-        partition = reply.content.config_records["config"]["partition-id"]
-        found[reply.metadata.src_node_id] = str(partition)
-    if sorted(found.values(), key=int) != [str(index) for index in range(num_clients)]:
-        raise TraceFLError(
-            f"the connected nodes must hold partitions 0 to {num_clients - 1} (num_clients={num_clients}), got "
-            f"{sorted(found.values(), key=int)} from {len(nodes)} nodes: start one node per client"
-        )
+        found[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["partition-id"])
+    held, last = sorted(found.values(), key=int), num_clients - 1
+    wanted = f"must hold partitions 0 to {last} (num_clients={num_clients}), got {held} from {len(nodes)} nodes"
+    complete = held == [str(partition) for partition in range(num_clients)]
+    require(complete, f"the connected nodes {wanted}: start one node per client")
     return found

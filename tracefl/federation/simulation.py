@@ -6,7 +6,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -67,14 +67,11 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
 @contextmanager
 def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
     """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other."""
-    if threading.current_thread() is not threading.main_thread():
+    with ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
+            undo.callback(signal.signal, signal.SIGINT, previous)
         yield
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _backend(config: Config) -> dict[str, Any]:
@@ -83,11 +80,6 @@ def _backend(config: Config) -> dict[str, Any]:
     if "RAY_ADDRESS" not in os.environ:
         init |= {"num_cpus": config.total_cpus} if config.total_cpus else {}
         init |= {"num_gpus": config.total_gpus} if on_gpu and config.total_gpus is not None else {}
-    return {
-        "init_args": init,
-        "client_resources": {
-            "num_cpus": config.client_cpus,
-            "num_gpus": config.client_gpu if on_gpu else 0.0,
-            "max_restarts": -1,  # a killed actor is replaced, its client counts as failed
-        },
-    }
+    # a killed actor is replaced, its client counts as failed
+    resources = {"num_cpus": config.client_cpus, "num_gpus": config.client_gpu if on_gpu else 0.0, "max_restarts": -1}
+    return {"init_args": init, "client_resources": resources}

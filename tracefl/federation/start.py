@@ -11,7 +11,7 @@ import torch
 from tracefl.config import Config
 from tracefl.data.faults import flipped_label_counts
 from tracefl.data.prepare import PreparedData
-from tracefl.errors import TraceFLError
+from tracefl.errors import require
 from tracefl.models import exchanged_state, initial_model, model_spec
 from tracefl.results import ROUNDS
 from tracefl.runs import ClientInfo, Run
@@ -28,10 +28,8 @@ def initial_state(config: Config, data: PreparedData, folder: Path) -> State | N
     """
     if (folder / "run.json").exists() and (config.check_train_cache or not config.do_training):
         return None
-    if not config.do_training:
-        raise TraceFLError(
-            f"do_training=false needs a recorded run, but {folder} holds none: set do_training=true once"
-        )
+    missing = f"do_training=false needs a recorded run, but {folder} holds none: set do_training=true once"
+    require(config.do_training, missing)
     torch.manual_seed(config.seed)
     return exchanged_state(initial_model(config, data))
 
@@ -44,11 +42,9 @@ def open_or_create(config: Config, data: PreparedData, folder: Path, initial: St
     """
     if initial is None:
         run = Run.open(folder)
-        if run["data_sha256"] != data.digest:
-            raise TraceFLError(
-                f"{folder} was trained on other data than dataset.name={config.dataset.name} gives now: choose "
-                "another exp_key, or set check_train_cache=false to train it again"
-            )
+        other = f"{folder} was trained on other data than dataset.name={config.dataset.name} gives now"
+        remedy = "choose another exp_key, or set check_train_cache=false to train it again"
+        require(run["data_sha256"] == data.digest, f"{other}: {remedy}")
         return run
     for stale in ("run.json", ROUNDS):
         (folder / stale).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ are drawn from; of prepared data it draws how labels are spread over clients.
 import sys
 from pathlib import Path
 
-from tracefl.errors import TraceFLError
+from tracefl.errors import TraceFLError, require
 from tracefl.report.figures import draw_data, draw_run, draw_runs
 from tracefl.report.sweep import find
 
@@ -22,8 +22,7 @@ def main() -> None:
         if "data" in arguments:
             draw_data(find("data", arguments["data"], "data.json"), out)
         else:
-            folders = find("runs", arguments["runs"], "rounds.csv")
-            for folder in folders:
+            for folder in (folders := find("runs", arguments["runs"], "rounds.csv")):
                 draw_run(folder)
             draw_runs(folders, arguments.get("x"), out)
     except TraceFLError as error:
@@ -34,11 +33,11 @@ def main() -> None:
 def _arguments(words: list[str]) -> dict[str, str]:
     arguments = dict(word.split("=", 1) for word in words if "=" in word)
     source = arguments.keys() & {"runs", "data"}
-    if len(arguments) < len(words) or len(source) != 1 or arguments.keys() - source - {"x", "out"}:
-        raise TraceFLError(
-            "the arguments must be runs='GLOB' or data='GLOB', with x=SETTING or out=FOLDER after it where wanted, "
-            f"got '{' '.join(words)}'"
-        )
+    require(
+        len(arguments) == len(words) and len(source) == 1 and arguments.keys() <= source | {"x", "out"},
+        "the arguments must be runs='GLOB' or data='GLOB', with x=SETTING or out=FOLDER after it where wanted, "
+        f"got '{' '.join(words)}'",
+    )
     return arguments
 
 

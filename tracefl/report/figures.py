@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from tracefl.errors import TraceFLError
-from tracefl.report.plots import plot_contributions, plot_labels, plot_rounds, plot_setting, plot_times
+from tracefl.errors import require
+from tracefl.report.plots import plot_accuracies, plot_contributions, plot_labels, plot_times
 from tracefl.report.sweep import SETTINGS, read_runs, varying
 from tracefl.results import PROVENANCE, read_rounds, write_csv
 from tracefl.runs import Run
@@ -15,7 +15,7 @@ from tracefl.runs import Run
 def draw_run(folder: Path) -> None:
     """Draw accuracy by round, labels per client and contributions of one run into its plots/."""
     run, plots = Run.open(folder), folder / "plots"
-    plot_rounds({folder.name: read_rounds(folder)}, plots / "rounds")
+    plot_accuracies({folder.name: read_rounds(folder)}, "round", plots / "rounds")
     plot_labels({c.id: c.trained_label_counts for c in run.clients}, run["class_names"], plots / "labels")
     if (folder / PROVENANCE).exists() and len(answers := pd.read_parquet(folder / PROVENANCE)):
         plot_contributions(answers, run["class_names"], plots / "contributions")
@@ -35,18 +35,19 @@ def draw_runs(folders: list[Path], x: str | None, out: Path) -> pd.DataFrame:
     Raises:
         TraceFLError: `x` is no setting of the table.
     """
-    if x not in (None, *SETTINGS):
-        raise TraceFLError(f"x must be one of {', '.join(SETTINGS)}, got {x}")
+    require(x in (None, *SETTINGS), f"x must be one of {', '.join(SETTINGS)}, got {x}")
     table = read_runs(folders)
     table = table.sort_values(["model", "dataset", *varying(table)], ignore_index=True)
     table.insert(0, "name", _names(table))
     write_csv(out / "runs.csv", table)
     rounds = {name: read_rounds(Path(folder)) for name, folder in zip(table["name"], table["run"], strict=True)}
-    plot_rounds(rounds, out / "rounds")
+    plot_accuracies(rounds, "round", out / "rounds")
     for setting in varying(table) if x is None else [x]:
-        plot_setting(table, setting, out / f"by_{setting}")
+        groups = {f"{model}, {dataset}": part for (model, dataset), part in table.groupby(["model", "dataset"])}
+        means = {title: part.groupby(setting, as_index=False).mean(numeric_only=True) for title, part in groups.items()}
+        plot_accuracies(means, setting, out / f"by_{setting}")
     if "feddebug_accuracy" in table and table["feddebug_accuracy"].notna().any():
-        plot_times(table[table["feddebug_accuracy"].notna()].reset_index(drop=True), out / "feddebug")
+        plot_times(table.dropna(subset="feddebug_accuracy", ignore_index=True), out / "feddebug")
     return table
 
 
@@ -80,6 +81,4 @@ def _names(table: pd.DataFrame) -> list[str]:
 
 
 def _word(name: str, value: object) -> str:
-    if name in ("model", "dataset"):
-        return str(value)
     return f"{name} {value:g}" if isinstance(value, (int, float)) else str(value)

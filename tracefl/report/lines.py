@@ -76,11 +76,10 @@ def _closing_lines(metrics: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
 
 def fusion_lines(run: Run, strategy: str) -> Iterator[str]:
     """With which p_k the strategy took the updates of the last round."""
-    if run.rounds:
-        last = run.rounds[-1]
-        shares = {f"c{client.id}": round(client.weight, 3) for client in last.clients[:SHOWN_CLIENTS]}
-        more = f" and {len(last.clients) - SHOWN_CLIENTS} more" if len(last.clients) > SHOWN_CLIENTS else ""
-        yield f"Weights p_k with which {strategy} took the updates of round {last.number}: {shares}{more}"
+    last = run.rounds[-1]
+    shares = {f"c{client.id}": round(client.weight, 3) for client in last.clients[:SHOWN_CLIENTS]}
+    more = f" and {len(last.clients) - SHOWN_CLIENTS} more" if len(last.clients) > SHOWN_CLIENTS else ""
+    yield f"Weights p_k with which {strategy} took the updates of round {last.number}: {shares}{more}"
 
 
 def privacy_lines(config: Config, rounds: int) -> Iterator[str]:
@@ -88,12 +87,10 @@ def privacy_lines(config: Config, rounds: int) -> Iterator[str]:
     if config.noise_multiplier != -1:
         from tracefl.federation.privacy import TARGET_DELTA, epsilon
 
+        after = f"Differential privacy of the parameters after {rounds} rounds"
         spent = epsilon(config.noise_multiplier, rounds, config.clients_per_round, config.num_clients)
-        yield (
-            f"Differential privacy of the parameters after {rounds} rounds: epsilon = {spent:.4g} at delta = "
-            f"{TARGET_DELTA:g} (one client's updates against none); BatchNorm's running statistics are released as "
-            "they are"
-        )
+        what = f"epsilon = {spent:.4g} at delta = {TARGET_DELTA:g} (one client's updates against none)"
+        yield f"{after}: {what}; BatchNorm's running statistics are released as they are"
 
 
 def percent(share: float, missing: str = "n/a") -> str:
@@ -109,26 +106,22 @@ def _shown(found: Found) -> str:
 def _beside_chance(found: Found) -> str:
     method = _shown(found)
     chance, (top, top_chance) = found[method, "localization"].chance, found[method, "top_holder"]
-    text = (
-        f"Chance = {percent(chance)} || Largest Client = {percent(found[method, 'largest_client'].value)} || "
-        f"Top Holder = {percent(top)} (chance {percent(top_chance)}) || "
-        f"Spearman = {found[method, 'spearman'].value:.2f} (chance 0)"
-    )
+    parts = [
+        f"Chance = {percent(chance)} || Largest Client = {percent(found[method, 'largest_client'].value)}",
+        f"Top Holder = {percent(top)} (chance {percent(top_chance)})",
+        f"Spearman = {found[method, 'spearman'].value:.2f} (chance 0)",
+    ]
     if method == "neuron" and ("influence", "localization") in found:
-        accuracy, top, spearman = (
-            found["influence", name].value for name in ("localization", "top_holder", "spearman")
-        )
-        text += (
-            f" || Influence: Localization = {percent(accuracy)}, Top Holder = {percent(top)}, Spearman = {spearman:.2f}"
-        )
-    return text
+        accuracy, top, rank = (found["influence", name].value for name in ("localization", "top_holder", "spearman"))
+        shares = f"Localization = {percent(accuracy)}, Top Holder = {percent(top)}"
+        parts.append(f"Influence: {shares}, Spearman = {rank:.2f}")
+    return " || ".join(parts)
 
 
 def _server(found: Found) -> Iterator[str]:
     """The server's own part in the influence, where it did more than average."""
-    share = found.get(("influence", "server_share"), Judged(0.0)).value
+    share, noise = (found.get(("influence", f"{name}_share"), Judged(0.0)).value for name in ("server", "noise"))
     if share > 1e-3:
-        noise = found["influence", "noise_share"].value
         alone = f", noise alone {percent(noise)}" if noise else ""
         yield f"Server's own share of the influence = {percent(share)}{alone} (plain averaging: 0)"
 

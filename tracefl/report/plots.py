@@ -13,15 +13,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 mpl.use("Agg")
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    *("#000000", "#E69F00", "#56B4E9", "#009E73"),
-    *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
-)
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 # column of rounds.csv, label, style; a column that the table lacks is not drawn
 CURVES: list[tuple[str, str, dict[str, Any]]] = [
     ("accuracy", "global model", {"color": BLACK, "ls": "-", "marker": "o"}),
@@ -37,31 +35,33 @@ PANEL = (3.4, 2.4)  # inches
 DPI, KINDS = 200, ("png", "pdf")  # of the files
 
 
-def plot_rounds(tables: Mapping[str, pd.DataFrame], file: Path) -> None:
-    """Accuracy of the global model and of localization by round: one panel per run, in percent."""
-    figure, panels = _panels(len(tables))
-    for axes, (title, rounds) in zip(panels, tables.items(), strict=True):
-        _curves(axes, rounds, "round")
-        axes.set_title(textwrap.fill(title, 40), fontsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(figure, panels, file)
-
-
-def plot_setting(table: pd.DataFrame, setting: str, file: Path) -> None:
-    """Mean accuracies against one setting of the runs: one panel per model and dataset, in percent.
+def plot_accuracies(tables: Mapping[str, pd.DataFrame], x: str, file: Path) -> None:
+    """Accuracy of the global model and of localization in percent, a panel per table.
 
     Args:
-        table: one row per run, with a column `setting` and those of rounds.csv
-            (`report.sweep.read_runs`).
+        tables: a panel's title -> table with the columns of rounds.csv, and `x`.
+        x: the column to draw against: round, or a setting of the runs.
+        file: the figure's, without suffix.
     """
-    groups = {", ".join(map(str, key)): part.sort_values(setting) for key, part in table.groupby(["model", "dataset"])}
-    figure, panels = _panels(len(groups))
-    for axes, (title, part) in zip(panels, groups.items(), strict=True):
-        _curves(axes, part.groupby(setting, as_index=False).mean(numeric_only=True), setting)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(setting)
-        axes.set_xticks(sorted(part[setting].unique()))
-    _finish(figure, panels, file)
+    columns, handles = min(len(tables), 4), dict[str, Artist]()
+    rows = -(-len(tables) // columns)
+    figure = Figure(figsize=(max(PANEL[0] * columns, 6), PANEL[1] * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, (title, table) in zip(panels.flat, tables.items(), strict=False):
+        for column, label, style in CURVES:
+            if column in table and table[column].notna().any():
+                (handles[label],) = axes.plot(table[x], 100 * table[column], label=label, ms=4, lw=1.4, **style)
+        axes.set(xlabel=x, ylim=(-3, 103), xticks=sorted(table[x].unique()))
+        axes.set_title(textwrap.fill(title, 40), fontsize=8)
+        axes.grid(alpha=0.3)
+        if x == "round":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for first in panels[:, 0]:
+        first.set_ylabel("accuracy (%)")
+    for unused in panels.flat[len(tables) :]:
+        unused.set_visible(False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, file)
 
 
 def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: Path) -> None:
@@ -78,12 +78,11 @@ def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: 
     figure = Figure(figsize=size, layout="constrained")
     for axes, method in zip(np.atleast_1d(figure.subplots(1, len(methods), sharey=True)), methods, strict=True):
         part = last[last["method"] == method]
-        shares = part.pivot(index="input", columns="client", values="contribution").loc[rows["input"], clients]
-        shares = shares.sub(shares.mean(axis=1), axis=0) if method == "neuron" else shares
-        scaled = shares.to_numpy() / np.abs(shares.to_numpy()).max(axis=1, keepdims=True).clip(1e-300)
+        cells = part.pivot(index="input", columns="client").loc[rows["input"]]
+        shares, held = (cells[name][clients].to_numpy() for name in ("contribution", "label_examples"))
+        shares = shares - shares.mean(axis=1, keepdims=True) if method == "neuron" else shares
+        scaled = shares / np.abs(shares).max(axis=1, keepdims=True).clip(1e-300)
         image = axes.imshow(scaled, cmap="PuOr", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
-        held = part.pivot(index="input", columns="client", values="label_examples")
-        held = held.loc[rows["input"], clients].to_numpy()
         y, x = np.nonzero((held == held.max(axis=1, keepdims=True)) & (held > 0))
         axes.plot(x, y, "o", ms=4, mfc=GREEN, mec="white", mew=0.6)
         axes.set(xlabel="client", title=f"{method}, round {int(last['round'].max())}")
@@ -111,9 +110,8 @@ def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[s
         below = table[:, :label].sum(axis=1)
         bars.bar(range(len(clients)), table[:, label], bottom=below, edgecolor="white", lw=0.4, label=name, **style)
     if len(class_names) <= 20:
-        bars.legend(
-            title="label", fontsize=6, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True
-        )
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True}
+        bars.legend(title="label", fontsize=6, title_fontsize=7, **place)
     bars.set_xticks(range(len(clients)), clients, fontsize=7, rotation=90 if len(clients) > 12 else 0)
     bars.set(xlabel="client", ylabel="examples", ylim=(0, 1.05 * table.sum(axis=1).max()))
     _save(figure, file)
@@ -128,46 +126,20 @@ def plot_times(table: pd.DataFrame, file: Path) -> None:
         ("TraceFL (influence)", "seconds_influence", "localization_accuracy_influence", VERMILION, "//"),
         ("FedDebug", "seconds_feddebug", "feddebug_accuracy", PURPLE, ".."),
     ]
-    methods = [entry for entry in methods if entry[1] in table and entry[2] in table]
+    methods = [entry for entry in methods if {*entry[1:3]} <= {*table}]
     place = np.arange(len(table))
     for shift, (label, seconds, accuracy, colour, hatch) in enumerate(methods):
         x = place + (shift - (len(methods) - 1) / 2) * 0.25
         style = {"width": 0.23, "color": colour, "hatch": hatch, "edgecolor": "white"}
         time.bar(x, table[seconds], label=label, **style)
         right.bar(x, 100 * table[accuracy], **style)
-    for at, chance in zip(place, 100 * table["chance_accuracy"], strict=True):
-        right.plot([at - 0.4, at + 0.4], [chance, chance], "k:", label="by chance" if at == 0 else None)
+    chance = 100 * table["chance_accuracy"]
+    right.hlines(chance, place - 0.4, place + 0.4, colors="k", linestyles=":", label="by chance")
     time.set(ylabel="seconds per localization", yscale="log")
     right.set(ylabel="localization accuracy (%)", ylim=(0, 105))
     for axes in (time, right):
         axes.set_xticks(place, table["name"], fontsize=7, rotation=20)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    _save(figure, file)
-
-
-def _curves(axes: Axes, table: pd.DataFrame, x: str) -> None:
-    for column, label, style in CURVES:
-        if column in table and table[column].notna().any():
-            axes.plot(table[x], 100 * table[column], label=label, ms=4, lw=1.4, **style)
-    axes.set(xlabel=x, ylim=(-3, 103))
-    axes.grid(alpha=0.3)
-
-
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 4)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(PANEL[0] * columns, 6), PANEL[1] * rows + 0.7), layout="constrained")
-    panels = list(np.atleast_1d(figure.subplots(rows, columns, sharey=True, squeeze=False)).ravel())
-    for first in panels[::columns]:
-        first.set_ylabel("accuracy (%)")
-    for unused in panels[count:]:
-        unused.set_visible(False)
-    return figure, panels[:count]
-
-
-def _finish(figure: Figure, panels: Sequence[Axes], file: Path) -> None:
-    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, file)
 
 

@@ -3,11 +3,10 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tracefl.runs import Run
@@ -16,15 +15,11 @@ LINE = "%(levelname)s - %(message)s"
 log = logging.getLogger("tracefl")
 
 
-class _Stdout(logging.StreamHandler):
-    """Writes to the current `sys.stdout`, which a progress display replaces while it is shown."""
+class _Stdout(logging.Handler):
+    """Prints to the current `sys.stdout`, which a progress display replaces while it is shown."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stdout
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 def log_to_console() -> None:
@@ -53,40 +48,27 @@ def log_to_file(file: Path) -> Iterator[None]:
         handler.close()
 
 
-class TrainingProgress(AbstractContextManager):
+class TrainingProgress(Progress):
     """Bars for rounds and clients on a terminal, a line per client and round elsewhere."""
 
     def __init__(self, num_rounds: int, clients_per_round: int, done: int) -> None:
-        self.num_rounds, self.clients_per_round = num_rounds, clients_per_round
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, console=Console(), disable=not sys.stdout.isatty())
-        self.rounds = self.bars.add_task("rounds ", total=num_rounds, completed=done)
-        self.clients = self.bars.add_task("clients", total=clients_per_round)
-        self.heard = 0
-
-    def __enter__(self) -> "TrainingProgress":
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        super().__init__(*columns, disable=not sys.stdout.isatty())
+        self.rounds = self.add_task("rounds ", total=num_rounds, completed=done)
+        self.clients = self.add_task("clients", total=clients_per_round)
 
     def on_client(self, number: int, client: str, metrics: Mapping[str, Any]) -> None:
-        self.heard += 1
-        self.bars.update(self.clients, completed=self.heard)
-        if self.bars.disable:
-            log.info(
-                "[Round %d] client c%s trained on %d examples, loss %.3f (%d of %d)",
-                number, client, metrics["num-examples"], metrics["train-loss"], self.heard, self.clients_per_round,
-            )  # fmt: skip
+        self.advance(self.clients)
+        if self.disable:
+            line = "[Round %d] client c%s trained on %d examples, loss %.3f (%d of %d)"
+            examples, loss, bar = metrics["num-examples"], metrics["train-loss"], self.tasks[self.clients]
+            log.info(line, number, client, examples, loss, bar.completed, bar.total)
 
     def on_round(self, run: Run) -> None:
-        record, self.heard = run.rounds[-1], 0
-        self.bars.update(self.rounds, completed=record.number)
-        self.bars.update(self.clients, completed=0)
+        record = run.rounds[-1]
+        self.update(self.rounds, completed=record.number)
+        self.update(self.clients, completed=0)
         for client, reason in record.failures.items():
             log.warning("[Round %d] client c%s is left out: %s", record.number, client, reason)
-        log.info(
-            "[Round %d] global model: loss %.2f, accuracy %.2f (round %d of %d)",
-            record.number, record.loss, record.accuracy, record.number, self.num_rounds,
-        )  # fmt: skip
+        line = "[Round %d] global model: loss %.2f, accuracy %.2f (round %d of %d)"
+        log.info(line, record.number, record.loss, record.accuracy, record.number, self.tasks[self.rounds].total)

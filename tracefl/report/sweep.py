@@ -10,25 +10,16 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from tracefl.errors import TraceFLError
+from tracefl.errors import require
 from tracefl.results import read_rounds
 
 # Settings that tell the runs of a sweep apart: name on a figure's axis -> key in config.yaml.
 SETTINGS = {
-    "dirichlet_alpha": "dirichlet_alpha",
-    "dist_type": "data_dist.dist_type",
-    "num_clients": "num_clients",
-    "clients_per_round": "clients_per_round",
-    "num_rounds": "num_rounds",
-    "noise_multiplier": "noise_multiplier",
-    "clipping_norm": "clipping_norm",
-    "strategy": "strategy.name",
-    "fault": "fault.kind",
-    "faulty_clients": "faulty_clients_ids",
-    "epochs": "client.epochs",
-    "lr": "client.lr",
-    "seed": "seed",
-}
+    "dirichlet_alpha": "dirichlet_alpha", "dist_type": "data_dist.dist_type", "num_clients": "num_clients",
+    "clients_per_round": "clients_per_round", "num_rounds": "num_rounds", "noise_multiplier": "noise_multiplier",
+    "clipping_norm": "clipping_norm", "strategy": "strategy.name", "fault": "fault.kind",
+    "faulty_clients": "faulty_clients_ids", "epochs": "client.epochs", "lr": "client.lr", "seed": "seed",
+}  # fmt: skip
 
 
 def find(key: str, pattern: str, holding: str) -> list[Path]:
@@ -46,10 +37,8 @@ def find(key: str, pattern: str, holding: str) -> list[Path]:
         TraceFLError: there is none.
     """
     found = sorted(Path(name) for name in glob.glob(pattern) if (Path(name) / holding).exists())
-    if not found:
-        raise TraceFLError(
-            f"{key} must match folders with a {holding}, got {key}={pattern}: quote the pattern, and finish the runs"
-        )
+    asked = f"{key} must match folders with a {holding}, got {key}={pattern}"
+    require(found, f"{asked}: quote the pattern, and finish the runs")
     return found
 
 
@@ -78,12 +67,11 @@ def _row(folder: Path) -> dict[str, Any]:
     settings["faulty_clients"] = len(settings["faulty_clients"])
     if settings["noise_multiplier"] == -1:  # no differential privacy
         settings |= {"noise_multiplier": 0.0, "clipping_norm": float("nan")}
-    means = rounds.drop(columns=["round", "loss", "accuracy"]).mean().to_dict()
     return {
         "run": str(folder),
         "dataset": config.dataset.name.rsplit("/", 1)[-1],
         "model": config.model.name.rsplit("/", 1)[-1],
         **settings,
         "accuracy": rounds["accuracy"].iloc[-1],
-        **{str(name): mean for name, mean in means.items()},
+        **rounds.drop(columns=["round", "loss", "accuracy"]).mean(),
     }

@@ -53,9 +53,8 @@ def print_faulty(metrics: pd.DataFrame, methods: list[str], faulty: set[str]) ->
     found, rounds = means(metrics), metrics.groupby(["method", "metric"])["value"].count()
 
     def add(method: str, shares: list[str], rank: str) -> None:
-        cells = [
-            f"{percent(value, '-')} ({percent(chance, '-')})" for value, chance in (found[method, s] for s in shares)
-        ]
+        judged = [found[method, share] for share in shares]
+        cells = [f"{percent(value, '-')} ({percent(chance, '-')})" for value, chance in judged]
         took = f"{found[method, 'seconds'].value:.3g}" if (method, "seconds") in found else "-"
         table.add_row(method, str(rounds[method, shares[0]]), *cells, rank, took)
 
