@@ -86,7 +86,7 @@ def test_a_dry_run_shows_what_was_found(run, tmp_path):
 def test_a_sweep_with_an_alias_and_flags_anywhere(run):
     status, out, _ = run("strategy.num_rounds=2,3", "--multirun", "dry_run=true")
     assert status == 0
-    assert [f"\nnum_rounds: {count}\n" in out for count in (1, 2, 3, 6)] == [False, True, True, False]
+    assert [f"\nnum_rounds: {count}\n" in out for count in (1, 2, 3, 5)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("flag", [["--cfg", "job"], ["--help"], ["--info", "config"]])

@@ -24,5 +24,5 @@ def test_it_runs_and_ends_with_the_closing_lines(tmp_path, monkeypatch):
     pictures = [o for cell in outputs for o in cell if "image/png" in o.get("data", {})]
     assert len(pictures) == 3
     closing = outputs[-2][0]["text"].splitlines()
-    assert closing[0] == "INFO - Total Rounds: 6"
+    assert closing[0] == "INFO - Total Rounds: 5"
     assert closing[1].startswith("INFO - TraceFL Average Localization Accuracy: ")

@@ -12,8 +12,8 @@ from flwr.clientapp import ClientApp
 
 from tracefl.data.examples import load_examples
 from tracefl.data.faults import client_seed, faulty_examples, opposite
-from tracefl.models import build_model, exchanged_state, load_exchanged_state
-from tracefl.training import train
+from tracefl.models import NothingDrawn, build_model, exchanged_state, load_exchanged_state
+from tracefl.training import keep_freed_memory, train
 
 app = ClientApp()
 
@@ -37,13 +37,15 @@ def train_round(message: Message, context: Context) -> Message:
     partition, server_round = int(context.node_config["partition-id"]), int(config["server-round"])  # type: ignore[arg-type]
     seed = client_seed(task["seed"], server_round, partition)
     torch.set_num_threads(task["threads"])
+    keep_freed_memory()
     torch.backends.cudnn.deterministic = True
 
     examples = load_examples(Path(task["data"]) / "clients" / f"{partition}.safetensors")
     fault = task["fault"] if partition in task["faulty_clients_ids"] else {"kind": None}
     if fault["kind"]:
         examples = faulty_examples(examples, fault, client_seed(task["seed"], 0, partition))
-    model = build_model(task["model"])
+    with NothingDrawn():
+        model = build_model(task["model"])
     received = message.content.array_records["arrays"].to_torch_state_dict()
     load_exchanged_state(model, received)
     loss = float("nan")

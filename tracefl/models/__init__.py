@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tracefl.config import Config
 from tracefl.data.prepare import PreparedData
@@ -37,6 +38,13 @@ def build_model(spec: Mapping[str, Any]) -> nn.Module:
         4
     """
     return build_text_model(dict(spec)) if "model_type" in spec else build_image_model(**spec)
+
+
+class NothingDrawn(TorchFunctionMode):
+    """While it is entered, models are built without drawing weights: their state is loaded next."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
 
 
 def initial_model(config: Config, data: PreparedData) -> nn.Module:
