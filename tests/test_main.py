@@ -112,7 +112,7 @@ def test_a_key_without_effect_is_noted_in_one_line(run):
         ("strategy.num_round=3", "did you mean strategy.num_rounds?"),
         ("num_clients=many", "num_clients must be a whole number, got many."),
         ("num_clients=2.5", "num_clients must be a whole number, got 2.5."),
-        ("num_clients=null", "num_clients must be a whole number, got None."),
+        ("num_clients=null", "num_clients must be a whole number, got null."),
         ("client.lr=fast", "client.lr must be a number, got fast."),
         ("plotting=perhaps", "plotting must be true or false, got perhaps."),
         ("exp_key=[1]", "exp_key must be text, got [1]."),

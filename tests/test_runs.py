@@ -39,7 +39,7 @@ def test_a_run_reads_as_it_was_written(tmp_path):
     assert run.rounds[0].failures == {"4": "it raised: ValueError"}
     for number, value in ((0, 0.0), (1, 1.5)):
         assert torch.equal(run.global_state(number)["w"], state(value)["w"])
-    client = run.client_state(1, "7")
+    client = run.round(1).client_state("7")
     assert set(client) == {"w", "b"}
     assert torch.equal(client["b"], state(2.0)["b"])
     assert run.predictions(1).tolist() == [3, 5, 5]
@@ -49,7 +49,7 @@ def test_a_run_reads_as_it_was_written(tmp_path):
 
 
 def test_a_state_looks_like_a_dictionary(tmp_path):
-    client = one_round(tmp_path).client_state(1, "0")
+    client = one_round(tmp_path).round(1).client_state("0")
     assert len(client) == 2
     assert "w" in client
     assert "v" not in client
@@ -61,9 +61,9 @@ def test_a_changed_file_is_noticed_when_it_is_read(tmp_path):
     one_round(tmp_path)
     write_state(tmp_path / "rounds/0001/clients/7.safetensors", state(9.0))
     run = Run.open(tmp_path)
-    assert torch.equal(run.client_state(1, "0")["w"], state(1.0)["w"])
+    assert torch.equal(run.round(1).client_state("0")["w"], state(1.0)["w"])
     with pytest.raises(TraceFLError, match=r"7\.safetensors is not the file that was recorded"):
-        run.client_state(1, "7")["w"]
+        run.round(1).client_state("7")["w"]
     with pytest.raises(TraceFLError, match=r"7\.safetensors is not the file that was recorded"):
         run.client_states(1)
 
@@ -85,7 +85,7 @@ def test_an_unfinished_round_is_no_part_of_the_run(tmp_path):
 
 def test_a_client_that_took_no_part_is_named(tmp_path):
     with pytest.raises(TraceFLError, match="client '5' took no part in round 1: its participants were 0, 7"):
-        one_round(tmp_path).client_state(1, "5")
+        one_round(tmp_path).round(1).client_state("5")
 
 
 def test_what_is_no_run_is_said_so(tmp_path):

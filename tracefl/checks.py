@@ -48,7 +48,8 @@ def load(composed: DictConfig) -> Config:
     except ValidationError as error:
         key = str(error.full_key).split("[")[0]  # of an entry of a list, the list
         kind = next(words for name, words in KINDS.items() if name in str(dict(leaves())[key].type))
-        raise TraceFLError(f"{key} must be {kind}, got {OmegaConf.select(composed, key)}.") from error
+        value = OmegaConf.select(composed, key)
+        raise TraceFLError(f"{key} must be {kind}, got {'null' if value is None else value}.") from error
     config.model.config = config.model.config or {}
     config.strategy.options = config.strategy.options or {}
     config.label2flip = config.label2flip or {}

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame],
         reuse: False computes it in any case.
     """
     file = run.path / name
-    key = {"settings": fingerprint(settings), "models": fingerprint([asdict(record) for record in run.rounds])}
+    key = {"settings": fingerprint(settings), "models": fingerprint([record.as_json() for record in run.rounds])}
     if reuse and file.exists():
         table = pd.read_parquet(file)
         if table.attrs.get("settings") == key:

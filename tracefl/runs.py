@@ -55,6 +55,7 @@ class Participant:
 class Round:
     """One complete round. `loss` and `accuracy` are the released model's on the server's data."""
 
+    folder: Path  # where its files are
     number: int
     clients: list[Participant]
     global_sha256: str
@@ -63,6 +64,21 @@ class Round:
     accuracy: float
     failures: dict[str, str] = field(default_factory=dict)  # client id -> why it was left out
     strategy_sha256: str | None = None  # of what a server optimizer carries to the next round
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as run.json holds it."""
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+    def client_state(self, client_id: str) -> StateFile:
+        """The model that a client sent, as received; a tensor is read when it is asked for.
+
+        Raises:
+            TraceFLError: the client did not take part, or (on reading) its file is damaged.
+        """
+        participants = {client.id: client for client in self.clients}
+        took_part = f"its participants were {', '.join(participants)}"
+        require(client_id in participants, f"client '{client_id}' took no part in round {self.number}: {took_part}")
+        return StateFile(self.folder / participants[client_id].file, participants[client_id].sha256)
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ class Run:
         >>> part = run.record_client(1, "0", sent, num_examples=3, weight=1.0)
         >>> evaluation = Evaluation(loss=0.5, accuracy=1.0, predictions=torch.tensor([7]))
         >>> run.record_round(1, [part], sent, evaluation, failures={})
-        >>> Run.open(folder).client_state(1, "0")["w"].tolist()
+        >>> Run.open(folder).round(1).client_state("0")["w"].tolist()
         [1.0, 1.0]
     """
 
@@ -114,7 +130,7 @@ class Run:
         self.path = path
         self._header = header
         self.clients = [_client_from_json(entry) for entry in header["clients"]]
-        self.rounds = [_round_from_json(entry) for entry in header["rounds"]]
+        self.rounds = [self._round_from_json(entry) for entry in header["rounds"]]
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -164,7 +180,7 @@ class Run:
         return self._header[key]
 
     def round(self, number: int) -> Round:
-        """The record of round `number`, counted from 1.
+        """Round `number`, counted from 1: its record, and the states of its clients.
 
         Raises:
             TraceFLError: it is not recorded.
@@ -178,25 +194,14 @@ class Run:
         sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).global_sha256
         return StateFile(self._file(number, "global"), sha256)
 
-    def client_state(self, number: int, client_id: str) -> StateFile:
-        """The model that a client sent in a round, as received; a tensor is read when asked for.
-
-        Raises:
-            TraceFLError: the client did not take part, or (on reading) its file is damaged.
-        """
-        participants = {client.id: client for client in self.round(number).clients}
-        names = ", ".join(participants)
-        there = client_id in participants
-        require(there, f"client '{client_id}' took no part in round {number}: its participants were {names}")
-        return StateFile(self._file(number, f"clients/{client_id}"), participants[client_id].sha256)
-
     def client_states(self, number: int) -> dict[str, StateFile]:
         """Client id -> the model that it sent, of every participant of a round.
 
         Raises:
             TraceFLError: a file is missing or damaged; all are compared with their hashes here.
         """
-        states = {client.id: self.client_state(number, client.id) for client in self.round(number).clients}
+        record = self.round(number)
+        states = {client.id: record.client_state(client.id) for client in record.clients}
         for state in states.values():
             state.check()
         return states
@@ -262,14 +267,19 @@ class Run:
         states = {"global": released, "predictions": predictions, "strategy": strategy_state}
         sha256 = {name: write_state(self._file(number, name), state) for name, state in states.items() if state}
         hashes, judged = (sha256["global"], sha256["predictions"]), (evaluation.loss, evaluation.accuracy)
-        self.rounds.append(Round(number, clients, *hashes, *judged, failures, sha256.get("strategy")))
+        folder = self._file(number, "global").parent
+        self.rounds.append(Round(folder, number, clients, *hashes, *judged, failures, sha256.get("strategy")))
         self._save()
 
     def _file(self, number: int, name: str) -> Path:
         return self.path / "rounds" / f"{number:04d}" / f"{name}.safetensors"
 
+    def _round_from_json(self, entry: dict[str, Any]) -> Round:
+        clients = [Participant(**client) for client in entry["clients"]]
+        return Round(**{**entry, "clients": clients, "folder": self._file(entry["number"], "global").parent})
+
     def _save(self) -> None:
-        header = {**self._header, "rounds": [asdict(record) for record in self.rounds]}
+        header = {**self._header, "rounds": [record.as_json() for record in self.rounds]}
         write_atomically(self.path / "run.json", json.dumps(header, indent=1).encode())
 
 
@@ -313,7 +323,3 @@ def _client_from_json(entry: dict[str, Any]) -> ClientInfo:
     names = ("label_counts", "flipped_label_counts")
     counts = {name: entry[name] and {int(label): n for label, n in entry[name].items()} for name in names}
     return ClientInfo(**{**entry, **counts})
-
-
-def _round_from_json(entry: dict[str, Any]) -> Round:
-    return Round(**{**entry, "clients": [Participant(**client) for client in entry["clients"]]})

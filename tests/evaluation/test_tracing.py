@@ -95,7 +95,7 @@ def test_every_method_is_timed(recorded, config):
 
 def test_the_noise_of_differential_privacy_is_found_again(recorded, config):
     run, model, examples = recorded
-    states = [run.client_state(1, str(k)) for k in (0, 1)]
+    states = [run.round(1).client_state(str(k)) for k in (0, 1)]
     mean = {name: 0.75 * states[0][name] + 0.25 * states[1][name] for name in states[0]}
     noisy = {name: value + gaussian_noise(name, value, 0.4 / 2, run["seed"], 2) for name, value in mean.items()}
     clients = [run.record_client(2, str(k), states[k], n, n / 40) for k, n in ((0, 30), (1, 10))]

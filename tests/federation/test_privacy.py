@@ -36,7 +36,7 @@ def test_updates_are_recorded_as_received_and_statistics_stay_out_of_norm_and_no
     clients = run.round(1).clients
     for client in clients:
         for name, value in state_of(int(client.id), 1).items():
-            assert torch.equal(run.client_state(1, client.id)[name], value)
+            assert torch.equal(run.round(1).client_state(client.id)[name], value)
     mean = sum(state_of(int(client.id), 1)["bn.running_var"] for client in clients) / len(clients)
     torch.testing.assert_close(run.global_state(1)["bn.running_var"], mean)
 

@@ -43,7 +43,7 @@ def test_a_round_holds_every_update_as_received_and_their_weighted_mean(tmp_path
         assert sum(client.weight for client in view.clients) == pytest.approx(1)
         for client in view.clients:
             assert client.num_examples == 10 + int(client.id)
-            received = run.client_state(number, client.id)
+            received = run.round(number).client_state(client.id)
             for name, value in state_of(int(client.id), number).items():
                 assert torch.equal(received[name], value)
             mean += client.weight * received["w"]

@@ -33,11 +33,14 @@ def partition(labels: np.ndarray, config: Config) -> list[np.ndarray]:
     for attempt in range(ATTEMPTS):
         drawn = _draw(labels, config, config.seed + attempt * 1000)
         clients = [_trim(rows, labels, limit) for rows in drawn]
-        if all(map(len, clients)):
+        empty = [client for client, rows in enumerate(clients) if len(rows) == 0]
+        if not empty:
             return clients
-    lacking = f"some of num_clients={config.num_clients} without {MIN_EXAMPLES_PER_CLASS} examples of a class"
-    remedy = "lower num_clients or raise dirichlet_alpha"
-    raise TraceFLError(f"data_dist.dist_type={config.data_dist.dist_type} leaves {lacking}: {remedy}.")
+    raise TraceFLError(
+        f"data_dist.dist_type={config.data_dist.dist_type} leaves {len(empty)} of num_clients={config.num_clients} "
+        f"clients (first: {empty[0]}) with no class of at least {MIN_EXAMPLES_PER_CLASS} of the {len(labels)} training "
+        "examples: lower num_clients or raise dirichlet_alpha."
+    )
 
 
 def _draw(labels: np.ndarray, config: Config, seed: int) -> list[np.ndarray]:
