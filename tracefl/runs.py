@@ -55,7 +55,7 @@ class Participant:
 class Round:
     """One complete round. `loss` and `accuracy` are the released model's on the server's data."""
 
-    folder: Path  # where its files are
+    folder: Path = field(compare=False, repr=False)  # where its files are
     number: int
     clients: list[Participant]
     global_sha256: str
