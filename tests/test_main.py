@@ -184,18 +184,18 @@ def test_an_interrupt_says_how_to_go_on(run, monkeypatch):
     assert err == "interrupted: complete rounds are kept, the same command goes on from there\n"
 
 
-def tracefl(*typed: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def process(*typed: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tracefl.main", *typed]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
 def test_a_process_that_runs_dry_ends_with_0(tmp_path):
-    done = tracefl("--multirun", "dirichlet_alpha=0.1,1", "dry_run=true", cwd=tmp_path)
+    done = process("--multirun", "dirichlet_alpha=0.1,1", "dry_run=true", cwd=tmp_path)
     assert (done.returncode, done.stderr, done.stdout.count("dry run")) == (0, "", 2)
 
 
 def test_a_process_that_is_given_a_wrong_value_ends_with_1(tmp_path):
-    done = tracefl("num_clients=0", cwd=tmp_path)
+    done = process("num_clients=0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: num_clients must be at least 1, got 0.\n"
 
@@ -243,7 +243,7 @@ def test_the_main_ones_run_on_small_data(line, tmp_path, request):
     if "dataset.name=mnist" in line:
         data = [f"dataset.path={request.getfixturevalue('real_data') / 'mnist'}"]
     kept = [w for w in line.split() if w.split("=")[0] not in {"num_clients", "clients_per_round", "num_rounds"}]
-    done = tracefl(*kept, *TINY, *data, cwd=tmp_path, timeout=900)
+    done = process(*kept, *TINY, *data, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "INFO - Total Rounds: 2" in done.stdout
     assert "INFO - TraceFL Average Localization Accuracy: " in done.stdout
