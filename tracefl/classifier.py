@@ -26,17 +26,14 @@ def batch_size(inputs: Batch) -> int:
         TraceFLError: the inputs are something else, or of several lengths, or none.
     """
     kind = type(inputs).__name__
-    require(
-        isinstance(inputs, Mapping | Tensor),
-        f"inputs must be a Tensor [N, ...] or a dict of them by argument, got a {kind}",
-    )
+    require(isinstance(inputs, Mapping | Tensor), f"inputs must be a Tensor or a dict of Tensors, got a {kind}")
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     sizes = {len(t) if t.ndim else 0 for t in tensors if isinstance(t, Tensor)}
     require(len(sizes) == 1 and sizes != {0}, f"inputs must be tensors of one length, at least 1, got {sorted(sizes)}")
     return sizes.pop()
 
 
-def take(inputs: Batch, some: slice) -> Batch:
+def take(inputs: Batch, some: slice | list[int]) -> Batch:
     """Some of the inputs; arguments that are no tensors stay."""
     if isinstance(inputs, Mapping):
         return {name: value[some] if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -51,11 +48,10 @@ def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
     """
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-        raise TraceFLError(
-            f"the model's output must be logits [N, classes] or have them as .logits, got {found}: pass a classifier"
-        )
+    N, found = batch_size(inputs), tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+    must = f"the model's output must be logits [{N}, classes], a row for each input, or have them as .logits"
+    fits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == N
+    require(fits, f"{must}, got {found}: pass a classifier, and inputs whose first axis is N")
     return logits
 
 
@@ -107,6 +103,28 @@ def full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
         return value.detach().to(device, torch.float32 if value.dtype in half else value.dtype)
 
     return model, {name: full(v) for name, v in inputs.items()} if isinstance(inputs, Mapping) else full(inputs)
+
+
+def kept_bytes(model: nn.Module, run: Callable[[], Any], further: Callable[[Any], list[Tensor]]) -> tuple[Any, int]:
+    """Of a forward pass the result, and the bytes that are kept for its backward pass.
+
+    Args:
+        model: what it owns is not counted.
+        run: does the pass.
+        further: of the pass's result the tensors that are kept beside what autograd keeps.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor.detach()  # or an output that its own node keeps would keep that node
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    for tensor in further(result):
+        keep(tensor)
+    return result, sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracefl.errors import TraceFLError
+from tracefl.errors import TraceFLError, require
 
 State = Mapping[str, Tensor]
 
@@ -34,10 +34,12 @@ class StateFile(Mapping[str, Tensor]):
     Args:
         file: path of a safetensors file.
         sha256: what the file's SHA-256 must be, checked before the first read; None: any.
+        whose: who an error says that the file is of, such as "client 'ann'".
     """
 
-    def __init__(self, file: str | PathLike[str], sha256: str | None = None) -> None:
+    def __init__(self, file: str | PathLike[str], sha256: str | None = None, whose: str = "") -> None:
         self._file, self._sha256 = Path(file), sha256
+        self._name = f"{whose}: {file}" if whose else str(file)
 
     @cached_property
     def _entries(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
@@ -45,32 +47,21 @@ class StateFile(Mapping[str, Tensor]):
         try:
             with self._file.open("rb") as content:
                 found = self._sha256 and hashlib.file_digest(content, "sha256").hexdigest()
-                if found != self._sha256:
-                    raise TraceFLError(
-                        f"{self._file} is not the file that was recorded: restore it or train the run again"
-                    )
+                changed = f"{self._name} is not the file that was recorded: restore it or train the run again"
+                require(found == self._sha256, changed)
                 content.seek(0)
-                size = int.from_bytes(content.read(8), "little")
-                if size > self._file.stat().st_size:
-                    raise ValueError("its header would be longer than the file")
-                header = json.loads(content.read(size))
+                length, size = self._file.stat().st_size, int.from_bytes(content.read(8), "little")
+                header = json.loads(content.read(min(size, length)))
             header.pop("__metadata__", None)
-            entries = {
-                sys.intern(name): (
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    *(8 + size + at for at in entry["data_offsets"]),
-                )
-                for name, entry in header.items()
-            }
-            if any(end > self._file.stat().st_size for *_, end in entries.values()):
-                raise ValueError("it ends too early")
+            entries = {}
+            for name, entry in header.items():
+                start, end = (8 + size + offset for offset in entry["data_offsets"])
+                entries[sys.intern(name)] = entry["dtype"], tuple(entry["shape"]), start, end
         except OSError as error:
-            raise TraceFLError(
-                f"{self._file} cannot be read ({error.strerror}): correct the path or restore it"
-            ) from None
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise TraceFLError(f"{self._file} is no safetensors file ({error}): write it with safetensors") from None
+            raise TraceFLError(f"{self._name} cannot be read ({error.strerror}): correct the path") from None
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise TraceFLError(f"{self._name} is no safetensors file: write it with safetensors") from None
+        require(all(end <= length for *_, end in entries.values()), f"{self._name} ends too early: restore it")
         return entries
 
     def check(self) -> None:
@@ -85,7 +76,7 @@ class StateFile(Mapping[str, Tensor]):
         kind, shape, start, end = self._entries[name]
         dtype = _DTYPES.get(kind)
         if dtype is None:
-            raise TraceFLError(f"{self._file}: tensor {name!r} is of type {kind}, which is not supported")
+            raise TraceFLError(f"{self._name}: tensor {name!r} is of type {kind}, which is not supported")
         if start == end:
             return torch.empty(shape, dtype=dtype)
         read = np.fromfile(self._file, np.uint8, end - start, offset=start)
@@ -99,3 +90,16 @@ class StateFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def as_state(state: "State | str | PathLike[str]", whose: str) -> State:
+    """A state as it is, or the one in the safetensors file of that path.
+
+    Raises:
+        TraceFLError: it is neither; the message begins with `whose` it is.
+    """
+    if isinstance(state, str | PathLike):
+        return StateFile(state, whose=whose)
+    kind = type(state).__name__
+    require(isinstance(state, Mapping), f"{whose} must be a state dict or the path of a safetensors file, got a {kind}")
+    return state

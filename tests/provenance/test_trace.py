@@ -459,17 +459,21 @@ def test_clients_and_reference_may_be_files(block, x, tmp_path):
 def test_files_that_hold_no_state(block, x, tmp_path):
     states, _ = reference.perturbed(block)
     file = tmp_path / "eve.safetensors"
-    with pytest.raises(TraceFLError, match=r"eve\.safetensors cannot be read \(No such file"):
+    with pytest.raises(TraceFLError, match=r"client 'eve': .*eve\.safetensors cannot be read \(No such file"):
         trace(block, {"eve": file}, x)
     with pytest.raises(TraceFLError, match=r"cannot be read \(Is a directory"):
         trace(block, {"eve": tmp_path}, x)
     for content in (b"", b"PK\x03\x04 a pickle of PyTorch's", (8).to_bytes(8, "little") + b"no json!"):
         file.write_bytes(content)
-        with pytest.raises(TraceFLError, match=r"eve\.safetensors is no safetensors file .* write it with safetensors"):
+        with pytest.raises(
+            TraceFLError, match=r"client 'eve': .*eve\.safetensors is no safetensors file: write it with safetensors"
+        ):
             trace(block, {"eve": file}, x)
+    with pytest.raises(TraceFLError, match=r"client 'eve' must be a state dict or the path .*, got a NoneType"):
+        trace(block, {"eve": None}, x)
     save_file(states["c0"], file)
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(TraceFLError, match=r"eve\.safetensors is no safetensors file \(it ends too early\)"):
+    with pytest.raises(TraceFLError, match=r"client 'eve': .*eve\.safetensors ends too early: restore it"):
         trace(block, {"eve": file}, x)
     save_file({name: w for name, w in states["c0"].items() if name != "conv.weight"}, file)
     with pytest.raises(TraceFLError, match=r"client 'eve': tensor 'conv\.weight' is missing"):

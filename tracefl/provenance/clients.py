@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tracefl.errors import TraceFLError, require
-from tracefl.states import State, StateFile
+from tracefl.states import State, as_state
 
 Source = State | str | PathLike[str]  # a state, or the path of a safetensors file that holds one
 _REMEDY = "pass a state dict of the same architecture as the model"
@@ -23,7 +23,7 @@ class States:
     """
 
     def __init__(self, states: Mapping[str, Source], model: State, aliases: Mapping[str, Sequence[str]]):
-        self.states = {who: StateFile(s) if isinstance(s, str | PathLike) else s for who, s in states.items()}
+        self.states = {who: as_state(state, who) for who, state in states.items()}
         self.model, self.aliases = model, aliases
         self.in_memory = all(isinstance(state, dict) for state in self.states.values())
         self.entries: dict[str, dict[str, str]] = {}  # what an error calls it -> traced tensor -> its name there

@@ -7,7 +7,7 @@ Inputs do not see each other in eval mode, so the gradient of Σ_n y_n holds eve
 that no rule covers ("loose" ones) autograd gives dy/dθ itself, but for one input at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracefl.classifier import Batch, batch_size, explained, logits_of, take, uses_batch_statistics
+from tracefl.classifier import Batch, batch_size, explained, kept_bytes, logits_of, take, uses_batch_statistics
 from tracefl.errors import TraceFLError
 from tracefl.provenance.contract import Dense, Gradient, Shares
 from tracefl.provenance.layers.batchnorm import laid_out_like_input
@@ -33,6 +33,7 @@ class Call:
     x: Tensor  # input
     version: int  # of x, which changes when the model overwrites x
     shape: torch.Size  # of the output z
+    shared: bool  # all inputs shared z, until each was given a copy
     axes: tuple[int, int] = (0, 0)  # along which the inputs of the batch lie in x and z
 
 
@@ -60,6 +61,7 @@ class Tracer:
     def __init__(self, model: nn.Module, state: TracedState, output: str):
         self.model, self.state, self.output = model, state, output
         self.noting, self.copy_inputs, self.n = False, False, 1  # n: inputs of the pass
+        self.seen: dict[str, list[Tensor]] = {}  # layer -> dy/dz of the first input, as passes hand it over
         self.calls: dict[str, Call] = {}
         self.started: dict[str, int] = {}  # module or layer -> when it first started
 
@@ -73,16 +75,17 @@ class Tracer:
         """
         ys, classes, first = list[Tensor](), list[Tensor](), 0
 
-        def rows(first: int, last: int) -> tuple[Batch, Tensor | None]:
-            return take(inputs, slice(first, last)), None if targets is None else targets[first:last]
+        def run(some: slice) -> Pass:
+            return self.forward(take(inputs, some), None if targets is None else targets[some])
 
-        alone, nbytes = self.measured(*rows(0, 1))
+        alone, nbytes = kept_bytes(self.model, lambda: run(slice(0, 1)), lambda p: [c.x for c in p.calls.values()])
         self.copy_inputs = any(call.x._version != call.version for call in alone.calls.values())
-        at_once = 1 if alone.loose or uses_batch_statistics(self.model) else max(1, most // max(1, nbytes))
+        # one less than there is room for, since `alone` is kept too
+        at_once = 1 if alone.loose or uses_batch_statistics(self.model) else max(1, most // max(1, nbytes) - 1)
         while first < shares.N:
             last = min(shares.N, first + at_once)
             try:
-                done = self.forward(*rows(first, last))
+                done = run(slice(first, last))
                 apart = last - first == 1 or _tell_apart(done, alone, last - first, holds_first=first == 0)
             except RuntimeError:  # a model may take one input where it takes no batch
                 if last - first == 1:
@@ -93,8 +96,15 @@ class Tracer:
                 continue
             for n in torch.nonzero(~torch.isfinite(done.y)).flatten().tolist():
                 raise TraceFLError(f"the model's output for input {first + n} is not finite; check model and input")
-            shares.open(sorted({**done.calls, **dict.fromkeys(done.loose.values())}, key=self._when))
+            shares.open(sorted({**dict.fromkeys(done.loose.values()), **done.calls}, key=self._when))
+            self.seen = {layer: [] for layer, call in done.calls.items() if call.shared and first == 0}
+            if self.seen:  # is dy/dz of the first input what it is alone?
+                before = {layer: account.clone() for layer, account in shares.layers.items()}
+                self.backward(alone, lambda layer, gradients: None)
             self.backward(done, partial(shares.add, slice(first, last), factor))
+            if not all(_alike(pair) for pair in self.seen.values()):  # no: others use its copy of z
+                shares.layers, at_once = before, 1
+                continue
             ys.append(done.y.detach().double().cpu())
             classes.append(done.targets)
             first = last
@@ -132,8 +142,8 @@ class Tracer:
         if module not in self.state.rules or not torch.is_grad_enabled():  # under no_grad nothing of it reaches y
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        if self.n > 1 and x.ndim and z.ndim > 1 and len(z) == len(x) == 1:
-            # all inputs share it, as position embeddings: each gets a z and a gradient of its own
+        shared = self.n > 1 and x.ndim > 0 and z.ndim > 1 and len(z) == len(x) == 1
+        if shared:  # as position embeddings: each input gets a z and a gradient of its own
             x, z = x.expand(self.n, *x.shape[1:]), z.repeat(self.n, *[1] * (z.ndim - 1))
         if not z.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
             z = z.detach().requires_grad_().clone()
@@ -143,23 +153,26 @@ class Tracer:
             name, count = self.state.names[module], 1 + sum(call.module is module for call in self.calls.values())
             layer = name if count == 1 else f"{name}#{count}"
             self.started.setdefault(layer, len(self.started))
-            self.calls[layer] = Call(module, x.clone() if self.copy_inputs else x, x._version, z.shape)
+            self.calls[layer] = Call(module, x.clone() if self.copy_inputs else x, x._version, z.shape, shared)
             z.register_hook(partial(self._arrive, layer, self.calls[layer]))
         return z
 
     @torch.no_grad()
     def _arrive(self, layer: str, call: Call, g: Tensor) -> None:
         """dy/dz of a call is here: the layer's rule makes dy/dθ of it and the input."""
+        if self.calls.get(layer) is not call:
+            raise TraceFLError(_KEPT)
         own = self.state.hidden[call.module]
         dtype = self.state.tensors[next(iter(own.values()))].dtype  # the model may use autocast
         x, g = call.x.movedim(call.axes[0], 0) if call.x.ndim else call.x, g.movedim(call.axes[1], 0)
-        del call.x  # it is needed no more
+        if layer in self.seen:
+            self.seen[layer].append(g[0])
         found = self.state.rules[call.module](call.module, x.to(dtype) if x.is_floating_point() else x, g.to(dtype))
         self.receive(layer, {own[name]: G for name, G in found.items() if name in own})
 
     def backward(self, done: Pass, receive: Callable[[str, dict[str, Gradient]], None]) -> None:
         """Differentiate Σ_n y_n; `receive` gets each layer's gradients as they come."""
-        self.receive = receive
+        self.receive, self.n, self.calls = receive, len(done.logits), done.calls
         handles = [node.register_prehook(laid_out_like_input(node)) for node in done.norms]
         try:  # asking for all leaves, the gradient passes everywhere
             found = torch.autograd.grad(done.y.sum(), list(done.leaves.values()), allow_unused=True)
@@ -174,20 +187,6 @@ class Tracer:
             g = dict(zip(done.leaves, found, strict=True))[id(self.state.tensors[name])]
             if g is not None:  # a function of the model's own may give none
                 receive(layer, {name: Dense(g[None])})
-
-    def measured(self, batch: Batch, targets: Tensor | None) -> tuple[Pass, int]:
-        """A forward pass that is not differentiated, and the bytes that its backward pass needs."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: Tensor) -> None:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
-            done = self.forward(batch, targets)
-        for call in done.calls.values():
-            keep(call.x)
-        return done, sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
 
     def _when(self, layer: str) -> int:
         """When a layer, or the nearest module around it, started."""
@@ -209,7 +208,14 @@ def _tell_apart(done: Pass, alone: Pass, n: int, holds_first: bool) -> bool:
         if -1 in call.axes:
             return False
         pairs.append((call.x.select(call.axes[0], 0), single.x.select(call.axes[0], 0)))
-    return not holds_first or all(not b.numel() or (a - b).abs().max() <= 0.01 * b.abs().max() for a, b in pairs)
+    return not holds_first or all(_alike(pair) for pair in pairs)
+
+
+def _alike(pair: Sequence[Tensor]) -> bool:
+    """Whether two tensors are equal up to what low precision rounds off; or there are none."""
+    if len(pair) < 2:
+        return not pair
+    return not pair[1].numel() or bool((pair[0] - pair[1]).abs().max() <= 0.01 * pair[1].abs().max())
 
 
 def _axis(now: torch.Size, before: torch.Size, n: int) -> int:
@@ -231,7 +237,5 @@ def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
         elif node.name() == "NativeBatchNormBackward0":
             norms.append(node)
         elif node.name().startswith("CheckpointFunction"):
-            raise TraceFLError(
-                "checkpoint(use_reentrant=True) gives gradients to nobody but .backward(): set use_reentrant=False"
-            )
+            raise TraceFLError("checkpoint(use_reentrant=True) hides gradients from trace: set use_reentrant=False")
     return leaves, norms

@@ -44,6 +44,8 @@ def plain(
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             module.forward = MethodType(batchnorm, module)  # type: ignore[method-assign]
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # whose row autograd would leave out
     W = dict([*model.named_parameters(), *(model.named_buffers() if weights else ())])
     W = {name: W[name].requires_grad_(True) for name in model.state_dict() if name in W and W[name].is_floating_point()}
     T = torch.zeros(batch_size(inputs), len(clients), dtype=torch.float64)

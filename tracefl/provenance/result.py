@@ -1,7 +1,6 @@
 """The answer: who is responsible, by how much, through which layers."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +38,32 @@ class Provenance:
     residual_by_layer: Tensor | None = None  # [L, N] what the server added to the fusion; needs weights
     change: Tensor | None = None  # [N] y of the model minus y of the reference (method "integrated")
 
+    @classmethod
+    def from_shares(
+        cls, method: str, client_ids: list[str], targets: Tensor, shares: Mapping[str, Tensor],
+        weights: Tensor | None, layer_decay: float, change: Tensor | None,
+    ) -> "Provenance":  # fmt: skip
+        """The answer that follows from unweighted shares.
+
+        Args:
+            method: "neuron", whose layers decay, or another.
+            client_ids: K ids.
+            targets: the explained classes [N].
+            shares: layer -> [N, K], in execution order; a column more is that of the global model.
+            weights: p_k, float64 [K]; None: shares are not weighted, and there is no residual.
+            layer_decay: β (equation 6).
+            change: the change of y over the round [N], where it is known.
+        """
+        by_layer, K = torch.stack(list(shares.values())).cpu(), len(client_ids)
+        if method == "neuron":
+            age = torch.arange(len(by_layer) - 1, -1, -1, dtype=torch.float64)  # L - 1 - l
+            by_layer *= (layer_decay**age)[:, None, None]
+        of_model, by_layer = by_layer[:, :, K:].sum(2), by_layer[:, :, :K]  # 0 without its column
+        if weights is None:
+            return cls(method, client_ids, targets.cpu(), by_layer, list(shares), None, change)
+        by_layer = by_layer * weights
+        return cls(method, client_ids, targets.cpu(), by_layer, list(shares), of_model - by_layer.sum(2), change)
+
     @property
     def contributions(self) -> Tensor:
         """[N, K] float64 (equation 6)."""
@@ -73,7 +98,7 @@ class Provenance:
         order = contributions.argsort(descending=True, stable=True).tolist()
         return [(self.client_ids[k], contributions[k].item(), scores[k].item()) for k in order]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> "pd.DataFrame":
         """A row per input and client: input, target, client, contribution, score, rank (from 1)."""
         import pandas as pd  # a second of import that tracing itself does not need
 

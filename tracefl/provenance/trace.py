@@ -138,25 +138,18 @@ def trace(
         change = integrate(model, origin.states["reference"], steps, shares, add_at)
     else:
         add_at(model, 1.0)
-    by_layer = torch.stack(list(shares.layers.values())).cpu()
-    if method == "neuron":
-        age = torch.arange(len(by_layer) - 1, -1, -1, dtype=torch.float64)  # L - 1 - l
-        by_layer *= (layer_decay**age)[:, None, None]
-    if not torch.isfinite(by_layer).all():
+    if not all(torch.isfinite(account).all() for account in shares.layers.values()):
         states.check_finite()
         raise TraceFLError("contributions are not finite though every client is: the gradient overflows")
-    contributions, residual = by_layer[:, :, : len(ids)], None
-    if p is not None:
-        contributions = contributions * p
-        residual = by_layer[:, :, len(ids) :].sum(2) - contributions.sum(2)
-    return Provenance(method, ids, torch.as_tensor(classes).cpu(), contributions, list(shares.layers), residual, change)
+    return Provenance.from_shares(method, ids, torch.as_tensor(classes), shares.layers, p, layer_decay, change)
 
 
 def _normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
     """p_k = w_k / Σ w, float64 [K]."""
     for who in ids:
         require(who in weights, f"weights must have every client, got none for {who!r}")
-        require(0 <= weights[who] < math.inf, f"weights must be finite and 0 or more, got {weights[who]!r} for {who!r}")
+        fine = 0 <= float(weights[who]) < math.inf
+        require(fine, f"weights must be finite and 0 or more, got {weights[who]!r} for {who!r}")
     p = torch.tensor([float(weights[who]) for who in ids], dtype=torch.float64)
     require(p.any(), "weights must be above 0 for at least one client, got 0 for all")
     return p / p.sum()
