@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigKeyError, ValidationError
 
 from tracefl.config import ALIASES, HUB_NAMES, IMAGE_MODELS, MEDMNIST, STRATEGIES, TRACED_METHODS, Config, leaves
 from tracefl.errors import TraceFLError, require
-from tracefl.rules import POSITIVE, SHARE, whole
+from tracefl.rules import POSITIVE, SHARE, integer
 from tracefl.settings import visible_files
 
 # Kinds of files that the datasets library reads examples from, the usual ones.
@@ -37,6 +37,11 @@ def load(composed: DictConfig) -> Config:
         TraceFLError: A key is unknown or a value impossible; the message says what to do.
     """
     plain: Any = OmegaConf.to_container(composed, resolve=True)
+    for alias, key in ALIASES.items():  # in a group, or a run's config.yaml of an earlier version
+        group, name = alias.split(".")
+        if isinstance(plain.get(group), dict) and name in plain[group]:
+            plain[key] = plain[group].pop(name)
+    plain = {key: value for key, value in plain.items() if value != {}}
     for key, _ in leaves():  # a group that is given a value: OmegaConf would not say which
         group = key.rpartition(".")[0]
         whole_group = f"{group}={plain.get(group)} sets a group of settings"
@@ -63,6 +68,7 @@ def load(composed: DictConfig) -> Config:
     for key, field in leaves():
         if rule := field.metadata["rule"]:
             rule.check(key, attrgetter(key)(config))
+    config.label2flip = {int(label): int(target) for label, target in config.label2flip.items()}
     for check in (_check_federation, _check_strategy, _check_data, _check_model, _check_faults):
         check(config)
     config.provenance.methods = [method for method in TRACED_METHODS if method in config.provenance.methods]
@@ -159,7 +165,7 @@ def _check_model(c: Config) -> None:
     for key, value in (("model.config", model.config), ("model.tokenizer", model.tokenizer)):
         _require(c, key, for_texts or not value, f"be that of a text model, not of {model.name}", "leave it out")
     if "vocab_size" in model.config:
-        whole(1).check("model.config.vocab_size", model.config["vocab_size"])
+        integer(1).check("model.config.vocab_size", model.config["vocab_size"])
     fits = model.tokenizer != "trained" or not model.has_weights
     remedy = "set model.tokenizer=own, or model.pretrained=false and no model.path"
     _require(c, "model.tokenizer", fits, "be own for published weights, which know no other tokens", remedy)
@@ -167,7 +173,7 @@ def _check_model(c: Config) -> None:
 
 def _check_faults(c: Config) -> None:
     clients, flips, kind, rate = c.faulty_clients_ids, c.label2flip, c.fault.kind, c.noise_rate
-    known = set(clients) <= set(range(c.num_clients))
+    known = all(client in range(c.num_clients) for client in clients)
     _require(c, "faulty_clients_ids", known, f"be 0 to {c.num_clients - 1}", "correct it or raise num_clients")
     if kind == "label_flip":
         both = bool(clients) == bool(flips)

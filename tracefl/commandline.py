@@ -15,7 +15,7 @@ from tracefl.config import ALIASES, WITHOUT_EFFECT, leaves
 from tracefl.errors import require
 
 SETTINGS = {key: field.type for key, field in leaves()}
-HYDRA_KNOWS = ("+", "hydra", "scale")  # words that it takes, or refuses itself: conf/scale is a group
+HYDRA_KNOWS = re.compile(r"[+~].*|hydra[./].*|scale")  # its own words: conf/scale is a group
 MAPPINGS = {key for key, kind in SETTINGS.items() if kind is Any}
 PAIR = re.compile(r"[^{}\[\],:'\"]+:[^{}\[\],:]+")  # 8:7
 
@@ -63,5 +63,5 @@ def _word(key: str, given: list[tuple[str, str]]) -> str:
         must = f"{key} must give one value for {', '.join(twice)}, got {', '.join(pairs)}"
         require(not twice, f"{must}: quote it, as '{key}={{8:7,0:7}}'.")
         value = f"{{{','.join(pairs)}}}"
-    added = "" if key in SETTINGS or key.startswith(HYDRA_KNOWS) else "++"
+    added = "" if key in SETTINGS or HYDRA_KNOWS.fullmatch(key) else "++"
     return f"{added}{key}={value}"

@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
 
-from tracefl.rules import FOLDER, MODEL_FOLDER, POSITIVE, Rule, at_least, between, matches, one_of, some_of, whole
+from tracefl.rules import FOLDER, MODEL_FOLDER, POSITIVE, Rule, at_least, between, integer, matches, one_of, some_of
 
 IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
 FAULTS = ("label_flip", "random_labels", "backdoor", "free_rider", "sign_flip")
@@ -38,7 +38,7 @@ MEDMNIST = (
 # Flower's strategies, and the arguments of each that strategy.options may set.
 _ADAPTIVE = dict.fromkeys(("eta", "eta_l", "tau"), at_least(0))
 _ADAM = _ADAPTIVE | dict.fromkeys(("beta_1", "beta_2"), between(0, 1))
-_MALICIOUS = {"num_malicious_nodes": whole(0)}
+_MALICIOUS = {"num_malicious_nodes": integer(0)}
 STRATEGIES: dict[str, dict[str, Rule]] = {
     "fedavg": {},
     "fedprox": {"proximal_mu": at_least(0)},
@@ -49,14 +49,14 @@ STRATEGIES: dict[str, dict[str, Rule]] = {
     "fedmedian": {},
     "fedtrimmedavg": {"beta": between(0, 0.5)},
     "krum": _MALICIOUS,
-    "multikrum": _MALICIOUS | {"num_nodes_to_select": whole(1)},
+    "multikrum": _MALICIOUS | {"num_nodes_to_select": integer(1)},
     "bulyan": _MALICIOUS,
 }
 # What mappings and words must be.
 ENTRIES = Rule("have entries, as {NAME:VALUE}", lambda v: isinstance(v, dict))
 LABELS = Rule(
     "map labels to labels, as '{8:7,0:7}'",
-    lambda v: isinstance(v, dict) and all(isinstance(label, int) for label in (*v, *v.values())),
+    lambda v: isinstance(v, dict) and all(str(label).isdecimal() for label in (*v, *v.values())),
 )
 FILE_NAME = matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'")
 DEVICE = matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")

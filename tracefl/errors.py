@@ -25,11 +25,11 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+def as_sentence(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn these errors of a block into a TraceFLError, "PROBLEM (what the error says): REMEDY."
 
     Example:
-        >>> with explained("x cannot be read", "name another", OSError):
+        >>> with as_sentence("x cannot be read", "name another", OSError):
         ...     raise OSError("no such host")
         Traceback (most recent call last):
         tracefl.errors.TraceFLError: x cannot be read (no such host): name another.

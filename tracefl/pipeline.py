@@ -19,7 +19,7 @@ from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judg
 from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.federation.start import initial_state, open_or_create
-from tracefl.models import NothingDrawn, build_model, model_spec
+from tracefl.models import build_model, model_spec
 from tracefl.report import figures, lines, progress, tables
 from tracefl.results import FEDDEBUG, PROVENANCE, ROUNDS, cached, read_timings, update_timings, write_csv, write_events
 from tracefl.runs import Run, locked, write_atomically
@@ -52,9 +52,7 @@ def run_experiment(config: Config, resolved: str) -> None:
     with locked(folder), progress.log_to_file(folder / LOG_FILE):
         run = open_or_create(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
-        with NothingDrawn():
-            model = build_model(model_spec(config, data)).to(config.device)
-        examples = data.server()
+        model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples)
         answers = trace(config, run, model, examples)
         votes = debug(config, run, model)

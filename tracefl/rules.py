@@ -50,7 +50,7 @@ def at_least(least: float) -> Rule:
     return Rule(f"be at least {least}", lambda v: is_number(v) and v >= least)
 
 
-def whole(least: int) -> Rule:
+def integer(least: int) -> Rule:
     """A whole number of at least `least`, for values whose type the schema does not declare."""
     return Rule(f"be a whole number of at least {least}", lambda v: isinstance(v, int) and at_least(least).holds(v))
 
@@ -67,7 +67,7 @@ def one_of(choices: Collection[Any]) -> Rule:
 
 def some_of(choices: Collection[str]) -> Rule:
     """A list of at least one entry, all of them among the choices."""
-    return Rule(f"name one or more of {', '.join(choices)}", lambda v: bool(v) and set(v) <= set(choices))
+    return Rule(f"name one or more of {', '.join(choices)}", lambda v: bool(v) and all(entry in choices for entry in v))
 
 
 def matches(pattern: str, words: str) -> Rule:
@@ -77,5 +77,7 @@ def matches(pattern: str, words: str) -> Rule:
 
 POSITIVE = Rule("be above 0", lambda v: is_number(v) and v > 0)
 SHARE = Rule("be a share from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
-FOLDER = Rule("be a folder that exists", lambda v: Path(v).is_dir())
-MODEL_FOLDER = Rule("hold config.json, as save_pretrained writes it", lambda v: Path(v, "config.json").is_file())
+FOLDER = Rule("be a folder that exists", lambda v: not v or Path(v).is_dir())
+MODEL_FOLDER = Rule(
+    "hold config.json, as save_pretrained writes it", lambda v: not v or Path(v, "config.json").exists()
+)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tracefl.config import Dataset as DatasetConfig
-from tracefl.errors import explained, require
+from tracefl.errors import as_sentence, require
 from tracefl.hub import reachable
 
 DIGITS_TEST_SHARE = 0.2
@@ -44,7 +44,7 @@ def load_medmnist(config: DatasetConfig) -> datasets.DatasetDict:
     broken = (RuntimeError, OSError, KeyError, ValueError, TypeError, BadZipFile)
     splits = datasets.DatasetDict()
     for split in {"train", "val", "test"} & {config.train_split, config.test_split}:
-        with explained(f"{problem} cannot be read", remedy, *broken):
+        with as_sentence(f"{problem} cannot be read", remedy, *broken):
             read = getattr(medmnist, info["python_class"])(split=split, root=str(folder), download=not there)
             labels = np.asarray(read.labels).reshape(len(read.imgs))  # as [N, 1] in the file
             splits[split] = _dataset(read.imgs, labels, names)

@@ -7,7 +7,7 @@ import numpy as np
 from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
 
 from tracefl.config import Config
-from tracefl.errors import TraceFLError, explained
+from tracefl.errors import TraceFLError, as_sentence
 
 MIN_EXAMPLES_PER_CLASS = 10
 ATTEMPTS = 10  # draws, each with another seed, before giving up
@@ -36,11 +36,10 @@ def partition(labels: np.ndarray, config: Config) -> list[np.ndarray]:
         empty = [client for client, rows in enumerate(clients) if len(rows) == 0]
         if not empty:
             return clients
-    raise TraceFLError(
-        f"data_dist.dist_type={config.data_dist.dist_type} leaves {len(empty)} of num_clients={config.num_clients} "
-        f"clients (first: {empty[0]}) with no class of at least {MIN_EXAMPLES_PER_CLASS} of the {len(labels)} training "
-        "examples: lower num_clients or raise dirichlet_alpha."
-    )
+    who = f"{len(empty)} of num_clients={config.num_clients} clients (first: {empty[0]})"
+    what = f"no class of at least {MIN_EXAMPLES_PER_CLASS} of the {len(labels)} training examples"
+    remedy = "lower num_clients or raise dirichlet_alpha"
+    raise TraceFLError(f"data_dist.dist_type={config.data_dist.dist_type} leaves {who} with {what}: {remedy}.")
 
 
 def _draw(labels: np.ndarray, config: Config, seed: int) -> list[np.ndarray]:
@@ -48,7 +47,7 @@ def _draw(labels: np.ndarray, config: Config, seed: int) -> list[np.ndarray]:
     partitioner.dataset = datasets.Dataset.from_dict({"row": np.arange(len(labels)), "label": labels})
     size = f"{len(labels)} examples of {len(np.unique(labels))} classes over num_clients={config.num_clients}"
     problem = f"data_dist.dist_type={config.data_dist.dist_type} cannot spread {size}"
-    with explained(problem, "change one of the two", ValueError):
+    with as_sentence(problem, "change one of the two", ValueError):
         return [np.asarray(partitioner.load_partition(k)["row"], dtype=np.int64) for k in range(config.num_clients)]
 
 

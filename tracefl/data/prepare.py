@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from tracefl.config import Config
 from tracefl.data.examples import Examples, count_labels, load_examples
-from tracefl.errors import explained, require
+from tracefl.errors import as_sentence, require
 from tracefl.settings import data_settings, file_stamps, fingerprint
 
 SCHEMA = 3
@@ -106,7 +106,7 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     else:
         encode = partial(source.pixels, config.dataset.channels)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    with explained(f"storage.dir={config.storage.dir} cannot be written to", "name another folder", OSError):
+    with as_sentence(f"storage.dir={config.storage.dir} cannot be written to", "name another folder", OSError):
         (unfinished / "clients").mkdir(parents=True)
     try:
         sha256 = {}

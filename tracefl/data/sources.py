@@ -14,7 +14,7 @@ from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
 from tracefl.data.examples import IMAGE_SIZE
 from tracefl.data.packaged import load_digits, load_medmnist
-from tracefl.errors import explained, require
+from tracefl.errors import as_sentence, require
 from tracefl.hub import use_cache_if_offline
 
 GREY_MODES = ("1", "L", "I", "I;16", "F")  # Pillow's
@@ -79,7 +79,7 @@ def load_source(config: DatasetConfig) -> Source:
     if train.features[label].dtype == "string":
         train = train.class_encode_column(label)
         problem = f"dataset.label_column={label}: the test split has labels that the training split lacks"
-        with explained(problem, "drop such rows", ValueError, KeyError):
+        with as_sentence(problem, "drop such rows", ValueError, KeyError):
             test = test.cast_column(label, train.features[label])
     source = Source(train, test, inputs, label, _class_names(train, label, config))
     last = len(source.class_names) - 1
@@ -106,7 +106,7 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
         remedy = "check the name and the connection, or give a local copy with dataset.path=FOLDER"
         use_cache_if_offline()
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
-    with explained(problem, remedy, OSError, ValueError, datasets.exceptions.DatasetsError):
+    with as_sentence(problem, remedy, OSError, ValueError, datasets.exceptions.DatasetsError):
         return datasets.load_dataset(place)
 
 

@@ -58,10 +58,8 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
         stop.set()  # otherwise the server's thread would wait for clients that never start
         if raised:
             raise raised[0] from None
-        raise TraceFLError(
-            f"the simulation could not run ({error}): check total_cpus={config.total_cpus}, client_cpus="
-            f"{config.client_cpus}, total_gpus={config.total_gpus} and client_gpu={config.client_gpu}."
-        ) from error
+        settings = [f"{key}={getattr(config, key)}" for key in "total_cpus client_cpus total_gpus client_gpu".split()]
+        raise TraceFLError(f"the simulation could not run ({error}): check {', '.join(settings)}.") from error
 
 
 @contextmanager

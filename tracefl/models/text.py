@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tracefl.config import Model
-from tracefl.errors import TraceFLError, explained, first_line, require
+from tracefl.errors import TraceFLError, as_sentence, first_line, require
 
 # Models that can be built without a download: name -> (model type, entries of its config that
 # differ from the type's defaults).
@@ -76,7 +76,7 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     problem = f"model.config does not make a {spec['model_type']}"
-    with explained(problem, "change its entries", ValueError, RuntimeError, AssertionError):
+    with as_sentence(problem, "change its entries", ValueError, RuntimeError, AssertionError):
         return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**spec))
 
 
@@ -132,5 +132,5 @@ def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
         without = f"set {setting}, " if model.name in ARCHITECTURES else ""
         remedy = f"check name and connection, {without}or give a local copy with model.path=FOLDER"
     broken = (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError)
-    with explained(problem, remedy, *broken):
+    with as_sentence(problem, remedy, *broken):
         return loader.from_pretrained(model.path or model.name, trust_remote_code=False, **options)

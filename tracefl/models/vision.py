@@ -5,7 +5,7 @@ Importing torchvision takes seconds: it waits until an image model is wanted.
 
 from torch import nn
 
-from tracefl.errors import explained
+from tracefl.errors import as_sentence
 
 
 def build_image_model(name: str, num_classes: int) -> nn.Module:
@@ -24,7 +24,7 @@ def pretrained_image_model(name: str, num_classes: int) -> nn.Module:
     import torchvision
 
     problem = f"model.pretrained=true needs the ImageNet weights of {name}, which cannot be downloaded"
-    with explained(problem, "check the connection or set model.pretrained=false", OSError, RuntimeError):
+    with as_sentence(problem, "check the connection or set model.pretrained=false", OSError, RuntimeError):
         model = torchvision.models.get_model(name, weights="DEFAULT")
     head = "classifier" if name.startswith("densenet") else "fc"
     setattr(model, head, nn.Linear(getattr(model, head).in_features, num_classes))

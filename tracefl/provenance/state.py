@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tracefl.errors import require
-from tracefl.provenance.layers import Rule, rule_for
+from tracefl.provenance.layers import LayerRule, rule_for
 
 PAPER = frozenset({"Linear", "Conv2d", "LayerNorm", "Conv1D"})
 
@@ -18,7 +18,7 @@ class TracedState:
     tensors: dict[str, Tensor]  # first name -> tensor
     aliases: dict[str, list[str]]  # first name -> all names
     names: dict[nn.Module, str]  # of every module
-    rules: dict[nn.Module, Rule]  # of the layers whose gradients a rule gives
+    rules: dict[nn.Module, LayerRule]  # of the layers whose gradients a rule gives
     # Module -> its traced tensors, local name -> first name, that autograd must not see while it
     # runs: a rule gives their gradient, or the module was not chosen.
     hidden: dict[nn.Module, dict[str, str]]
@@ -34,7 +34,7 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
             names.setdefault(id(tensor), []).append(name)
             if modules[name.rpartition(".")[0]] in chosen and id(tensor) not in first:
                 first[id(tensor)], tensors[name] = name, tensor
-    paths, rules, hidden = {m: name for name, m in reversed(modules.items())}, dict[nn.Module, Rule](), {}
+    paths, rules, hidden = {m: name for name, m in reversed(modules.items())}, dict[nn.Module, LayerRule](), {}
     for module in paths:
         own = {**module._parameters, **module._buffers}
         held = {local: first[id(tensor)] for local, tensor in own.items() if id(tensor) in first}

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from tracefl.provenance.contract import Gradient
 
 Gradients = Mapping[str, Gradient]
-Rule = Callable[[nn.Module, Tensor, Tensor], Gradients]
-_RULES: dict[type | str, Rule] = {}
+LayerRule = Callable[[nn.Module, Tensor, Tensor], Gradients]
+_RULES: dict[type | str, LayerRule] = {}
 # A subclass or an instance that has one of these of its own computes something else.
 _COMPUTE = {"forward", "_conv_forward"}
 
 
-def register(*types: type | str) -> Callable[[Rule], Rule]:
+def register(*types: type | str) -> Callable[[LayerRule], LayerRule]:
     """Declare the rule of layer types, which says what a layer's gradient dy/dθ is.
 
     A rule gets the layer in eval mode, its first argument x [N, ...] and dy/dz [N, ...] of its
@@ -45,14 +45,14 @@ def register(*types: type | str) -> Callable[[Rule], Rule]:
         ...     return {"by": Dense(x * g)}
     """
 
-    def add(rule: Rule) -> Rule:
+    def add(rule: LayerRule) -> LayerRule:
         _RULES.update(dict.fromkeys(types, rule))
         return rule
 
     return add
 
 
-def rule_for(layer: nn.Module) -> Rule | None:
+def rule_for(layer: nn.Module) -> LayerRule | None:
     """The rule of the nearest registered base class, if `layer` computes what that does."""
     for base in type(layer).__mro__:
         rule = _RULES.get(base) or _RULES.get(f"{base.__module__}.{base.__qualname__}")
