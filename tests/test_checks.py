@@ -207,9 +207,13 @@ def test_the_setting_that_was_meant_is_named():
         assert f"did you mean {key}?" in unknown(alias)
 
 
-def test_a_groups_spelling_in_a_file_is_told_its_name():
-    with pytest.raises(TraceFLError, match=r"strategy\.num_rounds is no setting of TraceFL: did you mean num_rounds\?"):
-        load(OmegaConf.create({"strategy": {"num_rounds": 3}}))
+def test_a_groups_spelling_in_a_file_is_taken():
+    config = load(
+        OmegaConf.create({"strategy": {"name": "fedmedian", "num_rounds": 3}, "client_resources": {"cpus": 1}})
+    )
+    assert (config.num_rounds, config.strategy.name, config.client_cpus) == (3, "fedmedian", 1)
+    with pytest.raises(TraceFLError, match=r"strategy\.rounds is no setting of TraceFL: did you mean"):
+        load(OmegaConf.create({"strategy": {"rounds": 3}}))
 
 
 def test_a_gpu_is_asked_for_only_where_there_is_one(config, monkeypatch):

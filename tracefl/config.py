@@ -56,7 +56,7 @@ STRATEGIES: dict[str, dict[str, Rule]] = {
 ENTRIES = Rule("have entries, as {NAME:VALUE}", lambda v: isinstance(v, dict))
 LABELS = Rule(
     "map labels to labels, as '{8:7,0:7}'",
-    lambda v: isinstance(v, dict) and all(str(label).isdecimal() for label in (*v, *v.values())),
+    lambda v: isinstance(v, dict) and all(str(label).lstrip("-").isdecimal() for label in (*v, *v.values())),
 )
 FILE_NAME = matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'")
 DEVICE = matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")

@@ -58,7 +58,7 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
         stop.set()  # otherwise the server's thread would wait for clients that never start
         if raised:
             raise raised[0] from None
-        settings = [f"{key}={getattr(config, key)}" for key in "total_cpus client_cpus total_gpus client_gpu".split()]
+        settings = [f"{k}={getattr(config, k)}" for k in ("total_cpus", "client_cpus", "total_gpus", "client_gpu")]
         raise TraceFLError(f"the simulation could not run ({error}): check {', '.join(settings)}.") from error
 
 
