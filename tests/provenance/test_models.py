@@ -425,7 +425,7 @@ def test_autocast():
     assert (found - expected).abs().max() < 0.01 * expected.abs().max()
 
 
-def test_layers_under_no_grad_have_no_part():
+def test_layers_under_no_grad_get_no_share():
     @torch.no_grad()
     def frozen(first, x):
         return first(x)
