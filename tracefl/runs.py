@@ -239,7 +239,18 @@ class Run:
     def record_client(
         self, number: int, client: str, state: State, num_examples: int, weight: float = 0
     ) -> Participant:
-        """Write a client's model of a round that is not complete yet."""
+        """Write a client's model of a round that is not complete yet.
+
+        Args:
+            number: the round's, one more than the last one's.
+            client: the client's id.
+            state: state dict of its model, as received.
+            num_examples: how many examples it trained on.
+            weight: p_k; or 0 until the strategy has used it.
+
+        Returns:
+            What `record_round` takes.
+        """
         name = f"clients/{client}"
         sha256 = write_state(self._file(number, name), state)
         return Participant(client, num_examples, weight, f"{name}.safetensors", sha256)

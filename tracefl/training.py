@@ -121,6 +121,9 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
     Args:
         model: On any device; examples are moved there in batches of 256.
         examples: At least one.
+
+    Returns:
+        The `Evaluation` on all of them.
     """
     device = next(model.parameters()).device
     model.eval()

@@ -47,7 +47,7 @@ def test_counting_agrees_with_enumerating(K, neurons, share, seed):
         left.remove(k)
 
 
-def test_equal_suspects_are_not_blamed_by_their_order():
+def test_the_order_of_equal_suspects_does_not_decide():
     same = np.ones((4, 9), dtype=np.uint8)
     named = {suspects(same, 1, np.random.default_rng(seed))[0] for seed in range(40)}
     assert named == {0, 1, 2, 3}

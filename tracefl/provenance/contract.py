@@ -5,6 +5,8 @@ Axes, here and in the rules of layers:
     N inputs    K clients    S positions of one input (pixels, tokens)
     R rows of θ (its first axis)    C columns (the entries of a row)
 
+In a pass of one input a layer may see it cut in N pieces (windows): all of them are its own.
+
 A rule gives G_n = dy_n/dθ in one of three forms, whichever costs it nothing: `Dense`, `Outer` or
 `Rows`. `Shares` asks for the clients' tensors, multiplies them with G, and adds up by layer.
 """
@@ -97,7 +99,6 @@ class Shares:
             block = K if self.clients.in_memory else max(1, self.read_at_once // max(1, nbytes))
             for first in range(0, K, block):
                 some = slice(first, min(K, first + block))
-                # of a pass of one input all rows are its own
                 found = contract(G, self.clients.tensors(names, some.start, some.stop), base, self._buffers)
                 account[:, some] += factor * (found.sum(0) if len(account) == 1 else found)
 

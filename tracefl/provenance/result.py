@@ -19,6 +19,16 @@ class Provenance:
     in through this client's weights or, with a reference, its update (equation 6). N explained
     inputs, K clients, L calls of layers.
 
+    Attributes:
+        method: "neuron", "influence" or "integrated".
+        client_ids: K ids, in the order of the columns.
+        targets: the explained class of every input, int64 [N].
+        by_layer: contributions by layer, float64 [L, N, K], with layer decay and client weights.
+        layers: L names in execution order, which sets the decay; "conv#2" is conv's second call,
+            and a tensor that no rule covers counts under its module's name, or its own.
+        residual_by_layer: [L, N] what the server added to the fusion; None without weights.
+        change: [N] y of the model minus y of the reference; None unless method is "integrated".
+
     Example:
         >>> import torch
         >>> by_layer = torch.tensor([[[3.0, 1.0]], [[-1.0, 0.5]]], dtype=torch.float64)
