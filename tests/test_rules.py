@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tracefl.errors import TraceFLError
-from tracefl.rules import FOLDER, POSITIVE, SHARE, at_least, between, matches, one_of, some_of, whole
+from tracefl.rules import FOLDER, POSITIVE, SHARE, at_least, between, matches, one_of, some_of, integer
 
 ONE_OR_ALL = at_least(1).or_value(-1, "all")
 NAME = matches("[a-z]+", "be in small letters")
@@ -17,10 +17,10 @@ NAME = matches("[a-z]+", "be in small letters")
         (at_least(1), "be at least 1", [1, 1.5, 10**9], [0, 0.99, -1, math.inf, math.nan, True, "1", None]),
         (POSITIVE, "be above 0", [1e-9, 3], [0, -0.1, math.inf, math.nan, False, "1"]),
         (SHARE, "be a share from 0 to 1", [0, 0.5, 1], [-0.1, 1.1, True, "0.5", {}]),
-        (whole(1), "be a whole number of at least 1", [1, 7], [0, 1.0, True, "1"]),
+        (integer(1), "be a whole number of at least 1", [1, 7], [0, 1.0, True, "1"]),
         (between(0, 1), "be at least 0 and below 1", [0, 0.999], [1, -0.1, math.nan]),
         (one_of((1, 3)), "be one of 1, 3", [1, 3], [2, None, "1"]),
-        (some_of(("a", "b")), "name one or more of a, b", [["a"], ["b", "a"]], [[], ["c"], ["a", "c"]]),
+        (some_of(("a", "b")), "name one or more of a, b", [["a"], ["b", "a"]], [[], ["c"], ["a", "c"], [["a"]]]),
         (NAME, "be in small letters", ["abc"], ["", "a1", "abc\n"]),
         (FOLDER, "be a folder that exists", ["."], ["no/such/folder", __file__]),
         (ONE_OR_ALL, "be at least 1, or -1 for all", [-1, 1, 5], [0, -2]),
