@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tracefl.errors import TraceFLError
-from tracefl.rules import FOLDER, POSITIVE, SHARE, at_least, between, matches, one_of, some_of, integer
+from tracefl.rules import FOLDER, POSITIVE, SHARE, at_least, between, integer, matches, one_of, some_of
 
 ONE_OR_ALL = at_least(1).or_value(-1, "all")
 NAME = matches("[a-z]+", "be in small letters")
