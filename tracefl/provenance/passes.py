@@ -165,8 +165,8 @@ class Tracer:
         own = self.state.hidden[call.module]
         dtype = self.state.tensors[next(iter(own.values()))].dtype  # the model may use autocast
         x, g = call.x.movedim(call.axes[0], 0) if call.x.ndim else call.x, g.movedim(call.axes[1], 0)
-        if layer in self.seen:
-            self.seen[layer].append(g[0])
+        call.x = call.x if self.n == 1 else call.x.new_empty(0)  # let go; `alone` is looked at again
+        self.seen.get(layer, []).append(g[0])
         found = self.state.rules[call.module](call.module, x.to(dtype) if x.is_floating_point() else x, g.to(dtype))
         self.receive(layer, {own[name]: G for name, G in found.items() if name in own})
 
