@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tracefl import trace
-from tracefl.classifier import log_odds
+from tracefl.classifier import log_odds, logits_of
 from tracefl.evaluation import coalitions
 from tracefl.evaluation.localization import spearman
 from tracefl.runs import Run
@@ -40,11 +40,6 @@ Inputs = Tensor | dict[str, Tensor]
 
 def rows(inputs: Inputs, chosen: Tensor) -> Inputs:
     return {k: v[chosen] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[chosen]
-
-
-def logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return getattr(output, "logits", output)
 
 
 def examples_of(folder: Path, split: str, limit: int, seed: int) -> pd.DataFrame:
@@ -104,7 +99,7 @@ def trained(model: nn.Module, inputs: Inputs, labels: Tensor, seed: int) -> dict
     for _ in range(2):
         for batch in torch.randperm(len(labels)).split(32):
             if len(batch) > 1:
-                loss = nn.functional.cross_entropy(logits(model, rows(inputs, batch)), labels[batch])
+                loss = nn.functional.cross_entropy(logits_of(model, rows(inputs, batch)), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -116,11 +111,11 @@ def nudge(model: nn.Module, states: dict, weights: dict, x: Inputs, y: Tensor, w
     """[N, K] log-odds at W_g less those at W_g - way * p_k / (1 - p_k) (W_k - W_g), in float64."""
     model, x = copy.deepcopy(model).double(), x if isinstance(x, dict) else x.double()
     here = {name: w.clone() for name, w in model.state_dict().items()}
-    values = [log_odds(logits(model, x).double(), y)]
+    values = [log_odds(logits_of(model, x).double(), y)]
     for who, state in states.items():
         step = way * weights[who] / (sum(weights.values()) - weights[who])
         model.load_state_dict({n: w - step * (state[n] - w) if w.is_floating_point() else w for n, w in here.items()})
-        values.append(log_odds(logits(model, x).double(), y))
+        values.append(log_odds(logits_of(model, x).double(), y))
     return values[0][:, None] - torch.stack(values[1:], 1)
 
 
@@ -225,7 +220,7 @@ def main() -> None:
         model.eval()
         with torch.no_grad():
             predicted = torch.cat(
-                [logits(model, rows(x_test, batch)) for batch in torch.arange(len(y_test)).split(100)]
+                [logits_of(model, rows(x_test, batch)) for batch in torch.arange(len(y_test)).split(100)]
             )
         right = (predicted.argmax(1) == y_test).nonzero()[:, 0]
         print(f"round {number}: accuracy {len(right) / len(y_test):.2f} on {len(y_test)} test examples", flush=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tracefl import trace
+from tracefl.classifier import logits_of
 
 
 def resnet18() -> tuple[nn.Module, Callable[[int], object]]:
@@ -54,15 +55,10 @@ def seconds(work: Callable[[], object]) -> float:
     return clock() - start
 
 
-def logits(model: nn.Module, batch: object) -> Tensor:
-    output = model(**batch) if isinstance(batch, dict) else model(batch)
-    return getattr(output, "logits", output)
-
-
 def one_pass(model: nn.Module, batch: object) -> None:
     """Forward and backward of a batch as in training, parameter gradients included."""
     model.zero_grad(set_to_none=True)
-    logits(model, batch).max(1).values.sum().backward()
+    logits_of(model, batch).max(1).values.sum().backward()
 
 
 def matrix_rate() -> float:
