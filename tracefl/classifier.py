@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tracefl.errors import TraceFLError, require
+from tracefl.states import is_continuous
 
 Batch = Mapping[str, Any] | Tensor  # N inputs: Tensor [N, ...], or the model's keyword arguments
 OUTPUTS = ("logit", "log_odds")  # what can be explained
@@ -27,8 +28,11 @@ def batch_size(inputs: Batch) -> int:
     """
     kind = type(inputs).__name__
     require(isinstance(inputs, Mapping | Tensor), f"inputs must be a Tensor or a dict of Tensors, got a {kind}")
-    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    sizes = {len(t) if t.ndim else 0 for t in tensors if isinstance(t, Tensor)}
+    tensors = [t for t in (inputs.values() if isinstance(inputs, Mapping) else [inputs]) if isinstance(t, Tensor)]
+    sizes = {len(t) if t.ndim else 0 for t in tensors}
+    bag = isinstance(inputs, Mapping) and inputs.get("offsets") is not None and all(t.ndim == 1 for t in tensors)
+    put = "inputs must have an axis of N, which texts put end to end with offsets lack: pad them to [N, T], give the "
+    require(not bag, put + "EmbeddingBag a padding_idx, and pass no offsets")
     require(len(sizes) == 1 and sizes != {0}, f"inputs must be tensors of one length, at least 1, got {sorted(sizes)}")
     return sizes.pop()
 
@@ -40,19 +44,41 @@ def take(inputs: Batch, some: slice | list[int]) -> Batch:
     return inputs[some]
 
 
-def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
-    """Logits [N, classes] of a model that returns them or an object with `.logits`.
+def output_of(model: nn.Module, inputs: Batch) -> Tensor:
+    """Logits [N, classes] of a model that returns them or has them as `.logits`; or one, [N, 1].
 
     Raises:
         TraceFLError: the output is something else.
     """
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    logits = getattr(output, "logits", output)
-    N, found = batch_size(inputs), tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+    logits, N = getattr(output, "logits", output), batch_size(inputs)
+    if isinstance(logits, Tensor) and logits.shape in ((N,), () if N == 1 else (N,)):
+        logits = logits.reshape(N, 1)
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
     must = f"the model's output must be logits [{N}, classes], a row for each input, or have them as .logits"
-    fits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == N
+    fits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == N and logits.shape[1] > 0
     require(fits, f"{must}, got {found}: pass a classifier, and inputs whose first axis is N")
+    require(logits.is_floating_point(), f"{must}, got {logits.dtype}: pass a model with real logits")
     return logits
+
+
+def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
+    """Logits [N, classes], at least two: the one logit z of a binary model stands for (0, z).
+
+    Raises:
+        TraceFLError: the output is something else.
+    """
+    return of_two_classes(output_of(model, inputs))
+
+
+def of_two_classes(logits: Tensor) -> Tensor:
+    """Logits [N, classes] as they are; one logit z [N, 1] as (0, z).
+
+    Example:
+        >>> of_two_classes(torch.tensor([[3.0]])).tolist()
+        [[0.0, 3.0]]
+    """
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
 
 def log_odds(logits: Tensor, targets: Tensor) -> Tensor:
@@ -70,17 +96,31 @@ def explained(logits: Tensor, targets: Tensor | None, output: str) -> tuple[Tens
     """What is explained: y [N], the "logit" or "log_odds" of the targets; and the targets [N].
 
     Args:
-        logits: [N, classes]; half-precision counts as float32.
+        logits: [N, classes]; half-precision counts as float32. Of one logit [N, 1], whose class 0
+            has none of its own, the log-odds are explained in any case: z for class 1, -z for 0.
         targets: int64 [N]; None: the predicted classes.
 
     Raises:
-        TraceFLError: a target is no class of the model.
+        TraceFLError: a target is no class of the model, or the logits are probabilities where they
+            must not be.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    single, step = logits.shape[1] == 1, _last_step(logits)
+    output = "log_odds" if single else output
+    fits = step != ("Sigmoid" if single else "Softmax") or output == "logit"
+    require(fits, f"the model's output must be logits, got probabilities: leave its last step out, the {step.lower()}")
+    logits = of_two_classes(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     targets = logits.argmax(1) if targets is None else targets.to(logits.device)
     for target in targets[(targets < 0) | (targets >= logits.shape[1])].tolist():
         raise TraceFLError(f"targets must be 0 to {logits.shape[1] - 1}, got {target}")
     return log_odds(logits, targets) if output == "log_odds" else logits.gather(1, targets[:, None])[:, 0], targets
+
+
+def _last_step(logits: Tensor) -> str:
+    """What computed the logits, as autograd calls it, such as "Sigmoid"; changes of shape aside."""
+    node = logits.grad_fn
+    while node is not None and node.name().startswith(("View", "Squeeze", "Unsqueeze", "Reshape", "ToCopy")):
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name().removesuffix("Backward0")
 
 
 def full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
@@ -137,16 +177,23 @@ def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] =
     """Run a model as it is written: in eval mode, no autocast, nothing fused or compiled.
 
     What is fused or compiled skips hooks. None of the model's tensors wants a gradient unless told
-    to within. All is as it was on exit, without the hooks whose handles `set_hooks` returns.
-    Threads wait for one another.
+    to within, and hooks of the user's cannot change one. All is as it was on exit, without the
+    hooks whose handles `set_hooks` returns. Threads wait for one another.
     """
     with _LOCK, ExitStack() as undo:
         for module in [module for module in model.modules() if module.training]:
             undo.callback(setattr, module, "training", True)
             module.training = False
-        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}.values():
+        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers()) if is_continuous(t)}.values():
             undo.callback(tensor.requires_grad_, tensor.requires_grad)
             tensor.requires_grad_(False)
+            if tensor._backward_hooks:
+                undo.callback(setattr, tensor, "_backward_hooks", tensor._backward_hooks)
+                tensor._backward_hooks = None
+        for module in model.modules():
+            for hooks in [found for found in (module._backward_hooks, module._backward_pre_hooks) if found]:
+                undo.callback(hooks.update, dict(hooks))
+                hooks.clear()
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to load it takes seconds

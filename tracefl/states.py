@@ -3,10 +3,11 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from tracefl.errors import TraceFLError, require
 
 State = Mapping[str, Tensor]
+# What is taken for one: a mapping to tensors or NumPy arrays, the path of a safetensors file,
+# Flower's ArrayRecord, or arrays in the order of the model's state dict.
+Source = Mapping[str, Any] | Sequence[Any] | str | PathLike[str]
 
 _DTYPES = {  # names of the safetensors format
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -92,14 +96,78 @@ class StateFile(Mapping[str, Tensor]):
         return len(self._entries)
 
 
-def as_state(state: "State | str | PathLike[str]", whose: str) -> State:
-    """A state as it is, or the one in the safetensors file of that path.
+class Renamed(Mapping[str, Tensor]):
+    """A state under other names, of tensors or of arrays, which are made tensors when asked for.
+
+    Args:
+        arrays: tensors, NumPy's or Flower's arrays by any name.
+        names: name of a tensor -> its name there.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        self._arrays, self._names = arrays, names
+
+    def __getitem__(self, name: str) -> Any:
+        """The tensor; or what is there, if that holds no numbers."""
+        found = self._arrays[self._names[name]]
+        if isinstance(found, Tensor):
+            return found
+        array = np.array(found.numpy() if hasattr(found, "numpy") else found)
+        return torch.from_numpy(array) if array.dtype.kind in "biufc" else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def as_state(state: Source, whose: str, entries: Collection[str], saved_as: Mapping[str, str]) -> State:
+    """A state in any of the forms that people have it in.
+
+    Args:
+        state: a state dict, of tensors or NumPy arrays; a mapping that reads its tensors when
+            asked; the path of a safetensors file; Flower's ArrayRecord (alone in a RecordDict, or
+            as Parameters of earlier versions); or a list of arrays.
+        whose: who an error says that the state is of.
+        entries: names of the model's state dict, in its order, which is that of a list.
+        saved_as: other names of some of them -> entry.
 
     Raises:
-        TraceFLError: it is neither; the message begins with `whose` it is.
+        TraceFLError: it is something else, or a list of another length.
     """
     if isinstance(state, str | PathLike):
-        return StateFile(state, whose=whose)
+        state = StateFile(state, whose=whose)
+    records = getattr(state, "array_records", None)
+    if records is not None:
+        require(len(records) == 1, f"{whose} must hold one ArrayRecord, got {len(records)}: pass the model's")
+        state = next(iter(records.values()))
+    if hasattr(state, "tensor_type"):
+        from flwr.common import parameters_to_ndarrays
+
+        state = parameters_to_ndarrays(state)  # type: ignore[arg-type]
+    if isinstance(state, Mapping) and "0" not in entries and list(state) == [str(i) for i in range(len(state) or 1)]:
+        state = list(state.values())  # an ArrayRecord of a list
+    if isinstance(state, list | tuple):
+        must = f"{whose} must have an array for each of the model's {len(entries)} entries, in their order"
+        require(len(state) == len(entries), f"{must}, got {len(state)}: pass dict(zip(names, arrays))")
+        state = dict(zip(entries, state, strict=True))
     kind = type(state).__name__
-    require(isinstance(state, Mapping), f"{whose} must be a state dict or the path of a safetensors file, got a {kind}")
-    return state
+    forms = "a state dict, an ArrayRecord, a list of arrays or the path of a safetensors file"
+    remedy = "pass its state_dict()" if hasattr(state, "state_dict") else "pass one of these"
+    if not isinstance(state, Mapping):
+        raise TraceFLError(f"{whose} must be {forms}, got a {kind}: {remedy}")
+    names = {saved_as.get(name, name): name for name in state}
+    if isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values()):
+        return {name: state[there] for name, there in names.items()}
+    return Renamed(state, names)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A tensor of real numbers: complex [...] as [..., 2], so that products add up as real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether a tensor's values can change a little: floating-point or complex numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -299,7 +299,7 @@ def without(states, name):
     ("change", "options", "message"),
     [
         (lambda s: {}, {}, "clients must be a dict of states by client id, got an empty one"),
-        (lambda s: without(s, "head.bias"), {}, "'c1': tensor 'head.bias' is missing"),
+        (lambda s: without(s, "head.bias"), {}, "'c1': tensor 'head.bias' is missing, though another sends it"),
         (lambda s: bad(s, more=torch.zeros(1)), {}, "'c1': tensor 'more' is not in"),
         (
             lambda s: bad(s, **{"head.bias": torch.zeros(5)}),
@@ -331,7 +331,7 @@ def without(states, name):
         (None, {"scratch_bytes": -1}, "scratch_bytes must be at least 1, got -1"),
         (lambda s: list(s.values()), {}, "clients must be a dict of states by client id, got a list"),
         (
-            lambda s: bad(s, **{"head.bias": np.zeros(4)}),
+            lambda s: bad(s, **{"head.bias": np.array(list("abcd"))}),
             {},
             "'c1': tensor 'head.bias' must be a Tensor .*, got a ndarray",
         ),
@@ -469,15 +469,15 @@ def test_files_that_hold_no_state(block, x, tmp_path):
             TraceFLError, match=r"client 'eve': .*eve\.safetensors is no safetensors file: write it with safetensors"
         ):
             trace(block, {"eve": file}, x)
-    with pytest.raises(TraceFLError, match=r"client 'eve' must be a state dict or the path .*, got a NoneType"):
+    with pytest.raises(TraceFLError, match=r"client 'eve' must be a state dict, .* or the path .*, got a NoneType"):
         trace(block, {"eve": None}, x)
     save_file(states["c0"], file)
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(TraceFLError, match=r"client 'eve': .*eve\.safetensors ends too early: restore it"):
         trace(block, {"eve": file}, x)
     save_file({name: w for name, w in states["c0"].items() if name != "conv.weight"}, file)
-    with pytest.raises(TraceFLError, match=r"client 'eve': tensor 'conv\.weight' is missing"):
-        trace(block, {"eve": file}, x)
+    with pytest.raises(TraceFLError, match=r"client 'eve': tensor 'conv\.weight' is missing, though another sends it"):
+        trace(block, {"eve": file, "c1": states["c1"]}, x)
 
 
 def test_nothing_is_kept(block, x):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tracefl.provenance.contract import Shares
-from tracefl.states import State
+from tracefl.states import State, is_continuous
 
 TOLERANCE, FIRST_STEPS, MOST_STEPS = 0.01, 16, 256
 
@@ -39,7 +39,7 @@ def integrate(
         """At W_ref + t (W_g - W_ref), whose running variances lie between positive ones."""
         with torch.no_grad():
             for name, tensor in moving.state_dict().items():
-                if tensor.is_floating_point() and name in reference:
+                if is_continuous(tensor) and name in reference:
                     tensor.copy_(torch.lerp(reference[name].to(tensor.device, tensor.dtype), end[name], t))
         return add_at(moving, weight)
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracefl.classifier import Batch, batch_size, explained, kept_bytes, logits_of, take, uses_batch_statistics
-from tracefl.errors import TraceFLError
+from tracefl.classifier import Batch, batch_size, explained, kept_bytes, output_of, take, uses_batch_statistics
+from tracefl.errors import TraceFLError, require
 from tracefl.provenance.contract import Dense, Gradient, Shares
 from tracefl.provenance.layers.batchnorm import laid_out_like_input
+from tracefl.provenance.layers.embedding import whole_gradient
 from tracefl.provenance.state import TracedState
+from tracefl.states import as_real
 
 _KEPT = "the model uses a tensor again that an earlier forward pass computed; make it compute that in every pass"
 
@@ -41,13 +43,13 @@ class Call:
 class Pass:
     """A forward pass of n inputs, ready to be differentiated."""
 
-    logits: Tensor  # [n, classes]
+    logits: Tensor  # [n, classes], or one logit [n, 1]
     y: Tensor  # [n]
     targets: Tensor  # [n]
     calls: dict[str, Call]  # layer -> call; a module's second call is the layer "name#2"
     loose: dict[str, str]  # tensor -> the layer for which it counts: its module, or itself if that has a rule
     leaves: dict[int, Tensor]  # id -> tensor with a gradient that y depends on
-    norms: list[Any]  # autograd's nodes of batch and instance normalisation
+    nodes: list[Any]  # of autograd's, those whose gradient has to be put right
 
 
 class Tracer:
@@ -78,10 +80,13 @@ class Tracer:
         def run(some: slice) -> Pass:
             return self.forward(take(inputs, some), None if targets is None else targets[some])
 
+        generators = _random_state()
         alone, nbytes = kept_bytes(self.model, lambda: run(slice(0, 1)), lambda p: [c.x for c in p.calls.values()])
+        drawn = not torch.equal(generators, _random_state())
         self.copy_inputs = any(call.x._version != call.version for call in alone.calls.values())
         # one less than there is room for, since `alone` is kept too
-        at_once = 1 if alone.loose or uses_batch_statistics(self.model) else max(1, most // max(1, nbytes) - 1)
+        one_by_one = alone.loose or drawn or uses_batch_statistics(self.model)
+        at_once = 1 if one_by_one else max(1, most // max(1, nbytes) - 1)
         while first < shares.N:
             last = min(shares.N, first + at_once)
             try:
@@ -94,6 +99,8 @@ class Tracer:
             if not apart:
                 at_once = 1
                 continue
+            if last == 1:
+                _check_same(done.logits, alone.logits)
             for n in torch.nonzero(~torch.isfinite(done.y)).flatten().tolist():
                 raise TraceFLError(f"the model's output for input {first + n} is not finite; check model and input")
             shares.open(sorted({**dict.fromkeys(done.loose.values()), **done.calls}, key=self._when))
@@ -120,13 +127,17 @@ class Tracer:
         self.n, self.noting, self.calls, self.started = batch_size(batch), True, {}, {}
         for tensor in self.state.tensors.values():  # a pass that failed may have left them otherwise
             tensor.requires_grad_(True)
-        logits = logits_of(self.model, batch)
+        versions = [tensor._version for tensor in self.state.tensors.values()]
+        logits = output_of(self.model, batch)
         self.noting = False
+        for (name, tensor), version in zip(self.state.tensors.items(), versions, strict=True):
+            same = tensor._version == version
+            require(same, f"the model changes its own tensor {name!r} while it runs (by max_norm?): leave that out")
         y, targets = explained(logits, targets, self.output)
-        leaves, norms = _graph(y)
+        leaves, nodes = _graph(y)
         owners = {name: name.rpartition(".")[0] for name, t in self.state.tensors.items() if id(t) in leaves}
         loose = {name: name if owner in self.calls else owner or name for name, owner in owners.items()}
-        return Pass(logits.detach(), y, targets, self.calls, loose, leaves, norms)
+        return Pass(logits.detach(), y, targets, self.calls, loose, leaves, nodes)
 
     def _want_gradient(self, module: nn.Module, wanted: bool) -> None:
         for name in self.state.hidden.get(module, {}).values():
@@ -173,9 +184,12 @@ class Tracer:
     def backward(self, done: Pass, receive: Callable[[str, dict[str, Gradient]], None]) -> None:
         """Differentiate Σ_n y_n; `receive` gets each layer's gradients as they come."""
         self.receive, self.n, self.calls = receive, len(done.logits), done.calls
-        handles = [node.register_prehook(laid_out_like_input(node)) for node in done.norms]
+        norms = [node for node in done.nodes if "BatchNorm" in node.name()]
+        handles = [node.register_prehook(laid_out_like_input(node)) for node in norms]
+        handles += [node.register_hook(whole_gradient(node)) for node in done.nodes if node not in norms]
         try:  # asking for all leaves, the gradient passes everywhere
-            found = torch.autograd.grad(done.y.sum(), list(done.leaves.values()), allow_unused=True)
+            leaves = list(done.leaves.values())
+            found = torch.autograd.grad(done.y.sum(), leaves, allow_unused=True) if leaves else ()
         except (RuntimeError, TypeError) as error:
             if "backward through the graph a second time" in str(error) or "unpack_hook" in str(error):
                 raise TraceFLError(_KEPT) from error
@@ -186,7 +200,7 @@ class Tracer:
         for name, layer in done.loose.items():
             g = dict(zip(done.leaves, found, strict=True))[id(self.state.tensors[name])]
             if g is not None:  # a function of the model's own may give none
-                receive(layer, {name: Dense(g[None])})
+                receive(layer, {name: Dense(as_real(g.to_dense() if g.is_sparse else g)[None])})
 
     def _when(self, layer: str) -> int:
         """When a layer, or the nearest module around it, started."""
@@ -211,6 +225,20 @@ def _tell_apart(done: Pass, alone: Pass, n: int, holds_first: bool) -> bool:
     return not holds_first or all(_alike(pair) for pair in pairs)
 
 
+def _check_same(again: Tensor, before: Tensor) -> None:
+    """Raise TraceFLError if the logits of one input differ by more than rounding may do."""
+    differ = (again - before).abs().max() > 1e-4 * before.abs().max()
+    shown = " and ".join(str([round(z, 4) for z in logits[0, :3].tolist()]) for logits in (before, again))
+    said = f"the model answers differently each time in eval mode (input 0: logits {shown})"
+    require(not differ, f"{said}; let dropout and other noise depend on self.training")
+
+
+def _random_state() -> Tensor:
+    """Of torch's generators, which a model that draws numbers moves."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    return torch.cat(states)
+
+
 def _alike(pair: Sequence[Tensor]) -> bool:
     """Whether two tensors are equal up to what low precision rounds off; or there are none."""
     if len(pair) < 2:
@@ -224,8 +252,8 @@ def _axis(now: torch.Size, before: torch.Size, n: int) -> int:
 
 
 def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
-    """The tensors with a gradient that y depends on, by id, and its nodes of normalisation."""
-    leaves, norms, seen, stack = dict[int, Tensor](), list[Any](), set[Any](), [y.grad_fn]
+    """The tensors with a gradient that y depends on, by id, and the nodes to put right."""
+    leaves, nodes, seen, stack = dict[int, Tensor](), list[Any](), set[Any](), [y.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -234,8 +262,8 @@ def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
         stack += [following for following, _ in node.next_functions]
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves[id(leaf)] = leaf
-        elif node.name() == "NativeBatchNormBackward0":
-            norms.append(node)
+        elif node.name() in ("NativeBatchNormBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0"):
+            nodes.append(node)
         elif node.name().startswith("CheckpointFunction"):
             raise TraceFLError("checkpoint(use_reentrant=True) hides gradients from trace: set use_reentrant=False")
-    return leaves, norms
+    return leaves, nodes

@@ -1,13 +1,16 @@
 """What is traced: which tensors of the state, under which names, and which layers have a rule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from tracefl.errors import require
 from tracefl.provenance.layers import LayerRule, rule_for
+from tracefl.states import is_continuous
 
+_DEQUANTISE = "pass the model as it was before quantisation"
 PAPER = frozenset({"Linear", "Conv2d", "LayerNorm", "Conv1D"})
 
 
@@ -24,26 +27,86 @@ class TracedState:
     hidden: dict[nn.Module, dict[str, str]]
 
 
-def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool) -> TracedState:
-    """`statistics` adds the floating-point buffers (BatchNorm's running mean and variance)."""
+def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool, sent: Collection[str]) -> TracedState:
+    """What is traced of a model.
+
+    Args:
+        model: the global model.
+        layers: "all", "paper" or names of modules.
+        statistics: whether floating-point buffers (BatchNorm's running mean and variance) are.
+        sent: the names that any client has: what none sends is as it was, and left out.
+
+    Raises:
+        TraceFLError: the model has no such module, or parts that no gradient passes.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
+    _check_differentiable(modules)
     chosen, names, first = _chosen(modules, layers), dict[int, list[str]](), dict[int, str]()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor if statistics else nn.Parameter) and tensor.is_floating_point():
+    tensors, entries = dict[str, Tensor](), model.state_dict(keep_vars=True)
+    for name, tensor in entries.items():
+        if isinstance(tensor, Tensor if statistics else nn.Parameter) and is_continuous(tensor):
             names.setdefault(id(tensor), []).append(name)
             if modules[name.rpartition(".")[0]] in chosen and id(tensor) not in first:
                 first[id(tensor)], tensors[name] = name, tensor
+        whole = isinstance(tensor, nn.Parameter) and not is_continuous(tensor) and name in sent
+        require(not whole, f"tensor {name!r} of the model holds whole numbers, which have no gradient: {_DEQUANTISE}")
+    for name in [name for name, tensor in tensors.items() if not any(n in sent for n in names[id(tensor)])]:
+        del first[id(tensors.pop(name))]
     paths, rules, hidden = {m: name for name, m in reversed(modules.items())}, dict[nn.Module, LayerRule](), {}
     for module in paths:
-        own = {**module._parameters, **module._buffers}
+        own = {local: t for local, t in {**module._parameters, **module._buffers}.items() if t is not None}
         held = {local: first[id(tensor)] for local, tensor in own.items() if id(tensor) in first}
         rule = rule_for(module) if held and module in chosen else None
-        if rule:
+        if rule and not any(tensor.is_complex() for tensor in own.values()):  # rules know real numbers
             rules[module] = rule
-        if held and (rule or module not in chosen):
+        if held and (module in rules or module not in chosen):
             hidden[module] = held
-    return TracedState(tensors, {name: names[id(t)] for name, t in tensors.items()}, paths, rules, hidden)
+    aliases = {name: names[id(tensor)] for name, tensor in tensors.items()}
+    return TracedState(tensors, aliases, paths, rules, hidden)
+
+
+def check_used(model: nn.Module, layers: str | Sequence[str], found: Iterable[str]) -> None:
+    """Raise TraceFLError if a layer was named that none of those `found` in a pass belongs to."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths = [layer.partition("#")[0] for layer in found]  # a module's, or a tensor's of one
+    used = {modules.get(path, modules.get(path.rpartition(".")[0])) for path in paths}
+    named = [] if layers in ("all", "paper") else [layers] if isinstance(layers, str) else layers
+    idle = "has no tensor that the model uses in eval mode"
+    for name in named:
+        require(used & {*modules[name].modules()}, f"layers={layers!r}: {name!r} {idle}; leave it out")
+    require(used, f"layers={layers!r}: none {idle}; choose other layers")
+
+
+def _check_differentiable(modules: Mapping[str, nn.Module]) -> None:
+    """Raise TraceFLError for modules whose layers cannot be seen or have no gradient."""
+    for name, module in modules.items():
+        what = f"module {name!r}" if name else "the model"
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        require(not scripted, f"{what} is TorchScript, which hides its layers: pass the Python model it was made from")
+        kind = type(module)
+        quantised = kind.__module__.startswith("torch.") and "quantized" in kind.__module__.split(".")
+        require(not quantised, f"{what} is a quantised {kind.__name__}, which has no gradient: {_DEQUANTISE}")
+
+
+def names_of_adapters(model: nn.Module) -> dict[str, str]:
+    """Names by which PEFT saves entries of a model, without that of the only adapter -> entry.
+
+    "lora_A.weight" is "lora_A.default.weight", and "head.weight" is
+    "head.modules_to_save.default.weight".
+    """
+    only, entries = set[str](), model.state_dict()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict) and len(module) == 1:
+            only.add(f"{path}.{next(iter(module))}")
+    found = dict[str, str]()
+    for name in entries:
+        parts = name.split(".")
+        left_out = {i for i in range(len(parts)) if ".".join(parts[: i + 1]) in only}
+        left_out |= {i for i, part in enumerate(parts) if part == "modules_to_save"}
+        saved_as = ".".join(part for i, part in enumerate(parts) if i not in left_out)
+        if left_out and saved_as not in entries:
+            found[saved_as] = name
+    return found
 
 
 def _chosen(modules: Mapping[str, nn.Module], layers: str | Sequence[str]) -> set[nn.Module]:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from tracefl.classifier import OUTPUTS, Batch, batch_size, exact, full_precision
 from tracefl.errors import TraceFLError, require
-from tracefl.provenance.clients import Source, States
+from tracefl.provenance.clients import States
 from tracefl.provenance.contract import Shares
 from tracefl.provenance.integrated import FIRST_STEPS, integrate
 from tracefl.provenance.passes import Tracer
 from tracefl.provenance.result import Provenance
-from tracefl.provenance.state import traced_state
+from tracefl.provenance.state import check_used, names_of_adapters, traced_state
+from tracefl.states import Source, State, as_state
 
 METHODS = ("neuron", "influence", "integrated")
 
@@ -47,21 +48,23 @@ def trace(
 
     Args:
         model: classifier that holds the global weights; its output is logits [N, classes], or has
-            them as `.logits`. It is traced in eval mode and left as it was.
+            them as `.logits`; one logit z, [N, 1], stands for (0, z). It is traced in eval mode
+            and left as it was.
         clients: of each of K clients its id and its state: a state dict, a mapping that reads its
-            tensors when asked, or the path of a safetensors file, of which a tensor is in memory
-            at a time. Names and shapes are the model's; entries that are not floating-point may
-            be left out.
+            tensors when asked, the path of a safetensors file, of which a tensor is in memory at a
+            time, Flower's ArrayRecord, or arrays in the order of the model's state dict. Names
+            (PEFT's, too) and shapes are the model's; what no client has is unchanged and has no
+            share.
         inputs: N inputs, as Tensor [N, ...] or as a dict of the model's keyword arguments.
         targets: classes [N] to explain; default: those that the model predicts.
         weights: client id -> weight in the fusion, such as its number of examples; scaled to p_k,
             which add up to 1. Default: shares are not weighted (the paper's default).
-        reference: state, or its path, of the incoming global model: updates θ_k - θ_ref are traced
-            instead of weights. Needed by "integrated".
+        reference: state of the incoming global model, in one of these forms: updates θ_k - θ_ref
+            are traced instead of weights. Needed by "integrated".
         layer_decay: β, by which a layer counts less than the one after it, 0 < β <= 1 (equation
             6; default 0.9); 1 switches it off. Only "neuron" uses it.
         layers: "all" (default), "paper" (Linear, Conv2d, LayerNorm, Conv1D) or names of modules,
-            which include their submodules.
+            which include their submodules and must be used.
         method: "neuron" (default), the paper's Σ_j c_j z_kj over layers; "influence", the
             first-order effect of leaving the client out, p_k <W_k - W_g, dy/dW> over the whole
             state, BatchNorm's statistics included (needs weights); or "integrated", the client's
@@ -113,13 +116,17 @@ def trace(
     if classes is not None and (classes.shape != (N,) or classes.is_floating_point()):
         raise TraceFLError(f"targets must be {N} integers, one per input, got {tuple(classes.shape)} {classes.dtype}")
     p = None if weights is None else _normalised(weights, ids)
-    state = traced_state(model, layers, method != "neuron")
-    require(state.tensors, f"layers={layers!r} hold no floating-point tensor: choose other layers")
-    sources: dict[str, Source] = {f"client {who!r}": clients[who] for who in ids}
+    saved_as = names_of_adapters(model)
+    sources = {f"client {who!r}": as_state(clients[who], f"client {who!r}", entries, saved_as) for who in ids}
+    sent = frozenset[str]().union(*sources.values())
+    state = traced_state(model, layers, method != "neuron", sent)
     if p is not None and method != "influence":
         sources["the model"] = entries  # a last column, to tell what the server added
     states = States(sources, entries, state.aliases)
-    base = {"the model": entries} if method == "influence" else {} if reference is None else {"reference": reference}
+    require(state.tensors, f"layers={layers!r} hold no floating-point tensor that a client sends: choose other layers")
+    base = dict[str, State]({"the model": entries} if method == "influence" else {})
+    if reference is not None:
+        base = base or {"reference": as_state(reference, "reference", entries, saved_as)}
     origin = States(base, entries, state.aliases) if base else None
     shares = Shares(states, origin, N, read_at_once=scratch_bytes // 4)
     # for passes; the rest is for tiles of the product and for clients that are read from files
@@ -127,7 +134,7 @@ def trace(
 
     def add_at(at: nn.Module, factor: float) -> Tensor:
         nonlocal classes
-        tracer = Tracer(at, state if at is model else traced_state(at, layers, True), output)
+        tracer = Tracer(at, state if at is model else traced_state(at, layers, True, sent), output)
         with exact(at, tracer.set_hooks):
             y, classes = tracer.add_shares(inputs, classes, shares, factor, most)
         return y
@@ -138,6 +145,7 @@ def trace(
         change = integrate(model, origin.states["reference"], steps, shares, add_at)
     else:
         add_at(model, 1.0)
+    check_used(model, layers, shares.layers)
     if not all(torch.isfinite(account).all() for account in shares.layers.values()):
         states.check_finite()
         raise TraceFLError("contributions are not finite though every client is: the gradient overflows")

@@ -1,0 +1,530 @@
+"""Models and states in the forms that people have them in: the right value, or one sentence."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from flwr.common import ndarrays_to_parameters
+from safetensors.torch import save_file
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from tests.provenance import reference
+from tracefl.errors import TraceFLError
+from tracefl.provenance import trace
+
+
+def along(model, x, way, target, step=1e-5):
+    """The change of a class's logit along a way of the weights, by a central finite difference."""
+    theta = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def y(e):
+        moved = {name: t + e * way[name] if name in way else t for name, t in theta.items()}
+        logits = functional_call(model, moved, (x,))
+        return logits[0, target]
+
+    with torch.no_grad():
+        return ((y(step) - y(-step)) / (2 * step)).item()
+
+
+def random_way(model):
+    return {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+
+def assert_true_derivative(model, x):
+    model = model.double().eval()
+    way, theta = random_way(model), copy.deepcopy(model.state_dict())
+    moved = {name: t + way.get(name, 0) for name, t in theta.items()}
+    found = trace(model, {"a": moved}, x, targets=[1] * len(x), reference=theta, layer_decay=1.0)
+    expected = [along(model, x[n : n + 1], way, 1) for n in range(len(x))]
+    assert found.contributions[:, 0].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+class Looks(nn.Module):
+    """Looks tokens up in a table of its own, as `look` says, and classifies their mean."""
+
+    def __init__(self, look, **options):
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 3)
+        self.look, self.options = look, options
+
+    def forward(self, tokens):
+        z = self.look(tokens, self.table, **self.options)
+        return self.head((z.mean(1) if z.ndim == 3 else z).tanh())
+
+
+TOKENS = torch.tensor([[0, 1, 1, 5], [2, 0, 0, 0], [3, 4, 3, 3]])
+
+
+@pytest.mark.parametrize(
+    ("look", "options"),
+    [
+        (F.embedding, {}),
+        (F.embedding, {"padding_idx": 0}),
+        (F.embedding, {"scale_grad_by_freq": True}),
+        (F.embedding, {"padding_idx": 1, "scale_grad_by_freq": True}),
+        (F.embedding, {"sparse": True}),
+        (F.embedding, {"sparse": True, "padding_idx": 0}),
+        (F.embedding_bag, {"mode": "mean"}),
+        (F.embedding_bag, {"mode": "sum", "sparse": True}),
+        (F.embedding_bag, {"mode": "mean", "padding_idx": 0}),
+        (F.embedding_bag, {"mode": "sum", "scale_grad_by_freq": True}),
+        (F.embedding_bag, {"mode": "mean", "scale_grad_by_freq": True, "padding_idx": 1}),
+        (F.embedding_bag, {"mode": "max"}),
+    ],
+)
+def test_gradients_that_training_falsifies(look, options):
+    torch.manual_seed(0)
+    assert_true_derivative(Looks(look, **options), TOKENS)
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_table_with_a_rule_that_is_used_elsewhere_too(options):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(6, 4, **options)
+            nn.init.normal_(self.embed.weight)
+
+        def forward(self, tokens):
+            h = self.embed(tokens) + F.embedding(tokens.flip(1), self.embed.weight, **options)
+            return (h @ self.embed.weight.T).tanh().mean(1)
+
+    torch.manual_seed(0)
+    assert_true_derivative(Tied(), TOKENS)
+
+
+def test_bag_with_its_own_module_padded():
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(6, 4, sparse=True, padding_idx=0), nn.Linear(4, 3)
+
+        def forward(self, text, offsets=None):
+            return self.head(self.bag(text, offsets))
+
+    torch.manual_seed(0)
+    model = Texts()
+    assert_true_derivative(model, TOKENS)
+    states, _ = reference.perturbed(model)
+    flat = {"text": TOKENS.flatten(), "offsets": torch.tensor([0, 4, 8])}
+    with pytest.raises(TraceFLError, match=r"with offsets lack: pad them to \[N, T\], give the EmbeddingBag a padding"):
+        trace(model, states, flat)
+    padded = trace(model, states, {"text": TOKENS, "offsets": None})
+    assert torch.equal(padded.contributions, trace(model, states, TOKENS).contributions)
+
+
+def test_table_that_renormalises_itself():
+    torch.manual_seed(0)
+    model = Looks(F.embedding, max_norm=0.1)
+    states, _ = reference.perturbed(model)
+    with pytest.raises(TraceFLError, match=r"the model changes its own tensor 'table' while it runs \(by max_norm"):
+        trace(model, states, TOKENS)
+
+
+class Fourier(nn.Module):
+    """A layer of complex weights in frequency space, and a complex linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift = nn.Linear(1, 3)
+        self.spectral = nn.Parameter(torch.randn(3, 3, 5, dtype=torch.cfloat))
+        self.mix = nn.Linear(3, 4, dtype=torch.cfloat)
+        self.register_buffer("phase", torch.randn(5, dtype=torch.cfloat))
+
+    def forward(self, x):
+        h = self.lift(x[:, :, None]).mT
+        modes = torch.einsum("nim,iom->nom", torch.fft.rfft(h).to(self.spectral.dtype), self.spectral) * self.phase
+        h = torch.fft.irfft(modes, n=8).mean(2).tanh()
+        return self.mix(h.to(self.mix.weight.dtype)).abs()
+
+
+@pytest.mark.parametrize("method", ["neuron", "influence", "integrated"])
+def test_complex_parameters(method):
+    torch.manual_seed(0)
+    model, x = Fourier().eval(), torch.randn(2, 8)
+    for module, names in ((model, ["spectral"]), (model.mix, ["weight", "bias"])):
+        for name in names:
+            setattr(module, name, nn.Parameter(getattr(module, name).detach().to(torch.cdouble)))
+    model.phase = model.phase.to(torch.cdouble)
+    model.lift.double()
+    x = x.double()
+    theta = copy.deepcopy(model.state_dict())
+    ways = [{name: torch.randn_like(t) for name, t in theta.items()} for _ in range(2)]
+    ways[1] = {name: -t for name, t in ways[0].items()}
+    states = {who: {n: t + 0.1 * way[n] for n, t in theta.items()} for who, way in zip("ab", ways, strict=True)}
+    if method == "integrated":
+        start = {name: t - 0.1 * torch.randn_like(t) for name, t in theta.items()}
+        found = trace(model, states, x, method=method, weights={"a": 1, "b": 1}, reference=start)
+        with torch.no_grad():
+            change = (model(x) - functional_call(model, start, (x,))).gather(1, found.targets[:, None])[:, 0]
+        assert torch.allclose(found.contributions.sum(1) + found.residual, change, rtol=0.02)
+        return
+    if method == "neuron":
+        ways = [{n: w if n != "phase" else 0 * w for n, w in way.items()} for way in ways]  # buffers are not traced
+        found = trace(model, states, x, reference=theta, targets=[1, 1], layer_decay=1.0)
+        expected = [[0.1 * along(model, x[n : n + 1], way, 1) for way in ways] for n in range(2)]
+    else:
+        found = trace(model, states, x, method=method, weights={"a": 1, "b": 1}, targets=[1, 1], output="logit")
+        expected = [[0.05 * along(model, x[n : n + 1], way, 1) for way in ways] for n in range(2)]
+    assert found.contributions.tolist() == [pytest.approx(row, rel=1e-6) for row in expected]
+
+
+def test_complex_state_for_a_real_model():
+    model = nn.Linear(2, 2)
+    state = {name: t.to(torch.cfloat) for name, t in model.state_dict().items()}
+    with pytest.raises(TraceFLError, match=r"client 'a': tensor '\w+' must hold numbers as the model's, torch.float32"):
+        trace(model, {"a": state}, torch.randn(1, 2))
+
+
+@pytest.mark.parametrize("where", ["tensor", "module", "full"])
+def test_hooks_that_change_gradients(where):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(3, 3)
+    states, _ = reference.perturbed(model)
+    expected = trace(model, states, x).contributions
+    model.raw = nn.Parameter(torch.zeros(2))
+    if where == "tensor":
+        model[0].weight.register_hook(lambda g: 0 * g)
+    elif where == "module":
+        model[1].register_full_backward_pre_hook(lambda module, g: (0 * g[0],))
+    else:
+        model[1].register_full_backward_hook(lambda module, g_in, g_out: (0 * g_in[0],))
+    states = {who: {**s, "raw": torch.zeros(2)} for who, s in states.items()}
+    found = trace(model, states, x)
+    assert torch.equal(found.contributions, expected)
+    loss = model(x).sum()
+    loss.backward()  # hooks are there again
+    assert not model[0].weight.grad.any()
+
+
+class Binary(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.body, self.shape = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), shape
+
+    def forward(self, x):
+        return self.body(x).reshape(-1) if self.shape == "flat" else self.body(x)
+
+
+class TwoLogits(nn.Module):
+    """The same with logits (0, z)."""
+
+    def __init__(self, binary):
+        super().__init__()
+        self.body = binary.body
+
+    def forward(self, x):
+        z = self.body(x)
+        return torch.cat([torch.zeros_like(z), z], 1)
+
+
+@pytest.mark.parametrize("shape", ["column", "flat"])
+@pytest.mark.parametrize("method", ["neuron", "influence", "integrated"])
+def test_one_logit(method, shape):
+    torch.manual_seed(0)
+    model, x = Binary(shape).double(), torch.randn(6, 3).double()
+    states, weights = reference.perturbed(model, scale=1.0)
+    options = {
+        "method": method,
+        "weights": weights,
+        "reference": noisy_state(model) if method == "integrated" else None,
+    }
+    found = trace(model, states, x, **options)
+    same = trace(TwoLogits(model), states, x, **options, output="log_odds")
+    z = model(x).detach().reshape(-1)
+    assert found.targets.tolist() == (z > 0).long().tolist()
+    assert len(set(found.targets.tolist())) == 2
+    assert torch.allclose(found.contributions, same.contributions, rtol=1e-9)
+    if method == "integrated":
+        assert (found.change.sign() == same.change.sign()).all()
+    up, down = (trace(model, states, x[:1], **options, targets=[c]).contributions for c in (1, 0))
+    assert torch.allclose(up, -down, rtol=1e-9)
+    assert torch.equal(trace(model, states, x[:1], **options, output="logit").contributions,
+                       trace(model, states, x[:1], **options).contributions)  # fmt: skip
+    with pytest.raises(TraceFLError, match="targets must be 0 to 1, got 2"):
+        trace(model, states, x[:1], **options, targets=[2])
+
+
+def noisy_state(model):
+    return reference.perturbed(model)[0]["c0"]
+
+
+@pytest.mark.parametrize(
+    ("last", "options"), [(nn.Sigmoid(), {}), (nn.Softmax(1), {"output": "log_odds"}), (nn.Sigmoid(), {"flat": True})]
+)
+def test_probabilities_are_no_logits(last, options):
+    torch.manual_seed(0)
+    classes = 3 if isinstance(last, nn.Softmax) else 1
+    shape = [nn.Flatten(0)] if options.pop("flat", False) else []
+    model = nn.Sequential(nn.Linear(3, classes), last, *shape)
+    states, _ = reference.perturbed(model)
+    with pytest.raises(TraceFLError, match=r"must be logits, got probabilities: leave its last step out, the s\w+"):
+        trace(model, states, torch.randn(2, 3), **options)
+
+
+class Restless(nn.Module):
+    def __init__(self, noise):
+        super().__init__()
+        self.noise, self.calls = noise, 0
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.first(x)
+        if self.noise == "dropout":
+            h = F.dropout(h, 0.5)
+        elif self.noise == "small":
+            h = h + 0.003 * torch.randn_like(h)
+        elif self.noise == "numpy":
+            h = h * float(np.random.rand())
+        elif self.noise == "counts":
+            h = h + self.calls
+        elif self.noise == "harmless":
+            torch.rand(1)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("N", [1, 5])
+@pytest.mark.parametrize("noise", ["dropout", "small", "numpy", "counts"])
+def test_models_that_answer_differently_each_time(noise, N):
+    torch.manual_seed(0)
+    model, x = Restless(noise), torch.randn(N, 4)
+    states, _ = reference.perturbed(model)
+    with pytest.raises(
+        TraceFLError, match=r"answers differently each time in eval mode \(input 0: logits .* and .*\); "
+    ):
+        trace(model, states, x)
+
+
+def test_a_model_that_draws_numbers_without_using_them():
+    torch.manual_seed(0)
+    model, x = Restless("harmless"), torch.randn(3, 4)
+    states, _ = reference.perturbed(model)
+    found = trace(model, states, x).contributions
+    model.noise = ""
+    assert torch.allclose(found, trace(model, states, x).contributions)
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter in PEFT's layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(4, 6)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 6, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))
+
+
+class Saved(nn.Module):
+    """A head of which PEFT keeps a copy to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.original_module = nn.Linear(6, 3)
+        self.modules_to_save = nn.ModuleDict({"default": nn.Linear(6, 3)})
+
+    def forward(self, x):
+        return self.modules_to_save["default"](x)
+
+
+def adapted():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("query", Adapted())
+    model.add_module("act", nn.Tanh())
+    model.add_module("classifier", Saved())
+    return model.double()
+
+
+def peft_names(state):
+    """As get_peft_model_state_dict saves them: adapters and the saved head only."""
+    names = {name.replace("modules_to_save.", "").replace(".default", ""): w for name, w in state.items()
+             if "lora" in name or "modules_to_save" in name}  # fmt: skip
+    assert sorted(names) == ["classifier.bias", "classifier.weight", "query.lora_A.weight", "query.lora_B.weight"]
+    return names
+
+
+@pytest.mark.parametrize("method", ["neuron", "influence", "integrated"])
+@pytest.mark.parametrize("form", ["peft", "model's", "file"])
+def test_adapters_only(form, method, tmp_path):
+    model, x = adapted(), torch.randn(4, 4).double()
+    full, weights = reference.perturbed(model)
+    entries = model.state_dict()
+    trained = {name for name in entries if "lora" in name or "modules_to_save" in name}
+    full = {who: {n: w if n in trained else entries[n] for n, w in s.items()} for who, s in full.items()}
+    start = {n: w + 0.1 * torch.randn_like(w) if n in trained else w for n, w in entries.items()}
+    part = {n: w for n, w in start.items() if n in trained}
+    states = {who: {n: w for n, w in s.items() if n in trained} for who, s in full.items()}
+    if form != "model's":
+        states, part = {who: peft_names(s) for who, s in states.items()}, peft_names(part)
+    if form == "file":
+        for who, state in states.items():
+            save_file(state, tmp_path / f"{who}.safetensors")
+        states = {who: tmp_path / f"{who}.safetensors" for who in states}
+    options = {"method": method, "weights": weights, "layer_decay": 1.0}
+    reference_of = (lambda state: None) if method == "influence" else (lambda state: state)
+    found = trace(model, states, x, **options, reference=reference_of(part))
+    whole = trace(model, full, x, **options, reference=reference_of(start))  # what is not trained has update 0
+    assert torch.allclose(found.contributions, whole.contributions, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(found.residual, whole.residual, rtol=1e-9, atol=1e-12)
+    assert not any("base_layer" in layer for layer in found.layers)
+    if method == "integrated":
+        assert torch.allclose(found.change, whole.change)
+
+
+def test_what_no_client_sends_has_no_share():
+    """FedBN: normalisation stays at home."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)).eval()
+    x = torch.randn(2, 1, 5, 5)
+    states, weights = reference.perturbed(model)
+    local = {who: {n: w for n, w in s.items() if not n.startswith("1.")} for who, s in states.items()}
+    found = trace(model, local, x, method="influence", weights=weights)
+    layers = trace(model, states, x, method="influence", weights=weights)
+    kept = [i for i, layer in enumerate(layers.layers) if layer != "1"]
+    assert found.layers == ["0", "4"]
+    assert torch.allclose(found.by_layer, layers.by_layer[kept], rtol=1e-5, atol=1e-7)
+    local["c1"]["1.weight"] = states["c1"]["1.weight"]
+    with pytest.raises(TraceFLError, match=r"client 'c0': tensor '1\.weight' is missing, though another sends it"):
+        trace(model, local, x)
+    heads = {who: {n: w for n, w in s.items() if n == "4.bias"} for who, s in states.items()}
+    found = trace(model, heads, x, targets=[0, 2])
+    assert found.layers == ["4"]
+    expected = torch.stack([states[who]["4.bias"][[0, 2]] for who in states], 1).double()
+    assert torch.equal(found.contributions, expected)
+    counts = {who: {"1.num_batches_tracked": torch.tensor(3)} for who in states}
+    with pytest.raises(TraceFLError, match="hold no floating-point tensor that a client sends"):
+        trace(model, counts, x)
+
+
+def as_forms(state, file):
+    arrays = [w.numpy() for w in state.values()]
+    save_file(state, file)
+    return {
+        "ArrayRecord": ArrayRecord(dict(state)),
+        "ArrayRecord of a list": ArrayRecord(arrays),
+        "RecordDict": RecordDict({"arrays": ArrayRecord(dict(state))}),
+        "list": arrays,
+        "tuple of tensors": tuple(state.values()),
+        "Parameters": ndarrays_to_parameters(arrays),
+        "dict of arrays": {name: w.numpy() for name, w in state.items()},
+        "path": file,
+    }
+
+
+def test_forms_of_a_state(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 3))
+    x, (states, weights) = torch.randn(2, 1, 5, 5), reference.perturbed(model)
+    forms = {who: as_forms(state, tmp_path / f"{who}.safetensors") for who, state in states.items()}
+    start = as_forms(model.state_dict(), tmp_path / "start.safetensors")
+    expected = trace(model, states, x, weights=weights, reference=model.state_dict())
+    for form in start:
+        clients = {who: forms[who][form] for who in states}
+        found = trace(model, clients, x, weights=weights, reference=start[form])
+        assert torch.equal(found.contributions, expected.contributions), form
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ([np.zeros((2, 3))], r"client 'a' must have an array for each of the model's 2 entries, .* got 1: pass dict\("),
+        (
+            ArrayRecord([np.zeros((2, 3))]),
+            "must have an array for each of the model's 2 entries, in their order, got 1",
+        ),
+        (
+            [np.zeros((2, 4)), np.zeros(2)],
+            r"client 'a': tensor 'weight' must be a Tensor of the model's shape \(2, 3\)",
+        ),
+        (RecordDict(), "client 'a' must hold one ArrayRecord, got 0"),
+        (nn.Linear(3, 2), r"client 'a' must be a state dict, .* got a Linear: pass its state_dict\(\)"),
+        (7, "client 'a' must be a state dict, .* got a int: pass one of these"),
+        (
+            {"weight": torch.zeros(2, 3, dtype=torch.int8), "bias": torch.zeros(2)},
+            "tensor 'weight' must hold numbers as",
+        ),
+        ({"weight": torch.zeros(2, 3, device="meta"), "bias": torch.zeros(2)}, "tensor 'weight' .* got no data"),
+    ],
+)
+def test_states_that_cannot_be(state, sentence):
+    with pytest.raises(TraceFLError, match=sentence):
+        trace(nn.Linear(3, 2), {"a": state}, torch.randn(1, 3))
+
+
+def test_a_sparse_tensor_counts_in_full():
+    model, x = nn.Linear(3, 2, bias=False), torch.tensor([[1.0, 2.0, 3.0]])
+    weight = torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    assert trace(model, {"a": {"weight": weight.to_sparse()}}, x, targets=[0]).contributions.item() == 8
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        h = self.body(x)
+        return (self.head(h), self.aux(h)) if self.training else self.head(self.drop(h))
+
+
+@pytest.mark.parametrize("layers", [["aux"], ["head", "aux"], ["drop", "body"], "aux"])
+def test_layers_that_are_not_used(layers):
+    torch.manual_seed(0)
+    model, x = Auxiliary(), torch.randn(2, 4)
+    states, _ = reference.perturbed(model)
+    with pytest.raises(
+        TraceFLError, match=r"'(aux|drop)' has no tensor that the model uses in eval mode; leave it out"
+    ):
+        trace(model, states, x, layers=layers)
+    assert trace(model, states, x, layers=["head", "body"]).layers == ["body", "head"]
+
+
+def test_a_shared_layer_may_be_named_by_either_name():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh())
+
+    model, x = Twice(), torch.randn(2, 3)
+    states, _ = reference.perturbed(model)
+    found = [trace(model, states, x, layers=[name]).contributions for name in ("a", "b")]
+    assert torch.equal(*found)
+
+
+def test_scripted_and_quantised_models():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(2, 4)
+    states, _ = reference.perturbed(model)
+    for scripted in (torch.jit.script(model), torch.jit.trace(model, x)):
+        with pytest.raises(
+            TraceFLError, match="the model is TorchScript, which hides its layers: pass the Python model"
+        ):
+            trace(scripted, states, x)
+    inside = nn.Sequential(torch.jit.script(model[0]), model[1], model[2])
+    with pytest.raises(TraceFLError, match="module '0' is TorchScript"):
+        trace(inside, states, x)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(
+        TraceFLError, match="module '0' is a quantised Linear, which has no gradient: pass the model as"
+    ):
+        trace(quantised, states, x)
+    model[0].weight = nn.Parameter((100 * model[0].weight).to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        TraceFLError, match=r"tensor '0\.weight' of the model holds whole numbers, which have no gradient"
+    ):
+        trace(model, states, x)
