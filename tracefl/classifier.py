@@ -196,6 +196,8 @@ def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] =
                 hooks.clear()
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # cuDNN's has no gradient in eval mode
+            undo.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to load it takes seconds
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         for handle in set_hooks():

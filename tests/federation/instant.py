@@ -53,9 +53,13 @@ class InstantGrid:
             state["w"] = state["w"].double()
         if fault == "missing":
             del state["w"]
+        if fault == "empty":
+            state = {}
+        if fault == "local normalisation":
+            del state["bn.running_var"]
         if fault == "extra":
             state["v"] = torch.zeros(1)
-        if fault == "empty":
+        if fault == "no examples":
             examples = 0
         content = {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": examples, "train-loss": 1.0})}
         return Message(RecordDict(content), reply_to=message)

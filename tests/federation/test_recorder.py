@@ -92,9 +92,10 @@ def test_only_participants_are_asked(tmp_path):
         ("nan", "'w' has non-finite values"),
         ("shape", r"'w' must be \(\(3,\), 'torch.float32'\), got \(\(4,\), 'torch.float32'\)"),
         ("dtype", "torch.float64"),
-        ("missing", "missing entry 'w'"),
+        ("missing", r"its model lacks 'w', which client \d+ sends"),
         ("extra", "extra entry 'v'"),
-        ("empty", "num-examples must be a number of at least 1, got 0"),
+        ("empty", "its model has no entry"),
+        ("no examples", "num-examples must be a number of at least 1, got 0"),
     ],
 )
 def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_path, fault, words):
@@ -107,7 +108,7 @@ def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_
     assert len(healthy.rounds) == 3
 
 
-@pytest.mark.parametrize("fault", ["raise", "silent", "nan"])
+@pytest.mark.parametrize("fault", ["raise", "silent", "nan", "missing"])
 def test_with_accept_failures_the_round_goes_on_without_it(tmp_path, fault):
     run = new_run(tmp_path)
     victim = recorder(run).participants(1)[2]
@@ -116,6 +117,20 @@ def test_with_accept_failures_the_round_goes_on_without_it(tmp_path, fault):
     assert list(record.failures) == [victim]
     assert victim not in [client.id for client in record.clients]
     assert sum(client.weight for client in record.clients) == pytest.approx(1)
+
+
+def test_clients_may_send_part_of_the_model(tmp_path):
+    """As in FedBN, or with adapters; what nobody sends stays as it was."""
+    run = run_rounds(new_run(tmp_path), 2, InstantGrid(dict.fromkeys(range(12), "local normalisation")))
+    for number in (1, 2):
+        record, mean = run.round(number), torch.zeros(3)
+        for client in record.clients:
+            received = record.client_state(client.id)
+            assert sorted(received) == ["a", "w"]
+            mean += client.weight * received["w"]
+        released = run.global_state(number)
+        torch.testing.assert_close(released["w"], mean)
+        assert torch.equal(released["bn.running_var"], START["bn.running_var"])
 
 
 def test_a_round_in_which_everyone_fails_stops_the_run(tmp_path):

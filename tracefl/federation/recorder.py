@@ -131,6 +131,7 @@ class Recorder(Wrapper):
         for client in self._chosen:
             if client not in self._accepted and client not in self._failures:
                 self._fail(client, "it sent no reply in time (round_timeout)")
+        self._check_same_entries()
         accepted = [self._accepted[client] for client in self._chosen if client in self._accepted]
         first = self._chosen[0]
         everyone_failed = f"every client failed; the first said: client {first}: {self._failures.get(first)}."
@@ -138,7 +139,8 @@ class Recorder(Wrapper):
         arrays, metrics = self.strategy.aggregate_train(number, [reply for reply, _ in accepted])
         if arrays is None:
             raise TraceFLError(f"round {number}: the strategy released no model from {len(accepted)} updates")
-        released = {name: value.to(self._expected[name].dtype) for name, value in arrays.to_torch_state_dict().items()}
+        fused = {name: value.to(self._expected[name].dtype) for name, value in arrays.to_torch_state_dict().items()}
+        released = {**self._expected, **fused}  # what no client sends is as it was
         for name, value in released.items():
             finite = bool(torch.isfinite(value).all())
             require(finite, f"round {number}: the released model has non-finite values in '{name}'.")
@@ -165,6 +167,17 @@ class Recorder(Wrapper):
         self._accepted[client] = reply, participant
         self.on_client(self._number, client, metrics)
 
+    def _check_same_entries(self) -> None:
+        """Clients may send part of the model, but all of them the same part."""
+        entries = {client: self._accepted[client][0].content for client in self._chosen if client in self._accepted}
+        names = {client: set(next(iter(content.array_records.values()))) for client, content in entries.items()}
+        for client, sent in names.items():
+            for other in names:
+                if lacking := sorted(names[other] - sent):
+                    self._fail(client, f"its model lacks '{lacking[0]}', which client {other} sends")
+                    del self._accepted[client]
+                    break
+
     def _fail(self, client: str, reason: str) -> None:
         kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
         tolerate = "accept_failures=true goes on without such a client"
@@ -175,7 +188,7 @@ class Recorder(Wrapper):
 def _complaint(reply: Message, expected: State) -> str | None:
     """What is wrong with a reply.
 
-    Its model must have the keys, shapes and types of the one sent.
+    Its model must have entries of the one sent, of the same shapes and types.
     """
     if reply.has_error():
         verb = "it raised" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "its process died"
@@ -188,8 +201,10 @@ def _complaint(reply: Message, expected: State) -> str | None:
     if not isinstance(count, (int, float)) or not 1 <= count < float("inf"):
         return f"its num-examples must be a number of at least 1, got {count}"
     state = models[0].to_torch_state_dict()
-    if odd := sorted(state.keys() ^ expected.keys()):
-        return f"its model has {'extra' if odd[0] in state else 'missing'} entry '{odd[0]}'"
+    if extra := sorted(state.keys() - expected.keys()):
+        return f"its model has extra entry '{extra[0]}'"
+    if not state:
+        return "its model has no entry"
     for name, value in state.items():
         wanted, sent = ((tuple(t.shape), str(t.dtype)) for t in (expected[name], value))
         if sent != wanted:

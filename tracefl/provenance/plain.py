@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import Batch, batch_size, explained, logits_of, take
+from tracefl.classifier import Batch, batch_size, explained, output_of, take
 from tracefl.states import State
 
 
@@ -50,7 +50,7 @@ def plain(
     W = {name: W[name].requires_grad_(True) for name in model.state_dict() if name in W and W[name].is_floating_point()}
     T = torch.zeros(batch_size(inputs), len(clients), dtype=torch.float64)
     for n in range(len(T)):
-        logits = logits_of(model, take(inputs, slice(n, n + 1)))
+        logits = output_of(model, take(inputs, slice(n, n + 1)))
         y, _ = explained(logits, None, "log_odds" if weights else "logit")
         G = torch.autograd.grad(y.sum(), list(W.values()), allow_unused=True)
         for k, (who, theta) in enumerate(clients.items()):
