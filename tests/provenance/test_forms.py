@@ -484,10 +484,54 @@ def test_layers_that_are_not_used(layers):
     model, x = Auxiliary(), torch.randn(2, 4)
     states, _ = reference.perturbed(model)
     with pytest.raises(
-        TraceFLError, match=r"'(aux|drop)' has no tensor that the model uses in eval mode; leave it out"
+        TraceFLError, match=r"'(aux|drop)' has no tensor that the output depends on in eval mode .*; leave it out"
     ):
         trace(model, states, x, layers=layers)
     assert trace(model, states, x, layers=["head", "body"]).layers == ["body", "head"]
+
+
+@pytest.mark.parametrize("cut", [torch.no_grad, torch.inference_mode, torch.Tensor.detach])
+def test_an_output_without_gradient(cut):
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            if cut is torch.Tensor.detach:
+                return self.head(x).detach()
+            with cut():
+                return self.head(x)
+
+    model = Cut()
+    states, _ = reference.perturbed(model)
+    with pytest.raises(TraceFLError, match="layers='all' have no tensor that the output depends on in eval mode"):
+        trace(model, states, torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "sentence"),
+    [
+        ("targets", ["a", "b"], r"targets must be 2 integers, one per input \("),
+        ("targets", [None, 1], r"targets must be 2 integers, one per input \("),
+        ("targets", [1j, 0], r"targets must be 2 integers, one per input, got \(2,\) torch\.complex64"),
+        ("targets", [True, False], r"targets must be 2 integers, one per input, got \(2,\) torch\.bool"),
+        ("layers", None, 'layers must be "all", "paper" or names of modules such as .*, got None'),
+        ("layer_decay", "0.9", "layer_decay must be above 0 and at most 1"),
+        ("steps", 2.5, r"steps must be a whole number of at least 1, got 2\.5"),
+        ("scratch_bytes", None, "scratch_bytes must be a number of at least 1, got None"),
+        ("weights", [1, 2], "weights must be a dict of numbers by client id, got a list"),
+        ("weights", {"c0": None, "c1": 1, "c2": 1}, "weights must be finite numbers and 0 or more, got None for 'c0'"),
+        ("weights", {"c0": "x", "c1": 1, "c2": 1}, "weights must be finite numbers and 0 or more, got 'x' for 'c0'"),
+        ("model", {"weight": torch.zeros(2, 3)}, "model must be a torch.nn.Module, got a dict"),
+    ],
+)
+def test_arguments_of_the_wrong_type(argument, value, sentence):
+    model = nn.Linear(3, 2)
+    states, _ = reference.perturbed(model)
+    arguments = {"model": model, "clients": states, "inputs": torch.randn(2, 3), argument: value}
+    with pytest.raises(TraceFLError, match=sentence):
+        trace(**arguments)
 
 
 def test_a_shared_layer_may_be_named_by_either_name():

@@ -318,7 +318,7 @@ def without(states, name):
         (
             None,
             {"weights": {"c0": 1, "c1": -1, "c2": 1}},
-            "weights must be finite and 0 or more, got -1 for 'c1'",
+            "weights must be finite numbers and 0 or more, got -1 for 'c1'",
         ),
         (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "weights must be above 0 for at least one client"),
         (None, {"weights": {"c0": 1, "c1": 1}}, "weights must have every client, got none for 'c2'"),
@@ -327,8 +327,8 @@ def without(states, name):
         (None, {"method": "shap"}, "method must be one of neuron, influence, integrated, got 'shap'"),
         (None, {"output": "loss"}, "output must be one of logit, log_odds, got 'loss'"),
         (None, {"layer_decay": 0}, "layer_decay must be above 0 and at most 1 .*, got 0"),
-        (None, {"steps": 0}, "steps must be at least 1, got 0"),
-        (None, {"scratch_bytes": -1}, "scratch_bytes must be at least 1, got -1"),
+        (None, {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        (None, {"scratch_bytes": -1}, "scratch_bytes must be a number of at least 1, got -1"),
         (lambda s: list(s.values()), {}, "clients must be a dict of states by client id, got a list"),
         (
             lambda s: bad(s, **{"head.bias": np.array(list("abcd"))}),

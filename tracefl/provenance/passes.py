@@ -134,6 +134,7 @@ class Tracer:
             same = tensor._version == version
             require(same, f"the model changes its own tensor {name!r} while it runs (by max_norm?): leave that out")
         y, targets = explained(logits, targets, self.output)
+        self.calls = self.calls if y.requires_grad else {}
         leaves, nodes = _graph(y)
         owners = {name: name.rpartition(".")[0] for name, t in self.state.tensors.items() if id(t) in leaves}
         loose = {name: name if owner in self.calls else owner or name for name, owner in owners.items()}

@@ -71,10 +71,10 @@ def check_used(model: nn.Module, layers: str | Sequence[str], found: Iterable[st
     paths = [layer.partition("#")[0] for layer in found]  # a module's, or a tensor's of one
     used = {modules.get(path, modules.get(path.rpartition(".")[0])) for path in paths}
     named = [] if layers in ("all", "paper") else [layers] if isinstance(layers, str) else layers
-    idle = "has no tensor that the model uses in eval mode"
+    idle = "no tensor that the output depends on in eval mode (and outside of no_grad)"
     for name in named:
-        require(used & {*modules[name].modules()}, f"layers={layers!r}: {name!r} {idle}; leave it out")
-    require(used, f"layers={layers!r}: none {idle}; choose other layers")
+        require(used & {*modules[name].modules()}, f"layers={layers!r}: {name!r} has {idle}; leave it out")
+    require(used, f"layers={layers!r} have {idle}; choose other layers")
 
 
 def _check_differentiable(modules: Mapping[str, nn.Module]) -> None:
@@ -114,7 +114,7 @@ def _chosen(modules: Mapping[str, nn.Module], layers: str | Sequence[str]) -> se
         return set(modules.values())
     if layers == "paper":
         return {m for m in modules.values() if PAPER & {base.__name__ for base in type(m).__mro__}}
-    wanted = [layers] if isinstance(layers, str) else list(layers)
+    wanted = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Sequence) else []
     expected = f'layers must be "all", "paper" or names of modules such as {list(modules)[1:4]}, got {layers!r}'
     require(wanted, expected)
     for name in wanted:

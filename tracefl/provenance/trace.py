@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tracefl.classifier import OUTPUTS, Batch, batch_size, exact, full_precision
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.provenance.clients import States
 from tracefl.provenance.contract import Shares
 from tracefl.provenance.integrated import FIRST_STEPS, integrate
 from tracefl.provenance.passes import Tracer
 from tracefl.provenance.result import Provenance
 from tracefl.provenance.state import check_used, names_of_adapters, traced_state
-from tracefl.states import Source, State, as_state
+from tracefl.states import Source, State, as_state, is_continuous
 
 METHODS = ("neuron", "influence", "integrated")
 
@@ -105,16 +105,18 @@ def trace(
     require(output in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
     require(method == "neuron" or weights, f"method={method!r} needs weights: pass every client's number of examples")
     require(method != "integrated" or reference, "method='integrated' needs reference, the incoming model's state")
-    require(0 < layer_decay <= 1, f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
-    require(steps is None or steps >= 1, f"steps must be at least 1, got {steps!r}")
-    require(scratch_bytes >= 1, f"scratch_bytes must be at least 1, got {scratch_bytes!r}")
+    decays = isinstance(layer_decay, int | float) and 0 < layer_decay <= 1
+    require(decays, f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
+    fine = steps is None or (isinstance(steps, int) and steps >= 1)
+    require(fine, f"steps must be a whole number of at least 1, got {steps!r}")
+    fine = isinstance(scratch_bytes, int | float) and scratch_bytes >= 1
+    require(fine, f"scratch_bytes must be a number of at least 1, got {scratch_bytes!r}")
+    require(isinstance(model, nn.Module), f"model must be a torch.nn.Module, got a {type(model).__name__}")
     found = "an empty one" if isinstance(clients, Mapping) else f"a {type(clients).__name__}"
     require(isinstance(clients, Mapping) and clients, f"clients must be a dict of states by client id, got {found}")
     model, inputs = full_precision(model, inputs)
     N, ids, entries = batch_size(inputs), list(clients), model.state_dict()
-    classes = None if targets is None else torch.as_tensor(targets)
-    if classes is not None and (classes.shape != (N,) or classes.is_floating_point()):
-        raise TraceFLError(f"targets must be {N} integers, one per input, got {tuple(classes.shape)} {classes.dtype}")
+    classes = None if targets is None else _classes(targets, N)
     p = None if weights is None else _normalised(weights, ids)
     saved_as = names_of_adapters(model)
     sources = {f"client {who!r}": as_state(clients[who], f"client {who!r}", entries, saved_as) for who in ids}
@@ -152,12 +154,26 @@ def trace(
     return Provenance.from_shares(method, ids, torch.as_tensor(classes), shares.layers, p, layer_decay, change)
 
 
+def _classes(targets: Tensor | Sequence[int], N: int) -> Tensor:
+    """The targets as integers [N]."""
+    must = f"targets must be {N} integers, one per input"
+    with as_sentence(must, "give the numbers of classes", ValueError, TypeError, RuntimeError):
+        classes = torch.as_tensor(targets)
+    whole = classes.shape == (N,) and not is_continuous(classes) and classes.dtype is not torch.bool
+    require(whole, f"{must}, got {tuple(classes.shape)} {classes.dtype}")
+    return classes.long()
+
+
 def _normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
     """p_k = w_k / Σ w, float64 [K]."""
+    kind = type(weights).__name__
+    require(isinstance(weights, Mapping), f"weights must be a dict of numbers by client id, got a {kind}")
     for who in ids:
         require(who in weights, f"weights must have every client, got none for {who!r}")
-        fine = 0 <= float(weights[who]) < math.inf
-        require(fine, f"weights must be finite and 0 or more, got {weights[who]!r} for {who!r}")
+        must = f"weights must be finite numbers and 0 or more, got {weights[who]!r} for {who!r}"
+        with as_sentence(must, "correct it", ValueError, TypeError, RuntimeError):
+            fine = 0 <= float(weights[who]) < math.inf
+        require(fine, must)
     p = torch.tensor([float(weights[who]) for who in ids], dtype=torch.float64)
     require(p.any(), "weights must be above 0 for at least one client, got 0 for all")
     return p / p.sum()
