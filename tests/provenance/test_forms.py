@@ -182,6 +182,69 @@ def test_complex_state_for_a_real_model():
         trace(model, {"a": state}, torch.randn(1, 2))
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds to coarse steps, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+class Swish(torch.autograd.Function):
+    """An honest one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return g * (s + x * s * (1 - s))
+
+
+class Own(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(4, 6), nn.Linear(6, 3), function
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return self.b(self.function.apply(self.a(x)) + self.bias)
+
+
+def test_functions_of_the_models_own():
+    torch.manual_seed(0)
+    model, x = Own(Swish), torch.randn(3, 4)
+    before = copy.deepcopy(model.state_dict())
+    assert_true_derivative(copy.deepcopy(model), x.double())
+    states, _ = reference.perturbed(model)
+    trace(model, states, x)
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    for function in (Reversed, StraightThrough):
+        model.function = function
+        said = rf"the model's own function {function.__name__} gives a gradient that is not its derivative \(.*\): make"
+        with pytest.raises(TraceFLError, match=said):
+            trace(model, states, x)
+        assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+
+
 @pytest.mark.parametrize("where", ["tensor", "module", "full"])
 def test_hooks_that_change_gradients(where):
     torch.manual_seed(0)

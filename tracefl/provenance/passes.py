@@ -18,12 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from tracefl.classifier import Batch, batch_size, explained, kept_bytes, output_of, take, uses_batch_statistics
 from tracefl.errors import TraceFLError, require
+from tracefl.provenance.clients import States
 from tracefl.provenance.contract import Dense, Gradient, Shares
+from tracefl.provenance.derivative import check_derivative, own_functions, random_step
 from tracefl.provenance.layers.batchnorm import laid_out_like_input
 from tracefl.provenance.layers.embedding import whole_gradient
 from tracefl.provenance.state import TracedState
 from tracefl.states import as_real
 
+PUT_RIGHT = ("NativeBatchNormBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0")
 _KEPT = "the model uses a tensor again that an earlier forward pass computed; make it compute that in every pass"
 
 
@@ -49,7 +52,7 @@ class Pass:
     calls: dict[str, Call]  # layer -> call; a module's second call is the layer "name#2"
     loose: dict[str, str]  # tensor -> the layer for which it counts: its module, or itself if that has a rule
     leaves: dict[int, Tensor]  # id -> tensor with a gradient that y depends on
-    nodes: list[Any]  # of autograd's, those whose gradient has to be put right
+    nodes: list[Any]  # of autograd's, those whose gradient is put right or checked
 
 
 class Tracer:
@@ -82,6 +85,8 @@ class Tracer:
 
         generators = _random_state()
         alone, nbytes = kept_bytes(self.model, lambda: run(slice(0, 1)), lambda p: [c.x for c in p.calls.values()])
+        if own := own_functions(alone.nodes):
+            self._check_derivative(own, take(inputs, slice(0, 1)), alone.targets, shares)
         drawn = not torch.equal(generators, _random_state())
         self.copy_inputs = any(call.x._version != call.version for call in alone.calls.values())
         # one less than there is room for, since `alone` is kept too
@@ -116,6 +121,16 @@ class Tracer:
             classes.append(done.targets)
             first = last
         return torch.cat(ys), torch.cat(classes)
+
+    def _check_derivative(self, own: list[str], one: Batch, target: Tensor, shares: Shares) -> None:
+        """Raise TraceFLError if functions of the model's own make the gradient another one."""
+        steps, clients = random_step(self.state.tensors), shares.clients
+        probe = Shares(States({"a step": steps}, clients.model, clients.aliases), None, 1, shares.read_at_once)
+        done = self.forward(one, target)
+        probe.open([*{**dict.fromkeys(done.loose.values()), **done.calls}])
+        self.backward(done, partial(probe.add, slice(0, 1), 1.0))
+        share = sum(account.item() for account in probe.layers.values())
+        check_derivative(own, share, steps, self.state.tensors, lambda: self.forward(one, target).y)
 
     def set_hooks(self) -> list[RemovableHandle]:
         """Set the hooks, before hooks of the user's, which may change an output; their handles."""
@@ -187,7 +202,8 @@ class Tracer:
         self.receive, self.n, self.calls = receive, len(done.logits), done.calls
         norms = [node for node in done.nodes if "BatchNorm" in node.name()]
         handles = [node.register_prehook(laid_out_like_input(node)) for node in norms]
-        handles += [node.register_hook(whole_gradient(node)) for node in done.nodes if node not in norms]
+        tables = [node for node in done.nodes if node.name().startswith("Embedding")]
+        handles += [node.register_hook(whole_gradient(node)) for node in tables]
         try:  # asking for all leaves, the gradient passes everywhere
             leaves = list(done.leaves.values())
             found = torch.autograd.grad(done.y.sum(), leaves, allow_unused=True) if leaves else ()
@@ -253,7 +269,7 @@ def _axis(now: torch.Size, before: torch.Size, n: int) -> int:
 
 
 def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
-    """The tensors with a gradient that y depends on, by id, and the nodes to put right."""
+    """The tensors with a gradient that y depends on, by id, and the nodes to look at."""
     leaves, nodes, seen, stack = dict[int, Tensor](), list[Any](), set[Any](), [y.grad_fn]
     while stack:
         node = stack.pop()
@@ -263,7 +279,7 @@ def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
         stack += [following for following, _ in node.next_functions]
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves[id(leaf)] = leaf
-        elif node.name() in ("NativeBatchNormBackward0", "EmbeddingBackward0", "EmbeddingBagBackward0"):
+        elif node.name() in PUT_RIGHT or isinstance(node, torch.autograd.function.BackwardCFunction):
             nodes.append(node)
         elif node.name().startswith("CheckpointFunction"):
             raise TraceFLError("checkpoint(use_reentrant=True) hides gradients from trace: set use_reentrant=False")
