@@ -279,8 +279,8 @@ def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
         stack += [following for following, _ in node.next_functions]
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves[id(leaf)] = leaf
-        elif node.name() in PUT_RIGHT or isinstance(node, torch.autograd.function.BackwardCFunction):
-            nodes.append(node)
         elif node.name().startswith("CheckpointFunction"):
             raise TraceFLError("checkpoint(use_reentrant=True) hides gradients from trace: set use_reentrant=False")
+        elif node.name() in PUT_RIGHT or isinstance(node, torch.autograd.function.BackwardCFunction):
+            nodes.append(node)
     return leaves, nodes
