@@ -41,6 +41,7 @@ CASES = [  # overrides, how the sentence starts, the value that it quotes, a wor
     (["round_timeout=0"], "round_timeout must", "got 0", "above 0"),
     (["parallel_processes=0"], "parallel_processes must", "got 0", "-1 for all cores"),
     (["data_dist.dist_type=iid"], "data_dist.dist_type must", "got iid", "PathologicalPartitioner-1"),
+    (["data_dist.min_examples_per_class=0"], "data_dist.min_examples_per_class must", "got 0", "at least 1"),
     (["data_dist.max_per_client_data_size=0"], "data_dist.max_per_client_data_size must", "got 0", "-1 for no limit"),
     (["data_dist.max_server_data_size=-2"], "data_dist.max_server_data_size must", "got -2", "-1 for no limit"),
     (["strategy.name=fedfoo"], "strategy.name must", "got fedfoo", "fedavg, fedprox"),

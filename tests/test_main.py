@@ -163,6 +163,8 @@ def test_a_failed_job_of_a_sweep_lets_the_others_run(run):
 def test_data_can_be_prepared_alone(run, tmp_path):
     status, out, _ = run("do_training=false", "do_provenance=false")
     assert status == 0
+    assert "of classes of which their client has fewer than data_dist.min_examples_per_class=10" in out
+    assert run("do_training=false", "do_provenance=false")[1] == out  # from the cache
     assert "is prepared; do_training=false and do_provenance=false leave it at that" in out
     assert len(list(tmp_path.glob("logs/data/digits-*/clients/*.safetensors"))) == 10
 
