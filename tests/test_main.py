@@ -115,7 +115,7 @@ def test_a_key_without_effect_is_noted_in_one_line(run):
         ("num_clients=null", "num_clients must be a whole number, got null."),
         ("client.lr=fast", "client.lr must be a number, got fast."),
         ("plotting=perhaps", "plotting must be true or false, got perhaps."),
-        ("exp_key=[1]", "exp_key must be text, got [1]."),
+        ("exp_key=[1]", "exp_key must be text, got [1]: quote it, as \"exp_key='[1]'\"."),
         ("faulty_clients_ids=3", "faulty_clients_ids must be a list, got 3."),
         ("faulty_clients_ids=[a]", "faulty_clients_ids must be a list, got ['a']."),
         ("strategy=fedprox", "strategy=fedprox sets a group of settings: set one, such as strategy.name."),
@@ -151,6 +151,20 @@ def test_a_fault_that_does_not_fit_the_data_is_refused_before_training(run):
     status, _, err = run("faulty_clients_ids=[0]", "label2flip={1:10}")
     assert status == 1
     assert "label2flip must lead to a label of digits, 0 to 9, got 10" in err
+
+
+def test_a_path_with_anything_in_its_name(run, tmp_path):
+    folder = tmp_path / "x=y" / "[1] ü, (b) {c} $d # it's"
+    folder.mkdir(parents=True)
+    status, _, err = run(f"dataset.path={folder}", "dry_run=true")
+    assert status == 1
+    assert (
+        f"dataset.path must hold data in the hub's layout, such as train-*.parquet and test-*.parquet, got {folder}"
+        in err
+    )
+    (folder / "train.csv").write_text("")
+    assert run(f"dataset.path={folder}", "dry_run=true")[::2] == (0, "")
+    assert run("--multirun", f"storage.dir={tmp_path}/ä,{tmp_path}/b=c", "dry_run=true")[1].count("dry run") == 2
 
 
 def test_a_failed_job_of_a_sweep_lets_the_others_run(run):
