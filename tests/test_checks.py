@@ -231,6 +231,19 @@ def test_a_home_folder_and_those_above_it_are_no_dataset(config, tmp_path, monke
     config(f"dataset.path={tmp_path}/me/pets")
 
 
+def test_most_of_many_files_must_hold_data(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("tracefl.checks.OTHER_FILES", 3)
+    for name in ("train.csv", "a.o", "b.o", "c.o"):
+        (tmp_path / name).write_text("")
+    config(f"dataset.path={tmp_path}")
+    (tmp_path / "d.o").write_text("")
+    with pytest.raises(TraceFLError, match=r"dataset\.path must hold data in .*, and little else, got "):
+        config(f"dataset.path={tmp_path}")
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_text("")
+    config(f"dataset.path={tmp_path}")
+
+
 def test_only_so_many_files_are_looked_at(config, tmp_path, monkeypatch):
     for number in range(20):
         (tmp_path / f"{number}.bin").write_text("")

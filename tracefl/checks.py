@@ -6,6 +6,7 @@ several. Two need more than settings: `check_device` the machine, `check_targets
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from operator import attrgetter
@@ -25,7 +26,8 @@ TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PROJECT = ("pyproject.toml", "setup.py", "package.json")  # at the top of one
-LOOKED_AT = 100_000  # files, until one is found that may hold data
+LOOKED_AT = 100_000  # files of a dataset's folder
+OTHER_FILES = 1000  # may lie beside the data, or as many as hold data
 # What a setting takes, by the name of its type.
 KINDS = {"list": "a list", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
@@ -161,10 +163,15 @@ def _check_data(c: Config) -> None:
     what = _no_dataset(Path(path)) if path else ""
     _require(c, "dataset.path", not what, f"be the folder of a dataset, not {what}", "name the folder of the data")
     if path and name not in MEDMNIST:
-        files = islice(visible_files(path), LOOKED_AT)
-        holds = any(file.name.lower().endswith(TABLES + ARCHIVES + IMAGES) for file in files)
-        must = "hold data in the hub's layout, such as train-*.parquet and test-*.parquet"
-        _require(c, "dataset.path", holds, must, "name another folder")
+        must = "hold data in the hub's layout, such as train-*.parquet and test-*.parquet, and little else"
+        _require(c, "dataset.path", _holds_data(path), must, "name another folder")
+
+
+def _holds_data(folder: str) -> bool:
+    """Whether some of the first files can hold data; of thousands, most of them must."""
+    kinds = TABLES + ARCHIVES + IMAGES
+    data = Counter(file.name.lower().endswith(kinds) for file in islice(visible_files(folder), LOOKED_AT))
+    return data[True] > 0 and data[False] <= max(data[True], OTHER_FILES)
 
 
 def _no_dataset(folder: Path) -> str:
