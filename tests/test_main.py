@@ -158,10 +158,8 @@ def test_a_path_with_anything_in_its_name(run, tmp_path):
     folder.mkdir(parents=True)
     status, _, err = run(f"dataset.path={folder}", "dry_run=true")
     assert status == 1
-    assert (
-        f"dataset.path must hold data in the hub's layout, such as train-*.parquet and test-*.parquet, got {folder}"
-        in err
-    )
+    assert err.startswith("error: dataset.path must hold data in the hub's layout")
+    assert f", got {folder}: " in err
     (folder / "train.csv").write_text("")
     assert run(f"dataset.path={folder}", "dry_run=true")[::2] == (0, "")
     assert run("--multirun", f"storage.dir={tmp_path}/ä,{tmp_path}/b=c", "dry_run=true")[1].count("dry run") == 2
