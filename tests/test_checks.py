@@ -41,6 +41,7 @@ CASES = [  # overrides, how the sentence starts, the value that it quotes, a wor
     (["round_timeout=0"], "round_timeout must", "got 0", "above 0"),
     (["parallel_processes=0"], "parallel_processes must", "got 0", "-1 for all cores"),
     (["data_dist.dist_type=iid"], "data_dist.dist_type must", "got iid", "PathologicalPartitioner-1"),
+    (["data_dist.min_examples_per_class=0"], "data_dist.min_examples_per_class must", "got 0", "at least 1"),
     (["data_dist.max_per_client_data_size=0"], "data_dist.max_per_client_data_size must", "got 0", "-1 for no limit"),
     (["data_dist.max_server_data_size=-2"], "data_dist.max_server_data_size must", "got -2", "-1 for no limit"),
     (["strategy.name=fedfoo"], "strategy.name must", "got fedfoo", "fedavg, fedprox"),
@@ -188,14 +189,86 @@ def test_folders_that_hold_something_else_are_refused_before_they_are_read(confi
     ):
         config(f"dataset.path={tmp_path}")
     monkeypatch.setattr("tracefl.settings.visible_files", lambda _: pytest.fail("its files were listed"))
-    with pytest.raises(TraceFLError, match=r"model\.path must hold config\.json, as save_pretrained writes it, .*got "):
-        config(f"model.path={tmp_path}")
+    for content in (None, "{}", "[]", "no JSON", '{"name": "a project of node"}', '{"model_type": 3}'):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(TraceFLError, match=r"model\.path must hold config\.json, as save_pretrained writes .*got "):
+            config(f"model.path={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("pyproject.toml", "a project, which has pyproject.toml"),
+        ("setup.py", "a project, which has setup.py"),
+        ("package.json", "a project, which has package.json"),
+        ("pyvenv.cfg", "one of installed programs"),
+        ("conda-meta/history", "one of installed programs"),
+    ],
+)
+def test_a_folder_of_all_kinds_of_files_is_no_dataset_though_some_may_hold_data(config, tmp_path, file, what):
+    for name in ("requirements.txt", "data/train.csv", "bin/x", file):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(
+        TraceFLError,
+        match=rf"dataset\.path must be the folder of a dataset, not {what}, got .*: name the folder of the data\.$",
+    ):
+        config(f"dataset.path={tmp_path}")
+    assert config(f"dataset.path={tmp_path}/data").dataset.name == "data"
+
+
+def test_a_home_folder_and_those_above_it_are_no_dataset(config, tmp_path, monkeypatch):
+    (tmp_path / "me" / "pets").mkdir(parents=True)
+    (tmp_path / "me" / "pets" / "train.csv").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "me"))
+    for folder in ("/", tmp_path):
+        with pytest.raises(TraceFLError, match=r"dataset\.path must .*, not one that contains your home .*me, got /"):
+            config(f"dataset.path={folder}")
+    with pytest.raises(TraceFLError, match=r"dataset\.path must .*, not your home folder, got "):
+        config(f"dataset.path={tmp_path}/me")
+    config(f"dataset.path={tmp_path}/me/pets")
+
+
+def test_most_of_many_files_must_hold_data(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("tracefl.checks.OTHER_FILES", 3)
+    for name in ("train.csv", "a.o", "b.o", "c.o"):
+        (tmp_path / name).write_text("")
+    config(f"dataset.path={tmp_path}")
+    (tmp_path / "d.o").write_text("")
+    with pytest.raises(TraceFLError, match=r"dataset\.path must hold data in .*, and little else, got "):
+        config(f"dataset.path={tmp_path}")
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_text("")
+    config(f"dataset.path={tmp_path}")
+
+
+def test_only_so_many_files_are_looked_at(config, tmp_path, monkeypatch):
+    for number in range(20):
+        (tmp_path / f"{number}.bin").write_text("")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "train.csv").write_text("")
+    config(f"dataset.path={tmp_path}")
+    monkeypatch.setattr("tracefl.checks.LOOKED_AT", 20)
+    with pytest.raises(TraceFLError, match=r"dataset\.path must hold data"):
+        config(f"dataset.path={tmp_path}")
+
+
+def test_a_reference_to_nothing_is_refused_by_its_key(config):
+    for value, reason in (("${nowhere}", "Interpolation key 'nowhere' not found"), ("???", "Missing mandatory value")):
+        with pytest.raises(TraceFLError) as error:
+            config(f"dataset.path={value}")
+        assert str(error.value).startswith(f"dataset.path cannot be read ({reason}")
 
 
 @pytest.mark.parametrize("file", ["train-0.parquet", "data/train.csv", "train/cat/1.png", "train.jsonl"])
 def test_a_folder_with_data_passes(config, tmp_path, file):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text("")
+    for more in (".git/config", "README.md", ".gitattributes"):  # as a clone from the hub has
+        (tmp_path / more).parent.mkdir(exist_ok=True)
+        (tmp_path / more).write_text("")
     assert config(f"dataset.path={tmp_path}").dataset.path == str(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_a_key_without_effect_is_noted_in_one_line(run):
         ("num_clients=null", "num_clients must be a whole number, got null."),
         ("client.lr=fast", "client.lr must be a number, got fast."),
         ("plotting=perhaps", "plotting must be true or false, got perhaps."),
-        ("exp_key=[1]", "exp_key must be text, got [1]."),
+        ("exp_key=[1]", "exp_key must be text, got [1]: quote it, as \"exp_key='[1]'\"."),
         ("faulty_clients_ids=3", "faulty_clients_ids must be a list, got 3."),
         ("faulty_clients_ids=[a]", "faulty_clients_ids must be a list, got ['a']."),
         ("strategy=fedprox", "strategy=fedprox sets a group of settings: set one, such as strategy.name."),
@@ -153,6 +153,31 @@ def test_a_fault_that_does_not_fit_the_data_is_refused_before_training(run):
     assert "label2flip must lead to a label of digits, 0 to 9, got 10" in err
 
 
+def test_a_path_with_anything_in_its_name(run, tmp_path):
+    folder = tmp_path / "x=y" / "1] ü, (b) {c} $d # it's"
+    folder.mkdir(parents=True)
+    status, _, err = run(f"dataset.path={folder}", "dry_run=true")
+    assert status == 1
+    assert err.startswith("error: dataset.path must hold data in the hub's layout")
+    assert f", got {folder}: " in err
+    (folder / "train.csv").write_text("text,label\n" + "a,0\nb,1\n" * 20)
+    (folder / "test.csv").write_text("text,label\na,0\nb,1\n")
+    alone = ("model.name=gpt2", "do_training=false", "do_provenance=false", "num_clients=1", "clients_per_round=1")
+    status, out, err = run(f"dataset.path={folder}", *alone)
+    assert (status, "is prepared" in out, "error" in err) == (0, True, False)
+    assert run("--multirun", f"storage.dir={tmp_path}/ä,{tmp_path}/b=c", "dry_run=true")[1].count("dry run") == 2
+
+
+@pytest.mark.parametrize("name", ["a [1]", "a::b"])
+def test_a_path_that_the_datasets_library_takes_for_a_pattern_is_refused(run, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "train.csv").write_text("")
+    status, _, err = run(f"dataset.path={name}")
+    assert status == 1
+    assert err.startswith("error: dataset.path must have no [ or :: in it or its parents, ")
+    assert err.endswith(f", got {name}: rename the folder.\n")
+
+
 def test_a_failed_job_of_a_sweep_lets_the_others_run(run):
     status, out, err = run("--multirun", "num_clients=3,20", "dry_run=true")
     assert status == 1
@@ -163,6 +188,8 @@ def test_a_failed_job_of_a_sweep_lets_the_others_run(run):
 def test_data_can_be_prepared_alone(run, tmp_path):
     status, out, _ = run("do_training=false", "do_provenance=false")
     assert status == 0
+    assert "of classes of which their client has fewer than data_dist.min_examples_per_class=10" in out
+    assert run("do_training=false", "do_provenance=false")[1] == out  # from the cache
     assert "is prepared; do_training=false and do_provenance=false leave it at that" in out
     assert len(list(tmp_path.glob("logs/data/digits-*/clients/*.safetensors"))) == 10
 

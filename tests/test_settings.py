@@ -11,6 +11,7 @@ from tracefl.settings import (
     data_settings,
     file_stamps,
     fingerprint,
+    model_stamps,
     run_folder,
     training_settings,
     visible_files,
@@ -98,7 +99,7 @@ def test_a_folder_counts_by_where_it_is(config, tmp_path, monkeypatch):
 
 
 def test_other_model_files_are_another_run_and_other_tokens(config, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     before = config(f"model.path={tmp_path}")
     found = run_folder(before), data_settings(before)
     (tmp_path / "model.safetensors").write_text("weights")
@@ -106,14 +107,34 @@ def test_other_model_files_are_another_run_and_other_tokens(config, tmp_path):
     assert data_settings(before) != found[1]
 
 
-def test_stamps_leave_out_hidden_files_and_environments(tmp_path):
-    for name in ("a.csv", "deep/b.csv", ".git/c", ".venv/d", "env/pyvenv.cfg", "env/lib/e", "deep/.cache/f"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
+@pytest.mark.parametrize("key", ["model.path", "model.tokenizer", "dataset.path", "dataset.label_column", "client.lr"])
+def test_an_optional_setting_left_empty_is_one_left_out(config, key):
+    assert run_folder(config(f"{key}=")) == run_folder(config())
+
+
+def fill(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_stamps_leave_out_hidden_files_and_installed_packages(tmp_path):
+    fill(tmp_path, "a.csv", "deep/b.csv", ".git/c", ".venv/d", "env/pyvenv.cfg", "env/lib/e", "deep/.cache/f")
+    fill(tmp_path, "mini/conda-meta/history", "mini/lib/g", "deep/node_modules/h/i.json", "lib/site-packages/k.txt")
     assert [stamp[:2] for stamp in file_stamps(str(tmp_path))] == [("a.csv", 5), ("deep/b.csv", 10)]
+    assert file_stamps(f"{tmp_path}/") == file_stamps(str(tmp_path))
     assert file_stamps(None) == []
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    assert len(list(visible_files(tmp_path))) == 2
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "a.csv")  # as the hub's cache does
+    assert sorted(file.name for file in visible_files(tmp_path)) == ["a.csv", "b.csv", "linked"]
+
+
+def test_a_models_subfolders_are_not_read(tmp_path, monkeypatch):
+    fill(tmp_path, "config.json", "model.safetensors", ".gitattributes", "env/lib/a", "onnx/model.onnx")
+    monkeypatch.setattr("tracefl.settings.visible_files", lambda _: pytest.fail("its subfolders were listed"))
+    assert [stamp[:2] for stamp in model_stamps(str(tmp_path))] == [("config.json", 11), ("model.safetensors", 17)]
+    assert model_stamps(None) == []
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (1.9, 1), (3, 3)])

@@ -6,23 +6,28 @@ several. Two need more than settings: `check_device` the machine, `check_targets
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from tracefl.config import ALIASES, HUB_NAMES, IMAGE_MODELS, MEDMNIST, STRATEGIES, TRACED_METHODS, Config, leaves
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import TraceFLError, first_line, require
 from tracefl.rules import POSITIVE, SHARE, integer
-from tracefl.settings import visible_files
+from tracefl.settings import installed, visible_files
 
 # Kinds of files that the datasets library reads examples from, the usual ones.
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".xml", ".h5", ".hdf5")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+PROJECT = ("pyproject.toml", "setup.py", "package.json")  # at the top of one
+LOOKED_AT = 100_000  # files of a dataset's folder
+OTHER_FILES = 1000  # may lie beside the data, or as many as hold data
 # What a setting takes, by the name of its type.
 KINDS = {"list": "a list", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
@@ -36,16 +41,21 @@ def load(composed: DictConfig) -> Config:
     Raises:
         TraceFLError: A key is unknown or a value impossible; the message says what to do.
     """
-    plain: Any = OmegaConf.to_container(composed, resolve=True)
+    try:
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise TraceFLError(f"{error.full_key} cannot be read ({first_line(error)}): correct it.") from error
     for alias, key in ALIASES.items():  # in a group, or a run's config.yaml of an earlier version
         group, name = alias.split(".")
         if isinstance(plain.get(group), dict) and name in plain[group]:
             plain[key] = plain[group].pop(name)
     plain = {key: value for key, value in plain.items() if value != {}}
-    for key, _ in leaves():  # a group that is given a value: OmegaConf would not say which
-        group = key.rpartition(".")[0]
-        whole_group = f"{group}={plain.get(group)} sets a group of settings"
-        require(not group or isinstance(plain.get(group, {}), dict), f"{whole_group}: set one, such as {key}.")
+    for key, field in leaves():  # a group that is given a value: OmegaConf would not say which
+        group, _, name = key.rpartition(".")
+        section = plain.get(group, {}) if group else plain
+        require(isinstance(section, dict), f"{group}={section} sets a group of settings: set one, such as {key}.")
+        if section.get(name) == "" and type(None) in get_args(field.type):
+            section[name] = None
     try:
         config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
     except ConfigKeyError as error:
@@ -150,10 +160,33 @@ def _check_data(c: Config) -> None:
     must = f"be one of {', '.join(known)}, or a name of the hub as owner/name"
     fits = path or name in known or "/" in name
     _require(c, "dataset.name", fits, must, "correct it, or name a folder with dataset.path=FOLDER")
+    what = _no_dataset(Path(path)) if path else ""
+    _require(c, "dataset.path", not what, f"be the folder of a dataset, not {what}", "name the folder of the data")
     if path and name not in MEDMNIST:
-        holds = any(file.name.lower().endswith(TABLES + ARCHIVES + IMAGES) for file in visible_files(Path(path)))
-        must = "hold data in the hub's layout, such as train-*.parquet and test-*.parquet"
-        _require(c, "dataset.path", holds, must, "name another folder")
+        must = "hold data in the hub's layout, such as train-*.parquet and test-*.parquet, and little else"
+        _require(c, "dataset.path", _holds_data(path), must, "name another folder")
+        plain = not any(sign in str(Path(path).resolve()) for sign in ("[", "::"))
+        must = "have no [ or :: in it or its parents, which the datasets library takes for a pattern"
+        _require(c, "dataset.path", plain, must, "rename the folder")
+
+
+def _holds_data(folder: str) -> bool:
+    """Whether some of the first files can hold data; of thousands, most of them must."""
+    kinds = TABLES + ARCHIVES + IMAGES
+    data = Counter(file.name.lower().endswith(kinds) for file in islice(visible_files(folder), LOOKED_AT))
+    return data[True] > 0 and data[False] <= max(data[True], OTHER_FILES)
+
+
+def _no_dataset(folder: Path) -> str:
+    """What a folder is that holds all kinds of files, in words; empty if it may be a dataset's."""
+    folder, home = folder.resolve(), Path(os.path.expanduser("~")).resolve()
+    if home.is_relative_to(folder):
+        return "your home folder" if folder == home else f"one that contains your home folder {home}"
+    mark = next((mark for mark in PROJECT if (folder / mark).exists()), None)
+    if mark:
+        return f"a project, which has {mark}"
+    is_system = (folder / "bin").is_dir() and (folder / "lib").is_dir()
+    return "one of installed programs" if is_system or installed(folder) else ""
 
 
 def _check_model(c: Config) -> None:

@@ -141,6 +141,7 @@ class DataDist:
     """How training examples are spread over the clients"""
 
     dist_type: str = setting("non_iid_dirichlet", "the distribution", one_of(DIST_TYPES))
+    min_examples_per_class: int = setting(10, "a client drops classes of which it has fewer", at_least(1))
     max_per_client_data_size: int = setting(2048, "examples of a client", at_least(1).or_value(-1, "no limit"))
     max_server_data_size: int = setting(2048, "examples of the server", at_least(1).or_value(-1, "no limit"))
 

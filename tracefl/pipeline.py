@@ -43,6 +43,8 @@ def run_experiment(config: Config, resolved: str) -> None:
     data = prepare(config)
     check_targets(config, data.class_names)
     if not (config.do_training or config.do_provenance):
+        for line in lines.data_lines(config, data):
+            print(line)
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
         return
     progress.log_to_console()
@@ -52,6 +54,8 @@ def run_experiment(config: Config, resolved: str) -> None:
     with locked(folder), progress.log_to_file(folder / LOG_FILE):
         run = open_or_create(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
+        for line in lines.data_lines(config, data):
+            log.info(line)
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples)
         answers = trace(config, run, model, examples)

@@ -3,6 +3,7 @@
 A setting of config.py carries one; checks.py applies them.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection
@@ -75,9 +76,18 @@ def matches(pattern: str, words: str) -> Rule:
     return Rule(words, lambda v: bool(re.fullmatch(pattern, v)))
 
 
+def _names_a_model(file: Path) -> bool:
+    """Whether the file is there and says of which type the model is, as transformers needs it."""
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8"))["model_type"], str)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 POSITIVE = Rule("be above 0", lambda v: is_number(v) and v > 0)
 SHARE = Rule("be a share from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
 FOLDER = Rule("be a folder that exists", lambda v: not v or Path(v).is_dir())
 MODEL_FOLDER = Rule(
-    "hold config.json, as save_pretrained writes it", lambda v: not v or Path(v, "config.json").exists()
+    "hold config.json, as save_pretrained writes it for a model of transformers",
+    lambda v: not v or _names_a_model(Path(v, "config.json")),
 )

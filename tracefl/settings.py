@@ -7,7 +7,8 @@ others are left out, so that they do not ask for another run.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def training_settings(config: Config) -> dict[str, Any]:
         left_out.extend(OF_FAULTS)
     return {key: value for key, value in settings.items() if key not in left_out} | {
         "dataset.path": config.dataset.path and str(Path(config.dataset.path).resolve()),
-        "model.files": file_stamps(config.model.path),
+        "model.files": model_stamps(config.model.path),
         "client_threads": client_threads(config),
     }
 
@@ -64,13 +65,42 @@ def run_folder(config: Config) -> Path:
 
 
 def file_stamps(path: str | None) -> list[tuple[str, int, int]]:
-    """Name, bytes and time (ns) of every file of a folder, to notice another dataset or model."""
-    files = sorted(visible_files(Path(path))) if path else []
-    return [(str(file.relative_to(path or "")), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    """Name, bytes and time (ns) of every file of a folder, to notice another dataset."""
+    return _stamps(path, visible_files(Path(path))) if path else []
 
 
-def visible_files(folder: Path) -> Iterator[Path]:
-    """Files in a folder and its subfolders, but not in hidden ones and virtual environments."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "." and not Path(parent, name, "pyvenv.cfg").exists()]
-        yield from (Path(parent, name) for name in files if Path(parent, name).is_file())
+def model_stamps(path: str | None) -> list[tuple[str, int, int]]:
+    """The same of a model's folder, whose subfolders are no part of the model."""
+    files = (entry for entry in _entries(path) if entry.is_file() and entry.name[0] != ".") if path else []
+    return _stamps(path or "", files)
+
+
+def _stamps(path: str, files: Iterable[os.DirEntry[str]]) -> list[tuple[str, int, int]]:
+    parent = os.path.join(path, "")
+    stats = ((file.path.removeprefix(parent), file.stat()) for file in files)
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def visible_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Files in a folder and its subfolders, but not in hidden ones and those of installed packages.
+
+    A subfolder is read only when its files are asked for.
+    """
+    entries = _entries(folder)
+    yield from (entry for entry in entries if entry.is_file())
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False) and not (entry.name[0] == "." or installed(entry.path)):
+            yield from visible_files(entry.path)
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What a folder holds; nothing if it cannot be read."""
+    with suppress(OSError), os.scandir(folder) as found:
+        return list(found)
+    return []
+
+
+def installed(folder: str | Path) -> bool:
+    """Whether a folder holds installed packages: an environment of Python or conda, or a part."""
+    marks = (Path(folder, mark) for mark in ("pyvenv.cfg", "conda-meta"))
+    return Path(folder).name in ("node_modules", "site-packages", "__pycache__") or any(mark.exists() for mark in marks)

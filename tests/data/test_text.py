@@ -1,15 +1,24 @@
 """Texts reach clients and server as the tokens that the model reads: joined, cut, padded, the same each time."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
+from tracefl.data.plain import PlainEncoder
 from tracefl.data.prepare import prepare
 from tracefl.errors import TraceFLError
 from tracefl.models import build_model, initial_model, model_spec
+from tracefl.models.text import ARCHITECTURES, token_limit
 
 BERT, GPT = "google-bert/bert-base-cased", "openai-community/openai-gpt"
 SMALL = {
@@ -127,7 +136,7 @@ def test_padding_changes_no_prediction(text_config, name):
         (
             BERT,
             ["dataset.max_tokens=513"],
-            r"dataset\.max_tokens must be at most 512 for .*bert-base-cased, got 513: lower it",
+            r"dataset\.max_tokens must be at most 512, .* model\.name=.*bert-base-cased can take, got 513: lower it",
         ),
         (
             BERT,
@@ -202,3 +211,175 @@ def test_real_texts(config, real_data, name, classes):
     assert len(data.class_names) == classes
     assert len(data.server()) == 50
     assert data.server().inputs["input_ids"].shape[1] <= 32
+
+
+NAMES = ["<pad>", "[PAD]", "</s>", "[SEP]", "[CLS]", "<s>", "<|endoftext|>", "<unk>"]
+ENDS = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def own_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary holds the names of its special tokens, 0 to 3, and letters."""
+    letters = sorted({*"<>[]|/▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"})
+    pieces = [*("<pad>", "<s>", "</s>", "<unk>"), *letters, "words"]
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram([(piece, -5.0 * (ids[piece] > 3)) for piece in pieces], unk_id=3))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = ENDS
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def save_model(folder, model_type: str, tokenizer: PreTrainedTokenizerFast, **entries) -> None:
+    """A tiny model with its tokenizer, as people have one in a folder."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **{**sizes, **ids, **entries})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_column(folder, texts: list[str | None]) -> None:
+    """A local set of one column of texts, the same in both splits."""
+    folder.mkdir(exist_ok=True)
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    for split in ("train", "test"):
+        columns = {"text": texts, "label": [k % 2 for k in range(len(texts))]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(folder / f"{split}-0.parquet"))
+
+
+ONE = ("num_clients=1", "clients_per_round=1", "data_dist.min_examples_per_class=1")
+
+
+def encoded(config, tmp_path, texts: list[str | None], *overrides: str):
+    """The prepared data, and the token ids of each of the texts, as the server has them."""
+    write_column(tmp_path / "talk", texts)
+    data = prepare(config(f"dataset.path={tmp_path}/talk", *ONE, *overrides))
+    server = data.server()
+    lengths = server.inputs["attention_mask"].sum(1).tolist()
+    rows = [row[:n] for row, n in zip(server.inputs["input_ids"].tolist(), lengths, strict=True)]
+    shuffled = np.random.default_rng(0).permutation(len(texts)).tolist()
+    return data, [rows[shuffled.index(k)] for k in range(len(texts))]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries", "limit"),
+    [
+        ("roberta", {"max_position_embeddings": 40}, 39),  # padding_idx is 0
+        ("xlm-roberta", {"max_position_embeddings": 40, "pad_token_id": 0}, 39),
+        ("mpnet", {"max_position_embeddings": 40}, 38),  # always 1
+        ("bert", {"max_position_embeddings": 40}, 40),
+        ("gpt2", {"n_positions": 40}, 40),
+    ],
+)
+def test_the_most_tokens_a_model_can_take_are_taken_and_one_more_is_refused(
+    config, tmp_path, model_type, entries, limit
+):
+    save_model(tmp_path / "mine", model_type, own_tokenizer("bpe"), **entries)
+    long = ["words " * 30, "some words"] * 10
+    path = f"model.path={tmp_path}/mine"
+    for too_many in (limit + 1, 128):
+        with pytest.raises(
+            TraceFLError, match=rf"max_tokens must be at most {limit}, .*mine can take, got {too_many}: lower it"
+        ):
+            encoded(config, tmp_path, long, path, f"dataset.max_tokens={too_many}")
+    data, rows = encoded(config, tmp_path, long, path, f"dataset.max_tokens={limit}")
+    assert max(map(len, rows)) == limit
+    initial_model(config(f"dataset.path={tmp_path}/talk", *ONE, path, f"dataset.max_tokens={limit}"), data)
+
+
+def test_padding_may_stand_anywhere_in_a_robertas_vocabulary(config, tmp_path):
+    spec = {"model_type": "roberta", "vocab_size": 9, "max_position_embeddings": 20, "hidden_size": 8}
+    spec |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    assert [token_limit(spec | {"pad_token_id": pad}) for pad in (0, 1, 4)] == [19, 18, 15]
+    assert token_limit({"model_type": "t5"}) is None
+    assert token_limit({"model_type": "xlnet", "n_layer": 1, "d_model": 8, "n_head": 2}) is None
+
+
+def test_a_model_without_a_known_limit_is_tried_with_the_longest_text(config, tmp_path, monkeypatch):
+    save_model(tmp_path / "mine", "roberta", own_tokenizer("bpe"), max_position_embeddings=40)
+    monkeypatch.setattr("tracefl.data.text.token_limit", lambda spec: None)
+    path = f"model.path={tmp_path}/mine"
+    data, rows = encoded(config, tmp_path, ["words " * 30, "some words"] * 10, path, "dataset.max_tokens=45")
+    assert max(map(len, rows)) == 45
+    longest = r"model\.path=.*mine cannot take the longest text, of 45 tokens \(.*\): lower dataset\.max_tokens"
+    with pytest.raises(TraceFLError, match=longest):
+        initial_model(config(f"dataset.path={tmp_path}/talk", *ONE, path, "dataset.max_tokens=45"), data)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "words"])
+def test_the_name_of_a_special_token_in_a_text_is_a_text(config, tmp_path, kind):
+    save_model(tmp_path / "mine", "bert", own := own_tokenizer(kind))
+    texts = ["words", *(f"{name} words{name}{name} {name}" for name in NAMES), "a b ñ"]
+    _, rows = encoded(config, tmp_path, texts, f"model.path={tmp_path}/mine")
+    for text, ids in zip(texts, rows, strict=True):
+        assert (ids[0], ids[-1]) == (1, 2)
+        assert not {0, 1, 2} & {*ids[1:-1]}
+        if kind != "words" and "ñ" not in text and "<unk>" not in text:
+            said = "".join(own.convert_ids_to_tokens(ids[1:-1]))
+            assert said == "▁" + text.replace(" ", "▁")
+    assert rows[0] == own("words").input_ids
+    assert rows[-1] == own("a b ñ").input_ids
+
+
+@pytest.mark.parametrize("name", [BERT, GPT])
+def test_a_trained_tokenizer_takes_no_special_token_from_a_text(config, tmp_path, name):
+    sizes = [f"model.config.{entry}" for entry in SMALL[name]]
+    texts = ["words", *(f"{token} words{token}" for token in (*NAMES, "[MASK]", "[UNK]"))] * 2
+    data, rows = encoded(config, tmp_path, texts, f"model.name={name}", *sizes)
+    tokenizer = Tokenizer.from_file(str(data.folder / "tokenizer.json"))
+    special = {tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")}
+    for text, ids in zip(texts, rows, strict=True):
+        inside = ids[1:-1] if name == BERT else ids
+        assert not special & {*inside}
+        said = "".join(tokenizer.id_to_token(i) for i in inside).replace("##", "").replace("Ġ", " ")
+        assert said.replace(" ", "") == text.lower().replace(" ", "") if name == GPT else text.replace(" ", "")
+
+
+def test_a_padding_that_is_also_the_unknown_word_is_replaced(config, tmp_path):
+    own = own_tokenizer("words")
+    own.pad_token = own.unk_token
+    save_model(tmp_path / "mine", "gpt2", own, n_positions=20)
+    texts = ["words never-seen", "words"] * 4
+    data, rows = encoded(config, tmp_path, texts, f"model.path={tmp_path}/mine", "dataset.max_tokens=20")
+    assert rows[0] == [1, own.convert_tokens_to_ids("words"), 3, 2]
+    assert data.text_model["pad_token_id"] == len(own)
+
+
+@pytest.mark.parametrize("name", [BERT, GPT])
+def test_odd_texts_are_encoded(config, tmp_path, name):
+    sizes = [f"model.config.{entry}" for entry in SMALL[name]]
+    odd = [" \t\n", None, "", "\0", "a\0b", "😀👩‍👩‍👧", "x" * 100_000, "word " * 50_000, "\u202e\ufeff"]
+    data, rows = encoded(config, tmp_path, [*odd, "word"] * 2, f"model.name={name}", *sizes)
+    assert all(1 <= len(ids) <= 128 for ids in rows)
+    c = config(f"dataset.path={tmp_path}/talk", *ONE, f"model.name={name}", *sizes)
+    logits = initial_model(c, data)(**data.server().inputs).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_half_a_surrogate_pair_is_an_unknown_character():
+    encode = PlainEncoder(own_tokenizer("bpe").backend_tokenizer)
+    assert encode(["a\ud800b", "\ud83d\ude00"]) == encode(["a\ufffdb", "😀"])
+
+
+BART = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+T5 = {"decoder_start_token_id": 0, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize("architecture", [("bart", BART), ("t5", T5)])
+def test_a_model_that_looks_for_the_end_of_a_text_finds_that_of_a_trained_tokenizer(
+    config, tmp_path, monkeypatch, architecture
+):
+    monkeypatch.setitem(ARCHITECTURES, "some/one", architecture)
+    texts = ["words [UNK] [SEP] </s>", "more", "words", "much more words"] * 3
+    data, rows = encoded(config, tmp_path, texts, "model.name=some/one")
+    assert all(ids.count(data.text_model["eos_token_id"]) == 1 for ids in rows)
+    model = initial_model(config(f"dataset.path={tmp_path}/talk", *ONE, "model.name=some/one"), data)
+    assert model(**data.server().inputs).logits.shape == (12, 2)

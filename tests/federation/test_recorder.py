@@ -108,6 +108,20 @@ def test_a_broken_client_stops_the_run_by_name_and_nothing_recorded_is_lost(tmp_
     assert len(healthy.rounds) == 3
 
 
+def test_going_on_without_a_client_is_advised_only_where_another_has_succeeded(tmp_path):
+    everyone = InstantGrid(dict.fromkeys(range(12), "raise"))
+    run = new_run(tmp_path)
+    with pytest.raises(TraceFLError) as error:
+        run_rounds(run, 1, everyone)
+    assert "accept_failures" not in str(error.value)
+    victim = int(recorder(run).participants(1)[0])
+    with pytest.raises(TraceFLError, match=r"client .* no reply in time .*accept_failures=true goes on without"):
+        run_rounds(run, 1, InstantGrid({victim: "silent"}), timeout=0.05)  # the others have replied
+    run_rounds(run, 1)
+    with pytest.raises(TraceFLError, match=r"round 2, client .*accept_failures=true goes on without"):
+        run_rounds(run, 2, everyone)
+
+
 @pytest.mark.parametrize("fault", ["raise", "silent", "nan", "missing"])
 def test_with_accept_failures_the_round_goes_on_without_it(tmp_path, fault):
     run = new_run(tmp_path)

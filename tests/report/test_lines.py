@@ -2,12 +2,14 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from tests.report.metrics import NAN, table, tidy
-from tracefl.report.lines import provenance_lines
+from tracefl.data.prepare import PreparedData
+from tracefl.report.lines import data_lines, provenance_lines
 
 
 @pytest.fixture
@@ -97,3 +99,28 @@ def test_influence_and_the_servers_own_share_have_their_words(provenance):
     lines = list(provenance_lines(alone, provenance.assign(method="influence"), set()))
     assert "TraceFL Average Localization Accuracy: 75.0" in lines
     assert server % "" in lines
+
+
+def left_out(**counts: dict[int, int]) -> PreparedData:
+    classes = ["cat", "dog", "emu", "fox"]
+    return PreparedData(Path(), classes, {"0": {0: 50, 1: 20}, "1": {0: 10}}, "", left_out=counts)
+
+
+def test_classes_and_examples_that_nobody_trains_on_are_named(config):
+    data = left_out(dist_type={}, min_examples_per_class={1: 4, 2: 7}, max_per_client_data_size={0: 30, 2: 12})
+    assert list(data_lines(config("data_dist.max_per_client_data_size=70"), data)) == [
+        "No client trains on 1 of the training split's 3 classes: emu (19 examples)",
+        "No client trains on 53 of the 133 training examples: 11 of classes of which their client has fewer than "
+        "data_dist.min_examples_per_class=10, 42 above data_dist.max_per_client_data_size=70",
+    ]
+    nothing = {"dist_type": {}, "min_examples_per_class": {}, "max_per_client_data_size": {}}
+    assert list(data_lines(config(), left_out(**nothing))) == []
+
+
+def test_of_many_lost_classes_the_first_are_named(config):
+    lost = {"dist_type": dict.fromkeys(range(1, 14), 2)}
+    data = PreparedData(Path(), [f"c{k}" for k in range(30)], {"0": {0: 9}}, "", left_out=lost)
+    first, second = data_lines(config(), data)
+    shown = ", ".join(f"c{k} (2 examples)" for k in range(1, 11))
+    assert first.endswith(f"13 of the training split's 14 classes: {shown}, and 3 more")
+    assert second.endswith(" 35 training examples: 26 given to nobody by data_dist.dist_type=non_iid_dirichlet")

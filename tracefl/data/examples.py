@@ -6,11 +6,13 @@ client process imports this module, so its imports are few.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -85,3 +87,15 @@ def load_examples(file: Path) -> Examples:
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return Examples({"input_ids": ids, "attention_mask": mask}, tensors["labels"])
     return Examples(normalize(tensors["pixels"]), tensors["labels"])
+
+
+def longest_text(files: Iterable[Path]) -> tuple[int, Inputs]:
+    """Of the texts in these files the one with most tokens, and how many; few others are read."""
+    longest, place = -1, (Path(), 0)
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            lengths = tensors.get_tensor("lengths")
+        if int(lengths.max()) > longest:
+            longest, place = int(lengths.max()), (file, int(lengths.argmax()))
+    file, row = place
+    return longest, load_examples(file)[torch.tensor([row])].inputs

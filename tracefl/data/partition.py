@@ -1,5 +1,6 @@
 """Which training example goes to which client, by the partitioners of flwr-datasets."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -7,38 +8,52 @@ import numpy as np
 from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
 
 from tracefl.config import Config
+from tracefl.data.examples import count_labels
 from tracefl.errors import TraceFLError, as_sentence
 
-MIN_EXAMPLES_PER_CLASS = 10
 ATTEMPTS = 10  # draws, each with another seed, before giving up
 
 
-def partition(labels: np.ndarray, config: Config) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Partition:
+    """Which training examples the clients hold, and which nobody does.
+
+    Attributes:
+        clients: Row numbers of the training split, one int64 array per client.
+        left_out: By the reason, which is the setting `dist_type`, `min_examples_per_class` or
+            `max_per_client_data_size` of data_dist: how many examples of each label.
+    """
+
+    clients: list[np.ndarray]
+    left_out: dict[str, dict[int, int]]
+
+
+def partition(labels: np.ndarray, config: Config) -> Partition:
     """Spread the training examples over the clients as `data_dist.dist_type` says.
 
-    On every client, classes with fewer than ten examples are dropped and the rest is cut at
-    `data_dist.max_per_client_data_size`. If a client is left without data, another seed is tried.
+    On every client, classes with fewer than `data_dist.min_examples_per_class` examples are dropped
+    and the rest is cut at `data_dist.max_per_client_data_size`. If a client is left without data,
+    another seed is tried.
 
     Args:
         labels: Of the training split, int64 [N].
         config: Its seed, num_clients, dirichlet_alpha and data_dist are read.
 
-    Returns:
-        Row numbers of the training split, one int64 array per client.
-
     Raises:
         TraceFLError: No seed gives every client data, or the distribution is impossible.
     """
-    limit = config.data_dist.max_per_client_data_size
+    least, limit = config.data_dist.min_examples_per_class, config.data_dist.max_per_client_data_size
     for attempt in range(ATTEMPTS):
         drawn = _draw(labels, config, config.seed + attempt * 1000)
-        clients = [_trim(rows, labels, limit) for rows in drawn]
+        common = [_common(rows, labels, least) for rows in drawn]
+        clients = [rows if limit == -1 else rows[:limit] for rows in common]
         empty = [client for client, rows in enumerate(clients) if len(rows) == 0]
         if not empty:
-            return clients
+            stages = {"dist_type": drawn, "min_examples_per_class": common, "max_per_client_data_size": clients}
+            return Partition(clients, _left_out(labels, stages))
     who = f"{len(empty)} of num_clients={config.num_clients} clients (first: {empty[0]})"
-    what = f"no class of at least {MIN_EXAMPLES_PER_CLASS} of the {len(labels)} training examples"
-    remedy = "lower num_clients or raise dirichlet_alpha"
+    what = f"no class of at least {least} of the {len(labels)} training examples"
+    remedy = "lower num_clients or data_dist.min_examples_per_class, or raise dirichlet_alpha"
     raise TraceFLError(f"data_dist.dist_type={config.data_dist.dist_type} leaves {who} with {what}: {remedy}.")
 
 
@@ -63,7 +78,17 @@ def _partitioner(config: Config, seed: int) -> Partitioner:
     return ShardPartitioner(**common, num_shards_per_partition=int(count))
 
 
-def _trim(rows: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
+def _common(rows: np.ndarray, labels: np.ndarray, least: int) -> np.ndarray:
+    """Those rows of a client whose class has at least `least` of them."""
     counts = np.bincount(labels[rows], minlength=1)
-    kept = rows[counts[labels[rows]] >= MIN_EXAMPLES_PER_CLASS] if len(rows) else rows
-    return kept if limit == -1 else kept[:limit]
+    return rows[counts[labels[rows]] >= least] if len(rows) else rows
+
+
+def _left_out(labels: np.ndarray, stages: dict[str, list[np.ndarray]]) -> dict[str, dict[int, int]]:
+    """What each stage leaves out of the rows of the one before; the first, of all rows."""
+    before, found = np.arange(len(labels)), {}
+    for reason, clients in stages.items():
+        kept = np.concatenate(clients)
+        found[reason] = count_labels(labels[np.setdiff1d(before, kept, assume_unique=True)])
+        before = kept
+    return found

@@ -1,7 +1,8 @@
 """Prepare a dataset once: partition, encode, and write a file per client and one for the server.
 
 <storage.dir>/data/<dataset>-<hash>/
-    data.json                 settings, class names, label counts of clients, SHA-256 of files
+    data.json                 settings, class names, label counts of clients and of what no client
+                              holds, SHA-256 of files
     server.safetensors        the head of the shuffled test split: labels int64 [N] and, of images,
                               pixels uint8 [N, C, 32, 32]; of texts, input_ids int32 [N, T] and
                               lengths int32 [N]
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class PreparedData:
         label_counts: Number of training examples by client and label.
         digest: SHA-256 over the SHA-256 of every file.
         text_model: Of texts, the spec of the model that the tokens are for.
+        left_out: Number of training examples that no client holds, by reason and label
+            (`Partition.left_out`).
     """
 
     folder: Path
@@ -48,6 +51,7 @@ class PreparedData:
     label_counts: dict[str, dict[int, int]]
     digest: str
     text_model: dict[str, Any] | None = None
+    left_out: dict[str, dict[int, int]] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -75,9 +79,12 @@ def prepare(config: Config) -> PreparedData:
     if not (config.check_dataset_cache and (folder / "data.json").exists()):
         _write(folder, config, settings)
     info = json.loads((folder / "data.json").read_text())
-    counts = {client: {int(label): n for label, n in labels.items()} for client, labels in info["label_counts"].items()}
+    label_counts, left_out = (
+        {key: {int(label): n for label, n in labels.items()} for key, labels in info[counts].items()}
+        for counts in ("label_counts", "left_out")
+    )
     digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
-    return PreparedData(folder, info["class_names"], counts, digest, info["text_model"])
+    return PreparedData(folder, info["class_names"], label_counts, digest, info["text_model"], left_out)
 
 
 def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
@@ -92,7 +99,8 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     from tracefl.data.partition import partition
 
     labels = source.labels(source.train)
-    clients = partition(labels, config)
+    spread = partition(labels, config)
+    clients = spread.clients
     limit = config.data_dist.max_server_data_size
     server = np.random.default_rng(config.seed).permutation(len(source.test))[: None if limit == -1 else limit]
     parts = {f"clients/{client}.safetensors": (source.train, rows) for client, rows in enumerate(clients)}
@@ -119,6 +127,7 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
             "settings": settings,
             "class_names": source.class_names,
             "label_counts": {client: count_labels(labels[rows]) for client, rows in enumerate(clients)},
+            "left_out": spread.left_out,
             "sha256": sha256,
             "text_model": text_model,
         }

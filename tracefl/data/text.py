@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tracefl.config import Config, Model
+from tracefl.data.plain import PlainEncoder, unknown_token
 from tracefl.data.sources import Source
 from tracefl.errors import require
-from tracefl.models.text import architecture, load_pretrained, text_spec
+from tracefl.models.text import architecture, load_pretrained, text_spec, token_limit
 
 VOCABULARY = 8000  # of a trained tokenizer, unless model.config.vocab_size says otherwise
 PAD = "[PAD]"
@@ -38,24 +39,25 @@ def text_encoder(source: Source, config: Config, rows: np.ndarray) -> tuple[Enco
         TraceFLError: The model or its tokenizer cannot be loaded, or max_tokens does not fit.
     """
     model, max_tokens, base = config.model, config.dataset.max_tokens, architecture(config.model)
-    longest = getattr(base, "max_position_embeddings", None)
-    fits = not longest or max_tokens <= longest
-    require(fits, f"dataset.max_tokens must be at most {longest} for {model.name}, got {max_tokens}: lower it.")
     tokenizer, pad = _own(model) if model.own_tokenizer else _trained(model, base, source.texts(source.train, rows))
+    if not model.own_tokenizer:
+        _set_ends(base, tokenizer)
+    size = tokenizer.get_vocab_size()
+    spec = text_spec(base, max(size, base.vocab_size) if model.has_weights else size, pad, source.class_names)
+    longest, name = token_limit(spec), f"model.path={model.path}" if model.path else f"model.name={model.name}"
+    must = f"dataset.max_tokens must be at most {longest}, which is all that {name} can take"
+    require(longest is None or max_tokens <= longest, f"{must}, got {max_tokens}: lower it.")
     special = tokenizer.num_special_tokens_to_add(False)
     must = f"dataset.max_tokens must be above {special}, the number of special tokens"
     require(max_tokens > special, f"{must}, got {max_tokens}: raise it.")
     tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()
-    size = tokenizer.get_vocab_size()
-    spec = text_spec(base, max(size, base.vocab_size) if model.has_weights else size, pad, source.class_names)
-    return partial(_encode, source, tokenizer, pad), tokenizer.to_str(), spec
+    return partial(_encode, source, PlainEncoder(tokenizer), pad), tokenizer.to_str(), spec
 
 
-def _encode(source: Source, tokenizer: Tokenizer, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
+def _encode(source: Source, encoder: PlainEncoder, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
     """See `text_encoder`; an empty text is encoded as one pad token."""
-    encodings = tokenizer.encode_batch_fast(source.texts(split, rows))
-    ids = [torch.tensor(encoding.ids or [pad], dtype=torch.int32) for encoding in encodings]
+    ids = [torch.tensor(tokens or [pad], dtype=torch.int32) for tokens in encoder(source.texts(split, rows))]
     lengths = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32)
     return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad), "lengths": lengths}
 
@@ -67,7 +69,8 @@ def _own(model: Model) -> tuple[Tokenizer, int]:
     there = hasattr(own, "backend_tokenizer") and len(own) > len(own.all_special_ids)
     source = f"model.path={model.path}" if model.path else f"model.name={model.name}"
     require(there, f"{source} has no tokenizer.json or vocabulary: save its tokenizer there, or name another.")
-    if own.pad_token_id is None:  # OpenAI's GPT and GPT-2
+    # OpenAI's GPT and GPT-2 have none; an unknown word is no padding
+    if own.pad_token_id is None or own.pad_token_id == unknown_token(own.backend_tokenizer):
         own.add_special_tokens({"pad_token": PAD})
     return Tokenizer.from_str(own.backend_tokenizer.to_str()), own.pad_token_id
 
@@ -80,6 +83,14 @@ def _trained(model: Model, base: Any, corpus: list[str]) -> tuple[Tokenizer, int
     train = _byte_pairs if "gpt" in base.model_type else _word_pieces
     normalizer = normalizers.BertNormalizer(lowercase="-cased" not in model.name)
     return train(corpus, model.config.get("vocab_size", VOCABULARY), normalizer), 0
+
+
+def _set_ends(base: Any, tokenizer: Tokenizer) -> None:
+    """Tell a model that looks for the ends of a text (BART, T5) what they are."""
+    for key, token in (("bos_token_id", "[CLS]"), ("eos_token_id", "[SEP]")):
+        index = tokenizer.token_to_id(token)
+        if index is not None and getattr(base, key, None) is not None:
+            setattr(base, key, index)
 
 
 def _byte_pairs(corpus: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:

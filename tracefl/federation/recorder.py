@@ -180,8 +180,9 @@ class Recorder(Wrapper):
 
     def _fail(self, client: str, reason: str) -> None:
         kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
-        tolerate = "accept_failures=true goes on without such a client"
-        require(self.accept_failures, f"round {self._number}, client {client}: {reason}. {kept}, {tolerate}.")
+        others_can = self._accepted or self.run.rounds
+        tolerate = ", accept_failures=true goes on without such a client" if others_can else ""
+        require(self.accept_failures, f"round {self._number}, client {client}: {reason}. {kept}{tolerate}.")
         self._failures[client] = reason
 
 

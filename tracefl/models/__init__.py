@@ -7,12 +7,15 @@ builds its model from the spec alone, and imports only the library of that kind 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tracefl.classifier import logits_of
 from tracefl.config import Config
+from tracefl.data.examples import longest_text
 from tracefl.data.prepare import PreparedData
-from tracefl.errors import require
+from tracefl.errors import as_sentence, require
 from tracefl.models.text import build_text_model, pretrained_text_model
 from tracefl.models.vision import build_image_model, pretrained_image_model
 
@@ -53,12 +56,26 @@ def initial_model(config: Config, data: PreparedData) -> nn.Module:
     Random weights are drawn from torch's global generator; seed it first.
 
     Raises:
-        TraceFLError: The published weights cannot be loaded.
+        TraceFLError: The published weights cannot be loaded, or a text model cannot take the
+            longest of the texts.
     """
     spec = model_spec(config, data)
-    if not config.model.has_weights:
-        return build_model(spec)
-    return pretrained_text_model(config.model, spec) if data.text_model else pretrained_image_model(**spec)
+    if not data.text_model:
+        return pretrained_image_model(**spec) if config.model.has_weights else build_model(spec)
+    model = pretrained_text_model(config.model, spec) if config.model.has_weights else build_model(spec)
+    _try_longest(model, config, data)
+    return model
+
+
+def _try_longest(model: nn.Module, config: Config, data: PreparedData) -> None:
+    """Not every model says how long a text may be; otherwise clients would fail on it."""
+    length, inputs = longest_text(data.folder.rglob("*.safetensors"))
+    named = f"model.path={config.model.path}" if config.model.path else f"model.name={config.model.name}"
+    problem = f"{named} cannot take the longest text, of {length} tokens"
+    remedy = "lower dataset.max_tokens if that is too many, or choose another model"
+    broken = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    with as_sentence(problem, remedy, *broken), torch.no_grad():
+        logits_of(model.eval(), inputs)
 
 
 def exchanged_state(model: nn.Module) -> dict[str, Tensor]:

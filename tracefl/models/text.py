@@ -4,6 +4,7 @@ Importing transformers takes seconds: it waits until a text model is wanted.
 """
 
 import difflib
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Intel/dynamic_tinybert": ("bert", {"num_hidden_layers": 6}),
     "squeezebert/squeezebert-uncased": ("squeezebert", {}),
 }
+# Entries of a config that limit the tokens of a text, where a model has them.
+TOKEN_LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
 SET_FROM_DATA = ("model_type", "id2label", "label2id")
 
 
@@ -65,6 +68,28 @@ def text_spec(config: Any, vocab_size: int, pad_token_id: int, class_names: list
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.use_cache = False  # nothing is generated
     return {**config.to_dict(), "dtype": "float32"}
+
+
+def token_limit(spec: dict[str, Any]) -> int | None:
+    """How many tokens of a text a model can take at most; None if it does not say.
+
+    RoBERTa's kind count positions from the one after that of padding, and so take fewer tokens than
+    they have position embeddings.
+
+    Args:
+        spec: What `text_spec` returned.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**spec).get_text_config()
+    stated = [getattr(config, name, None) for name in TOKEN_LIMITS]
+    limits = [limit for limit in stated if isinstance(limit, int) and limit > 0]
+    with suppress(TraceFLError), torch.device("meta"):  # if it cannot be built, that is said later
+        for name, module in build_text_model(spec).named_modules():
+            padding = getattr(module, "padding_idx", None)
+            if "position" in name and padding is not None:
+                limits.append(len(module.weight) - padding - 1)
+    return min(limits, default=None)
 
 
 def build_text_model(spec: dict[str, Any]) -> nn.Module:

@@ -4,17 +4,49 @@ Each of the artifact's accuracies is followed by a line of our own with what cha
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
 from tracefl.config import Config
+from tracefl.data.prepare import PreparedData
 from tracefl.evaluation.localization import Judged
 from tracefl.evaluation.metrics import MODEL, means
 from tracefl.runs import Run
 
 SHOWN_CLIENTS = 20
+SHOWN_CLASSES = 10
+LEFT_OUT = {  # why examples are left out (`Partition.left_out`), in words before the setting
+    "dist_type": "given to nobody by",
+    "min_examples_per_class": "of classes of which their client has fewer than",
+    "max_per_client_data_size": "above",
+}
 Found = Mapping[tuple[str, str], Judged]  # (method, metric) -> value and chance, see `means`
+
+
+def data_lines(config: Config, data: PreparedData) -> Iterator[str]:
+    """Which classes and how many training examples no client trains on; nothing if all are used."""
+    used, unused = _by_label(data.label_counts), _by_label(data.left_out)
+    lost = [f"{data.class_names[k]} ({n} examples)" for k, n in sorted(unused.items()) if not used[k]]
+    if lost:
+        more = [f"and {len(lost) - SHOWN_CLASSES} more"] if len(lost) > SHOWN_CLASSES else []
+        named = ", ".join(lost[:SHOWN_CLASSES] + more)
+        yield f"No client trains on {len(lost)} of the training split's {len(used | unused)} classes: {named}"
+    if unused:
+        counts = {reason: sum(by_label.values()) for reason, by_label in data.left_out.items()}
+        why = [
+            f"{count} {LEFT_OUT[reason]} data_dist.{reason}={getattr(config.data_dist, reason)}"
+            for reason, count in counts.items()
+            if count
+        ]
+        of = f"{unused.total()} of the {used.total() + unused.total()} training examples"
+        yield f"No client trains on {of}: {', '.join(why)}"
+
+
+def _by_label(parts: Mapping[str, Mapping[int, int]]) -> Counter[int]:
+    """The counts of all parts together."""
+    return sum((Counter(part) for part in parts.values()), start=Counter())
 
 
 def provenance_lines(metrics: pd.DataFrame, answers: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
