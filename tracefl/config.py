@@ -172,7 +172,7 @@ class Fault:
     """What the faulty clients do"""
 
     kind: str = setting("label_flip", "the fault: free_rider returns the model that it received", one_of(FAULTS))
-    target: int = setting(0, "class that a backdoor's trigger leads to", at_least(0))
+    target: int = setting(0, "label that a backdoor's trigger leads to")
 
 
 @dataclass

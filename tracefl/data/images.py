@@ -68,7 +68,8 @@ def find_form(train: Split, column: str, channels: int | None) -> Form:
         TraceFLError: An image cannot be read; the message names its row.
     """
     declared = {"L": 1, "RGB": 3}.get(getattr(train.table.features[column], "mode", None) or "")
-    colour, ranges, contrasts = False, {}, []
+    colour, contrasts = False, []
+    ranges: dict[str, tuple[float, float]] = {}
     for row, stored in _stored(train, column, np.arange(len(train))):
         image = _open(train, column, row, stored)
         depth = DEPTHS.get(image.mode)
@@ -127,7 +128,7 @@ def _to_bytes(form: Form, split: Split, column: str, row: int, image: Image.Imag
         rgba = image.convert("RGBA")
         ground = form.ground
         if ground is None:
-            opaque = rgba.getextrema()[3][0] == 255  # type: ignore[index]
+            opaque = np.asarray(rgba)[..., 3].min() == 255
             kind = f"{split.place(row)}, column {column} is transparent, but no training image is"
             require(opaque, f"{kind}: lay it on the ground that fits those.")
             ground = 255

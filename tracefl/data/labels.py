@@ -4,8 +4,7 @@ Classes are a ClassLabel's names, otherwise the sorted values of the training sp
 also those written as texts, are sorted as numbers. A test label stands for the class of its name.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -17,8 +16,8 @@ import pyarrow.compute as pc
 from tracefl.config import Dataset as DatasetConfig
 from tracefl.data.splits import HOLD_OUT, Split
 from tracefl.errors import TraceFLError, require
+from tracefl.rules import whole_number
 
-WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 NO_LABEL = -1  # the hub's sign for a hidden label
 SHOWN = 10
 KINDS = (
@@ -34,16 +33,6 @@ class Written:
 
     codes: np.ndarray
     names: list[str]
-
-
-def whole_number(name: str) -> int | None:
-    """The whole number that a class is named by, if it is.
-
-    Example:
-        >>> whole_number("10"), whole_number("2.0"), whole_number("cat")
-        (10, 2, None)
-    """
-    return int(name.partition(".")[0]) if WHOLE.fullmatch(name) else None
 
 
 def read_labels(split: Split, column: str) -> Written:
@@ -72,7 +61,7 @@ def read_labels(split: Split, column: str) -> Written:
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = _whole(split, key, values)
     if pa.types.is_integer(values.type):
-        found = pc.unique(pc.drop_null(values)).sort()
+        found = pa.array(np.unique(pc.drop_null(values).to_numpy(zero_copy_only=False)))
         return Written(_index(values, found), [str(value) for value in found.to_pylist()])
     what = next((words for fits, words in KINDS if fits(kind)), f"values of type {kind}")
     raise TraceFLError(f"{key} holds {what} in split {split.name}, not one class per row: name another column.")
@@ -209,7 +198,7 @@ def _sorted(names: list[str], key: str) -> list[str]:
     return sorted(names, key=numbers.__getitem__)
 
 
-def _distinct(meant: dict[str, object], key: str) -> None:
+def _distinct(meant: Mapping[str, object], key: str) -> None:
     """Refuse two spellings of one label, such as 1 and 01."""
     first: dict[object, str] = {}
     for name, what in meant.items():
