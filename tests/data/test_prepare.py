@@ -110,10 +110,8 @@ def test_labels_outside_the_classes_are_refused(config, tmp_path):
         datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
             str(tmp_path / f"{split}-0.parquet")
         )
-    with pytest.raises(
-        TraceFLError,
-        match="split test, row 1 has the label 2, which split train lacks .it has 0, 1.: drop such rows or set dataset.num_classes=3",
-    ):
+    lacks = r"split test, row 1 has the label 2, which split train lacks \(it has 0, 1\)"
+    with pytest.raises(TraceFLError, match=f"{lacks}: drop such rows or set dataset.num_classes=3"):
         prepare(config(f"dataset.path={tmp_path}"))
 
 

@@ -39,7 +39,7 @@ def label_column(train: Split, config: DatasetConfig) -> str:
         return _existing(kinds, "dataset.label_column", config.label_column)
     classes = [name for name in kinds if isinstance(kinds[name], datasets.ClassLabel)]
     found = classes + [name for name in kinds if name.lower() in ("label", "labels") and name not in classes]
-    which = f"{place} has {f'several label columns, {chr(44).join(found)},' if found else 'no label column'}"
+    which = f"{place} has " + (f"several label columns, {', '.join(found)}," if found else "no label column")
     require(len(found) == 1, f"{which} among {list(kinds)}: name it with dataset.label_column=NAME.")
     return found[0]
 

@@ -82,7 +82,7 @@ def find_form(train: Split, column: str, channels: int | None) -> Form:
             low, high = ranges.get(depth, (np.inf, -np.inf))
             ranges[depth] = (min(low, float(values.min())), max(high, float(values.max())))
             continue
-        rgba = np.asarray(image.convert("RGBA"), dtype=np.float32)
+        rgba = np.asarray(_rgba(image), dtype=np.float32)
         visible = rgba[rgba[..., 3] > 0]
         colour = colour or bool((visible[:, :3] != visible[:, :1]).any())
         if len(visible) and rgba[..., 3].min() < 255:
@@ -125,7 +125,7 @@ def _to_bytes(form: Form, split: Split, column: str, row: int, image: Image.Imag
         share = (_values(image, split, column, row) - low) / max(high - low, np.finfo(float).tiny)
         return Image.fromarray(np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8))
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = _rgba(image)
         ground = form.ground
         if ground is None:
             opaque = np.asarray(rgba)[..., 3].min() == 255
@@ -137,6 +137,10 @@ def _to_bytes(form: Form, split: Split, column: str, row: int, image: Image.Imag
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.applyTransform(image, ImageCms.buildTransform(lab, rgb, "LAB", "RGB"))  # type: ignore[return-value]
     return image if image.mode in ("1", "L", "P", "RGB") else image.convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def _contrast(visible: np.ndarray) -> np.ndarray:

@@ -41,6 +41,8 @@ def read_labels(split: Split, column: str) -> Written:
     Raises:
         TraceFLError: They are no classes; the message names the first row.
     """
+    if column not in split.table.column_names:
+        return Written(np.full(len(split), NO_LABEL), [])
     key, values, feature = f"dataset.label_column={column}", split.column(column), split.table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return _of_class_label(split, key, values, feature)

@@ -83,8 +83,11 @@ def load_source(config: Config) -> Source:
         rest = np.setdiff1d(np.arange(len(train)), rows)
         train, test, labels, test_labels = train.only(rest), train.only(rows), labels[rest], labels[rows]
     else:
-        for name in (label, *inputs):
+        for name in inputs:
             lacks = f"split {test.name} has no column {name}, which split {train.name} has"
-            require(name in test.table.column_names, f"{lacks}: it has {', '.join(test.table.column_names)}.")
+            require(
+                name in test.table.column_names,
+                f"{lacks}: it has {', '.join(test.table.column_names)}; give both the same.",
+            )
         test_labels = class_numbers(read_labels(test, label), names, test, label, others, train.name)
     return Source(train, test, inputs, label, names, labels, test_labels, remarks)

@@ -17,6 +17,8 @@ from tracefl.hub import use_cache_if_offline
 
 HOLD_OUT = "set dataset.test_share=0.2 and dataset.test_split={train} to draw the test examples from it"
 
+SLICES = """'dataset.train_split="train[:80%]"' 'dataset.test_split="train[80%:]"'"""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -68,10 +70,11 @@ def load_splits(config: DatasetConfig) -> tuple[Split, Split | None, datasets.Da
         require(not there, f"{both} {config.test_split}: leave one out, with dataset.test_split={config.train_split}.")
         return train, None, splits
     hold_out = HOLD_OUT.format(train=config.train_split)
-    test, of_test = _rows(splits, place, "dataset.test_split", config.test_split, f", or {hold_out}")
+    no_test = f", {hold_out}, or slice it, as {SLICES}"
+    test, of_test = _rows(splits, place, "dataset.test_split", config.test_split, no_test)
     shared = {name: len(np.intersect1d(of_train[name], of_test[name])) for name in of_train.keys() & of_test.keys()}
     count, both = sum(shared.values()), f"dataset.train_split={train.name} and dataset.test_split={test.name}"
-    slices = "name slices that do not overlap, such as train[:80%] and train[80%:]"
+    slices = f"name slices that do not overlap, such as {SLICES}"
     require(not count, f"{both} share {count} rows of {', '.join(shared)}: {slices}, or {hold_out}.")
     return train, test, splits
 
@@ -106,8 +109,10 @@ def _rows(
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         known = f"{place}: it has {', '.join(sizes)}"
-        wanted = f"name one of them or a slice such as {next(iter(sizes))}[:80%]"
-        raise TraceFLError(f"{key}={spec} is no split of {known}; {wanted}{otherwise}.") from error
+        wanted = "name one of them"
+        raise TraceFLError(
+            f"{key}={spec} is no split of {known}: {wanted}{otherwise or f', or slices as {SLICES}'}."
+        ) from error
     numbers: dict[str, np.ndarray] = {}
     for part in parts:
         rows = np.arange(sizes[part.splitname])[part.from_ : part.to]
@@ -152,7 +157,7 @@ def _load_saved(folder: Path) -> datasets.DatasetDict | None:
     if not (single or (folder / "dataset_dict.json").exists()):
         return None
     problem = f"dataset.path={folder} cannot be read, although save_to_disk wrote it"
-    found = _reading(problem, "save it again", datasets.load_from_disk, str(folder))
+    found = _reading(problem, "save it again, with rows in every split", datasets.load_from_disk, str(folder))
     return datasets.DatasetDict({str(found.split or "train"): found}) if single else found
 
 
