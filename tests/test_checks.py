@@ -233,7 +233,7 @@ def test_a_fault_leads_to_a_label_of_the_data(config):
     c, notes = numbered_labels(flips(config, "{1:9,13:0}"), names)  # the artifact's commands list 14 labels
     assert (c.label2flip, notes) == ({1: 9}, ["label2flip: digits has no label 13, so nothing is flipped there"])
     numbered_labels(config("fault.target=10"), names)  # nobody has a backdoor
-    known = "digits, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    known = "digits, 0 to 9"
     for target in (-1, 10):
         with pytest.raises(TraceFLError, match=rf"label2flip must lead to a label of {known}, got {target}: choose"):
             numbered_labels(flips(config, f"{{1:{target}}}"), names)

@@ -24,7 +24,6 @@ from tracefl.settings import visible_files
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".xml", ".h5", ".hdf5")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-SHOWN = 20  # labels that a message lists
 # What a setting takes, by the name of its type.
 KINDS = {"list": "a list", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
@@ -100,7 +99,9 @@ def numbered_labels(config: Config, class_names: Sequence[str]) -> tuple[Config,
         number: dict[Any, int] = {index: index for index in range(len(names))}
     else:
         number = {name: index for index, name in enumerate(names)}
-    known = ", ".join(map(str, number)) if len(number) <= SHOWN else f"{min(number)} to {max(number)}"
+    known = ", ".join(map(str, number))
+    if sorted(number) == list(range(min(number), max(number) + 1)):
+        known = f"{min(number)} to {max(number)}"
     config, flips, notes = copy.deepcopy(config), config.label2flip, []
     key, targets = "label2flip", flips.values()
     if config.fault.kind == "backdoor":

@@ -31,6 +31,8 @@ def both(folder, **columns):
         ("stamp", [f"Mon Apr 06 22:19:{k:02d} 2009" for k in range(N)]),
         ("number", [f"{k} {k + 1}" for k in range(N)]),
         ("city", [("New York", "Los Angeles", "San Diego", "Santa Fe", "El Paso")[k % 5] for k in range(N)]),
+        ("zone", [f"Mon Apr 06 22:19:{k:02d} PDT 2009" for k in range(N)]),
+        ("constant", ["the very same words"] * N),
         ("nothing", pa.nulls(N, pa.string())),
         ("blank", [" "] * N),
     ],
@@ -123,3 +125,17 @@ def test_several_label_columns_are_listed(read, tmp_path):
     assert read(folder, BERT, "dataset.label_column=labels").label_column == "labels"
     capital = both(tmp_path / "c", text=texts(N), Label=LABELS)
     assert read(capital, BERT).label_column == "Label"
+
+
+def test_paths_of_images_are_no_images(read, tmp_path):
+    folder = both(tmp_path / "d", file=[f"train/{k}.PNG" for k in range(N)], label=LABELS)
+    assert "column file of" in read.refusal(folder)
+    assert "holds paths of images, not images: lay the files out" in read.refusal(folder)
+
+
+def test_names_with_line_breaks_keep_messages_and_notes_in_one_line(read, tmp_path):
+    columns = {"a\nb": texts(N), "c\nd": texts(N, start=100)}
+    folder = both(tmp_path / "d", **columns, label=["x\ny" if k % 2 else "z" for k in range(N)])
+    assert "several columns that may be the text, a b, c d:" in read.refusal(folder, BERT)
+    folder = both(tmp_path / "e", **{"a\nb": texts(N)}, label=["x\ny" if k % 2 else "z" for k in range(N)])
+    assert list(read(folder, BERT).notes()) == ["data: input a b, label label, 2 classes (x y, z)"]

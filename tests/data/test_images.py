@@ -242,7 +242,7 @@ def test_an_image_that_cannot_be_read_is_named_by_its_row(read, tmp_path, split,
     bad = [*fine[:4], {"bytes": value, "path": None} if isinstance(value, bytes) else value, *fine[5:]]
     columns = {name: pa.array(bad if name == split else fine, kind) for name in ("train", "test")}
     source = read(folder_of(tmp_path, **columns))
-    start = f"split {split}, row 4, column image "
+    start = f"split {split}, row 4, column image"
     with pytest.raises(TraceFLError, match=start) as error:
         tensors(source, source.test)
     found = str(error.value)
@@ -263,6 +263,25 @@ def test_bytes_that_are_no_image_are_no_column_of_images(read, tmp_path):
     rows = {"blob": [b"abc"] * 20, "words": texts(20), "label": LABELS}
     folder = write(tmp_path / "d", rows, test=rows)
     assert "holds texts (column words)" in read.refusal(folder)
+
+
+def test_a_first_image_that_is_broken_is_named_and_further_fields_do_not_matter(read, tmp_path):
+    good = [{"bytes": picture(k), "path": None, "width": 8} for k in range(20)]
+    source = read(folder_of(tmp_path, good))
+    assert tensors(source, source.test)[1][:, 0, 0, 0].tolist() == list(range(20))
+    source = read(folder_of(tmp_path, [b"garbage", *(picture(k) for k in range(19))]))
+    with pytest.raises(TraceFLError, match=r"^split train, row 0, column image has no readable image"):
+        tensors(source, source.test)
+
+
+def test_a_broken_file_is_named(read, tmp_path):
+    for label, name in ((0, "cat"), (1, "dog")):
+        for split in ("train", "test"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            (tmp_path / "pets" / split / name / "1.png").write_bytes(picture(label)[: 30 if split == "test" else None])
+    source = read(tmp_path / "pets")
+    with pytest.raises(TraceFLError, match=r"^split test, row 0, column image, file .*test/cat/1.png has no readable"):
+        tensors(source, source.test)
 
 
 def test_rows_are_those_of_the_data_after_drawing(read, tmp_path):

@@ -36,6 +36,9 @@ def test_a_share_needs_no_name_of_a_test_split_that_is_not_there(read, tmp_path)
     assert "test_share=0.001 of 40 examples in 2 classes is no example: raise it" in read.refusal(
         folder, BERT, "dataset.test_share=0.001"
     )
+    assert "test_share=0.99 of 40 examples in 2 classes is all of them: lower it" in read.refusal(
+        folder, BERT, "dataset.test_share=0.99"
+    )
     both = write(tmp_path / "e", rows(), test=rows())
     assert "there is also a split test: leave one out, with dataset.test_split=train" in read.refusal(
         both, BERT, "dataset.test_share=0.2"
@@ -188,3 +191,8 @@ def test_columns_that_the_test_split_lacks_are_named(read, tmp_path):
     datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "f"))
     said = read.refusal(tmp_path / "f", BERT)
     assert "split test has no column text, which split train has: it has words, label; give both the same" in said
+    tables["test"] = datasets.Dataset.from_dict({"text": [1, 2], "label": [0, 1]})
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "g"))
+    assert "column text of split test holds something else than that of split train" in read.refusal(
+        tmp_path / "g", BERT
+    )

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,13 +17,16 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from tracefl.checks import IMAGES
 from tracefl.config import TEXT_COLUMNS, Config
 from tracefl.config import Dataset as DatasetConfig
 from tracefl.data.splits import Split
 from tracefl.errors import require
 
+LOOKED_AT = 100  # entries, to see what a column holds
 SAMPLE = 20_000  # rows that are looked at, spread evenly
 LETTER_OF_NO_WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+ZONE = re.compile(r"\b[A-Z]{2,4}\b")  # of a time
 LETTER = re.compile(r"[^\W\d_]")
 PLACE = re.compile(r"([a-z]+://|www\.|/|\.{1,2}[/\\]|[A-Za-z]:\\).*|[^.!?]*[/\\][^/\\]*\.\w{2,4}", re.DOTALL)
 TEXT_KINDS = ("string", "large_string", "string_view")
@@ -61,7 +65,7 @@ def input_columns(train: Split, label: str, codes: np.ndarray, config: Config) -
     """
     kinds, place = train.table.features, config.dataset.path or config.dataset.name
     images = [name for name in kinds if name != label and is_image(train, name)]
-    texts = [name for name in kinds if getattr(kinds[name], "dtype", None) in TEXT_KINDS]
+    texts = [name for name in kinds if is_text(train, name)]
     others = [name for name in texts if name != label]
     named = [_existing(kinds, "dataset.input_columns", name) for name in config.dataset.input_columns]
     wanted = "name one image column or text columns with dataset.input_columns=[NAME]"
@@ -74,6 +78,11 @@ def input_columns(train: Split, label: str, codes: np.ndarray, config: Config) -
     known = TEXT_COLUMNS.get(config.dataset.name.rpartition("/")[2], [])
     known = known if set(known) <= set(others) else []
     for_texts = config.arch == "transformer"
+    for name in [] if for_texts or images else named or others:
+        values = [Path(value or "").suffix.lower() in IMAGES for value in train.column(name, LOOKED_AT).to_pylist()]
+        paths = f"column {name} of {place} holds paths of images, not images"
+        layout = "one folder for each class, or metadata.csv with these paths as column file_name"
+        require(not any(values), f"{paths}: lay the files out as the datasets library reads them, {layout}.")
     candidates = named or (others if for_texts else images) or images or others
     _fits_model(config, candidates[0], candidates[0] not in images)
     if named:
@@ -87,19 +96,28 @@ def input_columns(train: Split, label: str, codes: np.ndarray, config: Config) -
     return _the_text(train, others, codes, place)
 
 
+def is_text(split: Split, name: str) -> bool:
+    """Whether a column holds strings."""
+    return getattr(split.table.features[name], "dtype", None) in TEXT_KINDS
+
+
 def is_image(split: Split, name: str) -> bool:
     """Whether a column holds images, be it as bytes or as {bytes, path}."""
     kind: Any = split.table.features[name]
     if isinstance(kind, datasets.Image):
         return True
-    if isinstance(kind, dict):
-        dtype = getattr(kind.get("bytes"), "dtype", "")
-        return "bytes" in kind and set(kind) <= {"bytes", "path"} and dtype in ("binary", "large_binary", "null")
-    if getattr(kind, "dtype", None) not in ("binary", "large_binary"):
+    of_bytes = kind.get("bytes") if isinstance(kind, dict) else kind
+    if getattr(of_bytes, "dtype", None) not in ("binary", "large_binary", "null"):
         return False
+    values = [value for value in split.column(name, LOOKED_AT).to_pylist() if value]
+    files = [value if isinstance(value, bytes) else value["bytes"] for value in values]
+    paths = [Path(value.get("path") or "").suffix.lower() in IMAGES for value in values if isinstance(value, dict)]
+    return any(paths) or any(_opens(file) for file in files if file)
+
+
+def _opens(content: bytes) -> bool:
     try:
-        first = next(bytes(value.as_py()) for value in split.column(name) if value.is_valid and value.as_py())
-        Image.open(io.BytesIO(first))
+        Image.open(io.BytesIO(content))
     except Exception:  # Pillow's readers raise what they like
         return False
     return True
@@ -110,12 +128,12 @@ def _existing(kinds: Any, key: str, name: str) -> str:
     return name
 
 
-def _fits_model(config: Config, column: str, is_text: bool) -> None:
-    held, wanted = ("texts", "images") if is_text else ("images", "texts")
-    another = "distilbert/distilbert-base-uncased" if is_text else "resnet18"
+def _fits_model(config: Config, column: str, textual: bool) -> None:
+    held, wanted = ("texts", "images") if textual else ("images", "texts")
+    another = "distilbert/distilbert-base-uncased" if textual else "resnet18"
     holds = f"dataset.name={config.dataset.name} holds {held} (column {column})"
     mismatch = f"model.name={config.model.name} is a model for {wanted}, but {holds}"
-    require(is_text == (config.arch == "transformer"), f"{mismatch}: choose a model such as {another}.")
+    require(textual == (config.arch == "transformer"), f"{mismatch}: choose a model such as {another}.")
 
 
 def _the_text(train: Split, texts: Sequence[str], codes: np.ndarray, place: str) -> tuple[list[str], list[str]]:
@@ -148,6 +166,8 @@ def _why_no_text(values: Sequence[str | None], codes: np.ndarray) -> str:
     texts = [value.strip() for value in values if value and value.strip()]
     if not texts:
         return "empty"
+    if len(set(texts)) == 1 < len(texts):
+        return "always the same"
     if told := _tells_label(values, codes):
         return told
     some = texts[:: max(1, len(texts) // 1000)]
@@ -169,7 +189,12 @@ def _why_no_text(values: Sequence[str | None], codes: np.ndarray) -> str:
 def _are_dates(texts: Sequence[str]) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return bool(pd.to_datetime(pd.Series(texts), errors="coerce", format="mixed", utc=True).notna().mean() > 0.8)
+        return bool(
+            pd.to_datetime(pd.Series([ZONE.sub("", text) for text in texts]), errors="coerce", format="mixed", utc=True)
+            .notna()
+            .mean()
+            > 0.8
+        )
 
 
 def _tells_label(values: Sequence[str | None], codes: np.ndarray) -> str:

@@ -189,22 +189,23 @@ def _open(split: Split, column: str, row: int, stored: Any) -> Image.Image:
         try:
             return Image.open(io.BytesIO(content))
         except Exception as error:  # Pillow's readers raise what they like
-            raise _unreadable(split, column, row, error) from error
+            raise _unreadable(split, column, row, stored, error) from error
     return _decode(split, column, row, stored)
 
 
 def _decode(split: Split, column: str, row: int, stored: Any) -> Image.Image:
     place = f"{split.place(row)}, column {column}"
-    value = {"bytes": stored, "path": None} if isinstance(stored, bytes) else stored
+    value = {"bytes": stored} if isinstance(stored, bytes) else stored
     there = value is not None and (value.get("bytes") is not None or value.get("path"))
     require(there, f"{place} has no image: drop such rows.")
     require(value.get("bytes") != b"", f"{place} has an image of zero bytes: drop such rows or mend it.")
     try:
         return datasets.Image().decode_example({"bytes": value.get("bytes"), "path": value.get("path")})
     except Exception as error:  # Pillow's readers raise what they like
-        raise _unreadable(split, column, row, error) from error
+        raise _unreadable(split, column, row, stored, error) from error
 
 
-def _unreadable(split: Split, column: str, row: int, error: Exception) -> TraceFLError:
+def _unreadable(split: Split, column: str, row: int, stored: Any, error: Exception) -> TraceFLError:
     said = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
-    return TraceFLError(f"{split.place(row)}, column {column} has no readable image ({said}): drop or mend it.")
+    file = "" if isinstance(stored, bytes) or not stored.get("path") else f", file {stored['path']}"
+    return TraceFLError(f"{split.place(row)}, column {column}{file} has no readable image ({said}): drop or mend it.")

@@ -4,8 +4,10 @@ Classes are a ClassLabel's names, otherwise the sorted values of the training sp
 also those written as texts, are sorted as numbers. A test label stands for the class of its name.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import count, islice
 
 import datasets
@@ -18,6 +20,7 @@ from tracefl.data.splits import HOLD_OUT, Split
 from tracefl.errors import TraceFLError, require
 from tracefl.rules import whole_number
 
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 NO_LABEL = -1  # the hub's sign for a hidden label
 SHOWN = 10
 KINDS = (
@@ -192,7 +195,7 @@ def _index(values: pa.Array, found: pa.Array) -> np.ndarray:
 
 
 def _sorted(names: list[str], key: str) -> list[str]:
-    numbers = {name: number for name in names if (number := whole_number(name)) is not None}
+    numbers = {name: Decimal(name) for name in names if NUMBER.fullmatch(name)}
     if len(numbers) < len(names):
         _distinct({name: name.strip() for name in names}, key)
         return sorted(names)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracefl.config import Config
-from tracefl.data.columns import input_columns, is_image, label_column
+from tracefl.data.columns import input_columns, is_image, is_text, label_column
 from tracefl.data.labels import class_names, class_numbers, read_labels
 from tracefl.data.splits import Split, draw_test_rows, load_splits
 from tracefl.errors import require
@@ -55,11 +55,11 @@ class Source:
 
     def notes(self) -> Iterator[str]:
         """What the user is told of the columns and classes."""
-        names = self.class_names
+        names, joined = self.class_names, " + ".join(self.input_columns)
         shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-        joined = " + ".join(self.input_columns)
-        yield f"data: input {joined}, label {self.label_column}, {len(names)} classes ({shown})"
-        yield from self.remarks
+        first = f"data: input {joined}, label {self.label_column}, {len(names)} classes ({shown})"
+        for note in (first, *self.remarks):
+            yield " ".join(note.splitlines())  # a name may hold line breaks
 
 
 def load_source(config: Config) -> Source:
@@ -78,16 +78,18 @@ def load_source(config: Config) -> Source:
     inputs, remarks = input_columns(train, label, labels, config)
     if test is None:
         rows = draw_test_rows(labels, of_data.test_share or 0, config.seed)
-        few = f"dataset.test_share={of_data.test_share} of {len(train)} examples in {len(names)} classes is no example"
-        require(len(rows), f"{few}: raise it.")
+        share = f"dataset.test_share={of_data.test_share} of {len(train)} examples in {len(names)} classes"
+        require(len(rows), f"{share} is no example: raise it.")
+        require(len(rows) < len(train), f"{share} is all of them: lower it.")
         rest = np.setdiff1d(np.arange(len(train)), rows)
         train, test, labels, test_labels = train.only(rest), train.only(rows), labels[rest], labels[rows]
     else:
         for name in inputs:
             lacks = f"split {test.name} has no column {name}, which split {train.name} has"
-            require(
-                name in test.table.column_names,
-                f"{lacks}: it has {', '.join(test.table.column_names)}; give both the same.",
-            )
+            has = ", ".join(test.table.column_names)
+            require(name in test.table.column_names, f"{lacks}: it has {has}; give both the same.")
+            other = f"column {name} of split {test.name} holds something else than that of split {train.name}"
+            same = is_image(test, name) if is_image(train, name) else is_text(test, name)
+            require(same, f"{other}: give both the same.")
         test_labels = class_numbers(read_labels(test, label), names, test, label, others, train.name)
     return Source(train, test, inputs, label, names, labels, test_labels, remarks)

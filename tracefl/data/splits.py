@@ -45,9 +45,9 @@ class Split:
         """These rows (int64) of the split."""
         return Split(self.name, self.table.select(rows), rows if self.rows is None else self.rows[rows])
 
-    def column(self, name: str) -> pa.Array:
-        """A column as it is stored, nothing decoded."""
-        found = self.table.select_columns([name]).with_format("arrow")[:][name]
+    def column(self, name: str, first: int | None = None) -> pa.Array:
+        """A column, or its first entries, as they are stored, nothing decoded."""
+        found = self.table.select_columns([name]).with_format("arrow")[:first][name]
         return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
