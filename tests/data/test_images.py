@@ -174,6 +174,14 @@ def test_a_ground_that_the_training_images_do_not_show_is_refused(read, tmp_path
     assert tensors(plain, plain.test)[1].max() == 200  # opaque ones need no ground
 
 
+def test_images_without_a_visible_pixel_are_empty_ones(read, tmp_path):
+    nothing = encoded(Image.new("RGBA", (8, 8), (9, 9, 9, 0)))
+    source = read(folder_of(tmp_path, [nothing] * 20))
+    assert (tensors(source, source.test)[1] == 255).all()
+    source = read(folder_of(tmp_path, [nothing, *(strokes(255, label) for label in LABELS[1:])]))
+    assert tensors(source, source.test)[0].ground == 0  # as the others want it
+
+
 def test_a_depth_that_the_training_images_do_not_show_is_refused(read, tmp_path):
     deep = [encoded(shown("I;16", label)) for label in LABELS]
     source = read(folder_of(tmp_path, [picture(9 * label) for label in LABELS], deep))

@@ -196,3 +196,17 @@ def test_columns_that_the_test_split_lacks_are_named(read, tmp_path):
     assert "column text of split test holds something else than that of split train" in read.refusal(
         tmp_path / "g", BERT
     )
+
+
+@pytest.mark.parametrize("nothing", [None, "", "  "])
+def test_texts_that_are_empty_in_every_row_are_refused(read, tmp_path, nothing):
+    folder = write(tmp_path / "d", rows(), test=rows() | {"text": pa.array([nothing] * N, pa.string())})
+    assert "column text of split test is empty in every row" in read.refusal(folder, BERT)
+    folder = write(tmp_path / "e", rows() | {"text": pa.array([nothing] * N, pa.string())}, test=rows())
+    assert "of split train is empty" in read.refusal(folder, BERT, "dataset.input_columns=[text]")
+
+
+def test_a_slice_of_a_test_split_is_not_passed_over_for_a_share(read, tmp_path):
+    folder = write(tmp_path / "d", rows(), test=rows())
+    words = ("dataset.test_share=0.2", 'dataset.test_split="test[:50%]"')
+    assert "there is also a split test[:50%]: leave one out" in read.refusal(folder, BERT, *words)

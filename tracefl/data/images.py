@@ -68,7 +68,7 @@ def find_form(train: Split, column: str, channels: int | None) -> Form:
         TraceFLError: An image cannot be read; the message names its row.
     """
     declared = {"L": 1, "RGB": 3}.get(getattr(train.table.features[column], "mode", None) or "")
-    colour, contrasts = False, []
+    colour, transparent, contrasts = False, False, []
     ranges: dict[str, tuple[float, float]] = {}
     for row, stored in _stored(train, column, np.arange(len(train))):
         image = _open(train, column, row, stored)
@@ -85,10 +85,11 @@ def find_form(train: Split, column: str, channels: int | None) -> Form:
         rgba = np.asarray(_rgba(image), dtype=np.float32)
         visible = rgba[rgba[..., 3] > 0]
         colour = colour or bool((visible[:, :3] != visible[:, :1]).any())
+        transparent = transparent or bool(rgba[..., 3].min() < 255)
         if len(visible) and rgba[..., 3].min() < 255:
             contrasts.append(_contrast(visible))
     channels = channels or declared or (3 if colour else 1)
-    return Form(channels, _ground(contrasts, channels), ranges)
+    return Form(channels, _ground(contrasts, channels) if transparent else None, ranges)
 
 
 def pixels(form: Form, column: str, split: Split, rows: np.ndarray) -> dict[str, Tensor]:
@@ -156,10 +157,10 @@ def _contrast(visible: np.ndarray) -> np.ndarray:
     return np.average(np.stack([by_grey, by_colour]), axis=1, weights=visible[:, 3])
 
 
-def _ground(contrasts: list[np.ndarray], channels: int) -> int | None:
+def _ground(contrasts: list[np.ndarray], channels: int) -> int:
     """The ground from which the least visible image differs most; of equals, all images."""
-    if not contrasts:
-        return None
+    if not contrasts:  # nothing is visible on any ground
+        return GROUNDS[0]
     of_images = np.stack(contrasts)[:, 0 if channels == 1 else 1]
     usual = of_images.min(axis=0)[:3]
     count = 3 if usual.max() >= VISIBLE else len(GROUNDS)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tracefl.config import Config
 from tracefl.data.columns import input_columns, is_image, is_text, label_column
@@ -92,4 +94,10 @@ def load_source(config: Config) -> Source:
             same = is_image(test, name) if is_image(train, name) else is_text(test, name)
             require(same, f"{other}: give both the same.")
         test_labels = class_numbers(read_labels(test, label), names, test, label, others, train.name)
-    return Source(train, test, inputs, label, names, labels, test_labels, remarks)
+    source = Source(train, test, inputs, label, names, labels, test_labels, remarks)
+    for split in (train, test) if source.is_text else ():
+        texts = [split.column(name).cast(pa.large_string()) for name in inputs]
+        some = any(pc.any(pc.match_substring_regex(column, r"\S")).as_py() for column in texts)
+        empty = f"column {', '.join(inputs)} of split {split.name} is empty in every row"
+        require(some, f"{empty}: name another with dataset.input_columns=[NAME].")
+    return source

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
-from tracefl.data.packaged import load_digits, load_medmnist
+from tracefl.data.packaged import load_digits, load_medmnist, split_names
 from tracefl.errors import TraceFLError, first_line, require
 from tracefl.hub import use_cache_if_offline
 
@@ -65,7 +65,7 @@ def load_splits(config: DatasetConfig) -> tuple[Split, Split | None, datasets.Da
     splits, place, share = _load(config), config.path or config.name, config.test_share
     train, of_train = _rows(splits, place, "dataset.train_split", config.train_split)
     if share is not None:
-        there = config.test_split in splits and config.test_split != config.train_split
+        there = split_names(config.test_split) & splits.keys() and config.test_split != config.train_split
         both = f"dataset.test_share={share} draws test examples from {config.train_split}, but there is also a split"
         require(not there, f"{both} {config.test_split}: leave one out, with dataset.test_split={config.train_split}.")
         return train, None, splits
