@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tracefl.checks import check_device, check_targets, load, unknown
+from tracefl.checks import check_device, load, numbered_labels, unknown
 from tracefl.config import ALIASES, Config, leaves
 from tracefl.errors import TraceFLError
 
@@ -53,7 +53,6 @@ CASES = [  # overrides, how the sentence starts, the value that it quotes, a wor
     (["model.arch=rnn"], "model.arch must", "got rnn", "cnn, transformer"),
     (["model.tokenizer=mine"], "model.tokenizer must", "got mine", "own, trained, or null"),
     (["fault.kind=gremlin", "faulty_clients_ids=[1]"], "fault.kind must", "got gremlin", "label_flip, random_labels"),
-    (["fault.target=-1"], "fault.target must", "got -1", "at least 0"),
     (["provenance.methods=[magic]"], "provenance.methods must", "got ['magic']", "neuron, influence"),
     (["provenance.methods=[]"], "provenance.methods must", "got []", "neuron, influence"),
     (["provenance.inputs_per_label=0"], "provenance.inputs_per_label must", "got 0", "at least 1"),
@@ -298,15 +297,35 @@ def test_a_gpu_is_asked_for_only_where_there_is_one(config, monkeypatch):
     check_device(config("device=cuda"))
 
 
+def flips(config, words: str, *more: str):
+    return config("faulty_clients_ids=[0]", f"label2flip={words}", *more)
+
+
 def test_a_fault_leads_to_a_label_of_the_data(config):
     names = [str(label) for label in range(10)]
-    check_targets(config("faulty_clients_ids=[0]", "label2flip={1:9,13:0}"), names)
-    check_targets(config("fault.target=10"), names)  # nobody has a backdoor
+    c, notes = numbered_labels(flips(config, "{1:9,13:0}"), names)  # the artifact's commands list 14 labels
+    assert (c.label2flip, notes) == ({1: 9}, ["label2flip: digits has no label 13, so nothing is flipped there"])
+    numbered_labels(config("fault.target=10"), names)  # nobody has a backdoor
+    known = "digits, 0 to 9"
     for target in (-1, 10):
-        with pytest.raises(
-            TraceFLError, match=rf"label2flip must lead to a label of digits, 0 to 9, got {target}: choose"
-        ):
-            check_targets(config("faulty_clients_ids=[0]", f"label2flip={{1:{target}}}"), names)
+        with pytest.raises(TraceFLError, match=rf"label2flip must lead to a label of {known}, got {target}: choose"):
+            numbered_labels(flips(config, f"{{1:{target}}}"), names)
+    with pytest.raises(TraceFLError, match=rf"label2flip must flip a label of {known}, got 10, 11: choose"):
+        numbered_labels(flips(config, "{10:1,11:2}"), names)
     backdoor = config("faulty_clients_ids=[0]", "fault.kind=backdoor", "fault.target=10")
-    with pytest.raises(TraceFLError, match=r"fault\.target must lead to a label of digits, 0 to 9, got 10: choose"):
-        check_targets(backdoor, names)
+    with pytest.raises(TraceFLError, match=rf"fault\.target must lead to a label of {known}, got 10: choose"):
+        numbered_labels(backdoor, names)
+
+
+def test_faults_name_labels_as_the_data_write_them(config):
+    written = flips(config, "{1:2,5:4}", "noise_rate={5:0.25}")
+    c, notes = numbered_labels(written, ["1", "2", "4", "5"])
+    assert (c.label2flip, c.noise_rate) == ({0: 1, 3: 2}, {3: 0.25})
+    assert notes == [
+        "label2flip: labels as the data write them: 1 is class 0, 2 is class 1, 4 is class 2, 5 is class 3"
+    ]
+    assert written.label2flip == {1: 2, 5: 4}  # it names the run's folder
+    assert numbered_labels(flips(config, "{-1:1}"), ["-1", "1"])[0].label2flip == {0: 1}
+    assert numbered_labels(flips(config, "{1:0}"), ["cat", "dog"]) == (flips(config, "{1:0}"), [])
+    backdoor = config("faulty_clients_ids=[0]", "fault.kind=backdoor", "fault.target=3")
+    assert numbered_labels(backdoor, ["2", "3"])[0].fault.target == 1

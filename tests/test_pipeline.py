@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
+from tests.data.tables import encoded, write
 from tests.federation import local
 from tests.test_main import process
 from tracefl import Run
@@ -129,6 +131,25 @@ def test_clients_in_one_process_send_the_same_bytes(finished, config, tmp_path, 
     settings = config(*SMALL, f"storage.dir={tmp_path}/logs")
     run_experiment(settings, "")
     assert weights(tmp_path) == weights(finished[0])
+
+
+def test_faults_and_lines_name_labels_and_columns_as_the_data_write_them(config, tmp_path, in_process, capsys):
+    labels = [1 + k % 3 for k in range(120)]
+    images = [encoded(Image.new("L", (8, 8), 60 * label)) for label in labels]
+    write(tmp_path / "d", {"scan": images, "label": labels}, test={"scan": images, "label": labels})
+    words = ("num_clients=2", "clients_per_round=2", "num_rounds=1", "client.epochs=1", "dirichlet_alpha=100")
+    faults = ("faulty_clients_ids=[0]", "label2flip={1:2}", "do_provenance=false", "exp_key=small")
+    settings = config(f"dataset.path={tmp_path}/d", *words, *faults)
+    for _ in range(2):  # the second time from the prepared data
+        run_experiment(settings, "")
+        out = capsys.readouterr().out
+        assert "data: input scan, label label, 3 classes (1, 2, 3)" in out
+        assert "label2flip: labels as the data write them: 1 is class 0, 2 is class 1" in out
+    run = Run.open(the_run(tmp_path))
+    faulty, other = run.clients
+    assert run["class_names"] == ["1", "2", "3"]
+    assert faulty.trained_label_counts.keys() == {1, 2}  # the label 1 is class 0, and was flipped
+    assert other.trained_label_counts.keys() == {0, 1, 2}
 
 
 def test_a_finished_run_is_not_trained_or_traced_again(finished, small, capsys):

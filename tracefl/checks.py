@@ -1,9 +1,10 @@
 """From a composed configuration to a checked one.
 
 The schema says the type of each setting and its rule (config.py); the checks of this file look at
-several. Two need more than settings: `check_device` the machine, `check_targets` the prepared data.
+several. Two need more than settings: `check_device` the machine, `numbered_labels` the data.
 """
 
+import copy
 import difflib
 import os
 from collections import Counter
@@ -18,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from tracefl.config import ALIASES, HUB_NAMES, IMAGE_MODELS, MEDMNIST, STRATEGIES, TRACED_METHODS, Config, leaves
 from tracefl.errors import TraceFLError, first_line, require
-from tracefl.rules import POSITIVE, SHARE, integer
+from tracefl.rules import POSITIVE, SHARE, integer, whole_number
 from tracefl.settings import installed, visible_files
 
 # Kinds of files that the datasets library reads examples from, the usual ones.
@@ -93,15 +94,47 @@ def check_device(config: Config) -> None:
         _require(config, "device", torch.cuda.is_available(), "be cpu where torch sees no GPU", "set device=cpu")
 
 
-def check_targets(config: Config, class_names: Sequence[str]) -> None:
-    """Raise a TraceFLError if a fault leads to a label that the prepared data do not have."""
-    key, targets = "label2flip", config.label2flip.values()
+def numbered_labels(config: Config, class_names: Sequence[str]) -> tuple[Config, list[str]]:
+    """A copy whose label2flip, noise_rate and fault.target are class numbers, and notes to log.
+
+    They name labels as the data write them where those are whole numbers, such as 1 to 5, otherwise
+    they are class numbers already.
+
+    Raises:
+        TraceFLError: A fault leads to a label that the prepared data do not have, or flips none of
+            those that they have.
+    """
+    names = [whole_number(name) for name in class_names]
+    if None in names:
+        number: dict[Any, int] = {index: index for index in range(len(names))}
+    else:
+        number = {name: index for index, name in enumerate(names)}
+    known = ", ".join(map(str, number))
+    if sorted(number) == list(range(min(number), max(number) + 1)):
+        known = f"{min(number)} to {max(number)}"
+    config, flips, notes = copy.deepcopy(config), config.label2flip, []
+    key, targets = "label2flip", flips.values()
     if config.fault.kind == "backdoor":
         key, targets = "fault.target", [config.fault.target]
-    last = len(class_names) - 1
-    must = f"{key} must lead to a label of {config.dataset.name}, 0 to {last}"
+    must = f"{key} must lead to a label of {config.dataset.name}, {known}"
     for target in targets:
-        require(0 <= target <= last, f"{must}, got {target}: choose one of those.")
+        require(target in number, f"{must}, got {target}: choose one of those.")
+    absent = ", ".join(str(label) for label in flips if label not in number)
+    must = f"label2flip must flip a label of {config.dataset.name}, {known}"
+    require(not flips or number.keys() & flips.keys(), f"{must}, got {absent}: choose one of those.")
+    if absent:
+        notes.append(f"label2flip: {config.dataset.name} has no label {absent}, so nothing is flipped there")
+    changed = {
+        label: index for label, index in number.items() if label != index and (label in flips or label in targets)
+    }
+    if changed:
+        said = ", ".join(f"{label} is class {index}" for label, index in sorted(changed.items()))
+        notes.append(f"{key}: labels as the data write them: {said}")
+    config.label2flip = {number[label]: number[target] for label, target in flips.items() if label in number}
+    if isinstance(config.noise_rate, dict):
+        config.noise_rate = {number[label]: rate for label, rate in config.noise_rate.items() if label in number}
+    config.fault.target = number.get(config.fault.target, config.fault.target)
+    return config, notes
 
 
 def unknown(key: str) -> str:

@@ -14,7 +14,19 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
 
-from tracefl.rules import FOLDER, MODEL_FOLDER, POSITIVE, Rule, at_least, between, integer, matches, one_of, some_of
+from tracefl.rules import (
+    FOLDER,
+    MODEL_FOLDER,
+    POSITIVE,
+    Rule,
+    at_least,
+    between,
+    integer,
+    is_number,
+    matches,
+    one_of,
+    some_of,
+)
 
 IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
 FAULTS = ("label_flip", "random_labels", "backdoor", "free_rider", "sign_flip")
@@ -29,6 +41,11 @@ HUB_NAMES = {
     "cifar10": "uoft-cs/cifar10",
     "dbpedia_14": "fancyzhx/dbpedia_14",
     "yahoo_answers_topics": "community-datasets/yahoo_answers_topics",
+}
+# Their columns that are joined to one text.
+TEXT_COLUMNS = {
+    "dbpedia_14": ["title", "content"],
+    "yahoo_answers_topics": ["question_title", "question_content", "best_answer"],
 }
 # The 2-D sets of MedMNIST with one class per image.
 MEDMNIST = (
@@ -58,6 +75,7 @@ LABELS = Rule(
     "map labels to labels, as '{8:7,0:7}'",
     lambda v: isinstance(v, dict) and all(str(label).lstrip("-").isdecimal() for label in (*v, *v.values())),
 )
+PART = Rule("be a share above 0 and below 1", lambda v: is_number(v) and 0 < v < 1)
 FILE_NAME = matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'")
 DEVICE = matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")
 # The original has these settings twice. Either spelling is accepted, the second is stored.
@@ -119,12 +137,16 @@ class Dataset:
 
     name: str = setting("digits", f"digits, {', '.join((*HUB_NAMES, *MEDMNIST))}, or one of the hub as owner/name")
     path: str | None = setting(None, "folder in the hub's layout, instead of the hub", FOLDER)
+    config: str | None = setting(None, "which of its configurations, where it has several")
     num_classes: int | None = setting(None, "null: as many as the data have", at_least(2))
     channels: int | None = setting(None, "of an image; null: as the data have", one_of((1, 3)))
-    input_columns: list[str] = setting([], "[]: found from the data; the texts of several are joined")
+    input_columns: list[str] = setting([], "[]: the one image or text; the texts of several are joined")
     label_column: str | None = setting(None, "null: found from the data")
-    train_split: str = setting("train", "split that is spread over the clients")
-    test_split: str = setting("test", "split that the server evaluates and traces")
+    train_split: str = setting("train", "split that is spread over the clients; or a slice, as train[:80%]")
+    test_split: str = setting("test", "split that the server evaluates and traces; or a slice, as train[80%:]")
+    test_share: float | None = setting(
+        None, "of train_split, drawn by seed: the test examples of a set without any", PART
+    )
     max_tokens: int = setting(128, "of a text; the rest is cut", at_least(1))
 
 
@@ -151,7 +173,7 @@ class Fault:
     """What the faulty clients do"""
 
     kind: str = setting("label_flip", "the fault: free_rider returns the model that it received", one_of(FAULTS))
-    target: int = setting(0, "class that a backdoor's trigger leads to", at_least(0))
+    target: int = setting(0, "label that a backdoor's trigger leads to")
 
 
 @dataclass

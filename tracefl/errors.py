@@ -7,6 +7,9 @@ from contextlib import contextmanager
 class TraceFLError(Exception):
     """An error that the user can correct: the message quotes the value and says what to do."""
 
+    def __init__(self, sentence: str) -> None:
+        super().__init__(" ".join(sentence.splitlines()))  # a quoted name may hold line breaks
+
 
 def require(holds: object, sentence: str) -> None:
     """Raise TraceFLError with this sentence unless `holds` is true."""

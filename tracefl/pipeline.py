@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from tracefl.checks import check_targets
+from tracefl.checks import numbered_labels
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.prepare import PreparedData, prepare
@@ -41,21 +41,21 @@ def run_experiment(config: Config, resolved: str) -> None:
         TraceFLError: something that the user can correct; what was recorded before is kept.
     """
     data = prepare(config)
-    check_targets(config, data.class_names)
+    folder = run_folder(config)
+    config, notes = numbered_labels(config, data.class_names)
+    notes = [*data.notes, *notes, *lines.data_lines(config, data)]
     if not (config.do_training or config.do_provenance):
-        for line in lines.data_lines(config, data):
-            print(line)
+        print(*notes, sep="\n")
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
         return
     progress.log_to_console()
     keep_freed_memory()
-    folder = run_folder(config)
     initial = initial_state(config, data, folder)  # may fail: before the folder is there
     with locked(folder), progress.log_to_file(folder / LOG_FILE):
+        for note in notes:
+            log.info(note)
         run = open_or_create(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
-        for line in lines.data_lines(config, data):
-            log.info(line)
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples)
         answers = trace(config, run, model, examples)

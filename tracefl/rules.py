@@ -13,6 +13,8 @@ from typing import Any
 
 from tracefl.errors import TraceFLError
 
+WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -44,6 +46,16 @@ class Rule:
 def is_number(value: Any) -> bool:
     """Whether the value is a finite int or float; true and false are no numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole_number(name: str) -> int | None:
+    """The whole number that a class is named by, if it is.
+
+    Example:
+        >>> whole_number("10"), whole_number("2.0"), whole_number("cat")
+        (10, 2, None)
+    """
+    return int(name.partition(".")[0]) if WHOLE.fullmatch(name) else None
 
 
 def at_least(least: float) -> Rule:

@@ -37,6 +37,7 @@ def test_a_file_is_read_with_its_class_names(config, tmp_path, flag, channels, n
     assert len(examples) == 40
     assert torch.allclose((examples.inputs * STD + MEAN).mean(dim=(1, 2, 3)) * 255, 10.0 * examples.labels, atol=0.01)
     assert len(prepare(config(*wanted(tmp_path, flag), "dataset.test_split=val")).server()) == 20
+    assert len(prepare(config(*wanted(tmp_path, flag), 'dataset.test_split="val[:50%]+test"')).server()) == 50
 
 
 @pytest.mark.parametrize("without", ["train_images", "test_labels"])

@@ -98,7 +98,7 @@ def test_string_labels_mean_the_same_in_both_splits(config, tmp_path):
         datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
             str(tmp_path / f"{split}-0.parquet")
         )
-    source = load_source(config(f"dataset.path={tmp_path}").dataset)
+    source = load_source(config(f"dataset.path={tmp_path}"))
     assert source.class_names == ["ant", "bee", "cat"]
     assert source.labels(source.test)[:2].tolist() == [2, 1]
 
@@ -110,7 +110,8 @@ def test_labels_outside_the_classes_are_refused(config, tmp_path):
         datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
             str(tmp_path / f"{split}-0.parquet")
         )
-    with pytest.raises(TraceFLError, match="split test holds labels 0 to 2, expected 0 to 1"):
+    lacks = r"split test, row 1 has the label 2, which split train lacks \(it has 0, 1\)"
+    with pytest.raises(TraceFLError, match=f"{lacks}: drop such rows or set dataset.num_classes=3"):
         prepare(config(f"dataset.path={tmp_path}"))
 
 

@@ -54,7 +54,8 @@ def text_config(config, tmp_path):
     def build(name: str, *overrides: str):
         sizes = [f"++model.config.{entry}" for entry in SMALL.get(name, [])]
         clients = ("num_clients=1", "clients_per_round=1")
-        return config(f"dataset.path={tmp_path}/talk", f"model.name={name}", *clients, *sizes, *overrides)
+        both = () if any("input_columns" in word for word in overrides) else ("dataset.input_columns=[title,question]",)
+        return config(f"dataset.path={tmp_path}/talk", f"model.name={name}", *both, *clients, *sizes, *overrides)
 
     return build
 
@@ -69,7 +70,7 @@ def decoded(data, examples) -> list[str]:
     ]
 
 
-def test_columns_are_found_and_joined_and_a_bert_sees_its_ends(text_config):
+def test_columns_are_joined_and_a_bert_sees_its_ends(text_config):
     data = prepare(text_config(BERT))
     assert data.class_names == ["cat", "dog"]
     said = [text.replace(" ##", "") for text in decoded(data, data.client("0"))]

@@ -43,12 +43,23 @@ def load_medmnist(config: DatasetConfig) -> datasets.DatasetDict:
     names = [info["label"][key] for key in sorted(info["label"], key=int)]
     broken = (RuntimeError, OSError, KeyError, ValueError, TypeError, BadZipFile)
     splits = datasets.DatasetDict()
-    for split in {"train", "val", "test"} & {config.train_split, config.test_split}:
+    wanted = split_names(config.train_split) | split_names(config.test_split)
+    for split in {"train", "val", "test"} & wanted:
         with as_sentence(f"{problem} cannot be read", remedy, *broken):
             read = getattr(medmnist, info["python_class"])(split=split, root=str(folder), download=not there)
             labels = np.asarray(read.labels).reshape(len(read.imgs))  # as [N, 1] in the file
             splits[split] = _dataset(read.imgs, labels, names)
     return splits
+
+
+def split_names(spec: str) -> set[str]:
+    """The splits that a choice of rows reads from.
+
+    Example:
+        >>> sorted(split_names("train[:80%] + val"))
+        ['train', 'val']
+    """
+    return {part.partition("[")[0].strip() for part in spec.split("+")}
 
 
 def _dataset(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> datasets.Dataset:

@@ -26,10 +26,10 @@ from safetensors.torch import save
 
 from tracefl.config import Config
 from tracefl.data.examples import Examples, count_labels, load_examples
-from tracefl.errors import as_sentence, require
+from tracefl.errors import as_sentence
 from tracefl.settings import data_settings, file_stamps, fingerprint
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class PreparedData:
         text_model: Of texts, the spec of the model that the tokens are for.
         left_out: Number of training examples that no client holds, by reason and label
             (`Partition.left_out`).
+        notes: Lines for the user: which columns were used, and how images became bytes.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class PreparedData:
     digest: str
     text_model: dict[str, Any] | None = None
     left_out: dict[str, dict[int, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -84,18 +86,15 @@ def prepare(config: Config) -> PreparedData:
         for counts in ("label_counts", "left_out")
     )
     digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
-    return PreparedData(folder, info["class_names"], label_counts, digest, info["text_model"], left_out)
+    text_model, notes = info["text_model"], tuple(info["notes"])
+    return PreparedData(folder, info["class_names"], label_counts, digest, text_model, left_out, notes)
 
 
 def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
-    from tracefl.data.sources import load_source  # takes seconds to import; cached data do not need it
+    from tracefl.data.images import find_form, pixels  # take seconds to import; cached data do not need them
+    from tracefl.data.sources import load_source
 
-    source = load_source(config.dataset)
-    held, wanted = ("texts", "images") if source.is_text else ("images", "texts")
-    holds = f"dataset.name={config.dataset.name} holds {held} (column {source.input_columns[0]})"
-    another = "distilbert/distilbert-base-uncased" if source.is_text else "resnet18"
-    mismatch = f"model.name={config.model.name} is a model for {wanted}, but {holds}"
-    require(source.is_text == (config.arch == "transformer"), f"{mismatch}: choose a model such as {another}.")
+    source = load_source(config)
     from tracefl.data.partition import partition
 
     labels = source.labels(source.train)
@@ -107,19 +106,22 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
     parts = {"server.safetensors": (source.test, server), **parts}
 
     text_model: dict[str, Any] | None = None
+    notes = list(source.notes())
     if source.is_text:
         from tracefl.data.text import text_encoder
 
         encode, tokenizer, text_model = text_encoder(source, config, np.concatenate(clients))
     else:
-        encode = partial(source.pixels, config.dataset.channels)
+        form = find_form(source.train, source.input_columns[0], config.dataset.channels)
+        notes += form.notes()
+        encode = partial(pixels, form, source.input_columns[0])
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     with as_sentence(f"storage.dir={config.storage.dir} cannot be written to", "name another folder", OSError):
         (unfinished / "clients").mkdir(parents=True)
     try:
         sha256 = {}
         for file, (split, rows) in parts.items():
-            encoded = encode(split, rows) | {"labels": torch.from_numpy(source.labels(split.select(rows)))}
+            encoded = encode(split, rows) | {"labels": torch.from_numpy(source.labels(split)[rows])}
             sha256[file] = _write_hashed(unfinished / file, save(encoded))
         if text_model:
             sha256["tokenizer.json"] = _write_hashed(unfinished / "tokenizer.json", tokenizer.encode())
@@ -130,6 +132,10 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
             "left_out": spread.left_out,
             "sha256": sha256,
             "text_model": text_model,
+            "input_columns": source.input_columns,
+            "label_column": source.label_column,
+            "images": None if source.is_text else form.as_dict(),
+            "notes": notes,
         }
         (unfinished / "data.json").write_text(json.dumps(info, indent=1))
         if not config.check_dataset_cache:

@@ -1,150 +1,103 @@
-"""Where data come from: a Python package, a folder in the hub's layout, or the hub."""
+"""A classification dataset as it was found: two splits, their columns, labels and classes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import datasets
 import numpy as np
-import torch
-from huggingface_hub import constants
-from PIL import Image
-from torch import Tensor
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from tracefl.config import HUB_NAMES, MEDMNIST
-from tracefl.config import Dataset as DatasetConfig
-from tracefl.data.examples import IMAGE_SIZE
-from tracefl.data.packaged import load_digits, load_medmnist
-from tracefl.errors import as_sentence, require
-from tracefl.hub import use_cache_if_offline
+from tracefl.config import Config
+from tracefl.data.columns import input_columns, is_image, is_text, label_column
+from tracefl.data.labels import class_names, class_numbers, read_labels
+from tracefl.data.splits import Split, draw_test_rows, load_splits
+from tracefl.errors import require
 
-GREY_MODES = ("1", "L", "I", "I;16", "F")  # Pillow's
+SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Source:
-    """The two splits of a classification dataset, with the names of its columns and classes."""
+    """The two splits of a classification dataset, with the names of its columns and classes.
 
-    train: datasets.Dataset
-    test: datasets.Dataset
+    Attributes:
+        train: The training split.
+        test: The test split.
+        input_columns: One of images, or those of the texts that are joined.
+        label_column: Of the labels.
+        class_names: Of the classes 0, 1, ...
+        train_labels: Classes of the training split, int64 [N].
+        test_labels: Classes of the test split, int64 [N].
+        remarks: For the user, on the columns.
+    """
+
+    train: Split
+    test: Split
     input_columns: list[str]
     label_column: str
     class_names: list[str]
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+    remarks: list[str]
 
     @property
     def is_text(self) -> bool:
         """Whether the inputs are texts; otherwise they are images."""
-        return not isinstance(self.train.features[self.input_columns[0]], datasets.Image)
+        return not is_image(self.train, self.input_columns[0])
 
-    def labels(self, split: datasets.Dataset) -> np.ndarray:
-        """The labels of one of the splits, int64 [N]."""
-        return np.asarray(split[self.label_column], dtype=np.int64)
+    def labels(self, split: Split) -> np.ndarray:
+        """The classes of one of the splits, int64 [N]."""
+        return self.train_labels if split is self.train else self.test_labels
 
-    def texts(self, split: datasets.Dataset, rows: np.ndarray) -> list[str]:
+    def texts(self, split: Split, rows: np.ndarray) -> list[str]:
         """One text for each of these rows (int64) of a split: its columns, joined with a space."""
-        table = split.select(rows)
+        table = split.table.select(rows)
         columns = (table[name] for name in self.input_columns)
         return [" ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
 
-    def pixels(self, channels: int | None, split: datasets.Dataset, rows: np.ndarray) -> dict[str, Tensor]:
-        """The images in these rows of a split, decoded and resized.
-
-        Args:
-            channels: 1 (grey) or 3 (RGB); None: as the first training image has them.
-            split: The training or the test split.
-            rows: Row numbers, int64 [N].
-
-        Returns:
-            `pixels`, uint8 [N, channels, 32, 32].
-        """
-        column, size = self.input_columns[0], (IMAGE_SIZE, IMAGE_SIZE)
-        grey = channels == 1 or (channels is None and self.train[0][column].mode in GREY_MODES)
-        images = (image.convert("L" if grey else "RGB") for image in split.select(rows)[column])
-        resized = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
-        pixels = torch.from_numpy(np.stack(resized)).view(len(rows), *size, -1)
-        return {"pixels": pixels.permute(0, 3, 1, 2).contiguous()}
+    def notes(self) -> Iterator[str]:
+        """What the user is told of the columns and classes."""
+        names, joined = self.class_names, " + ".join(self.input_columns)
+        shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        first = f"data: input {joined}, label {self.label_column}, {len(names)} classes ({shown})"
+        for note in (first, *self.remarks):
+            yield " ".join(note.splitlines())  # a name may hold line breaks
 
 
-def load_source(config: DatasetConfig) -> Source:
-    """Load both splits, and find the columns that the configuration does not name.
+def load_source(config: Config) -> Source:
+    """Load both splits, and find the columns and classes that the configuration does not name.
 
     Raises:
-        TraceFLError: The data cannot be loaded, or have no such split, input or label column.
+        TraceFLError: The data cannot be loaded, or have no such split, input, label or class.
     """
-    splits, place = _load(config), config.path or config.name
-    for key, name in (("train_split", config.train_split), ("test_split", config.test_split)):
-        require(name in splits, f"dataset.{key}={name} is no split of {place}: it has {', '.join(splits)}.")
-    train, test = splits[config.train_split], splits[config.test_split]
-    label = _label_column(train, config)
-    inputs = _input_columns(train, label, config)
-    if train.features[label].dtype == "string":
-        train = train.class_encode_column(label)
-        problem = f"dataset.label_column={label}: the test split has labels that the training split lacks"
-        with as_sentence(problem, "drop such rows", ValueError, KeyError):
-            test = test.cast_column(label, train.features[label])
-    source = Source(train, test, inputs, label, _class_names(train, label, config))
-    last = len(source.class_names) - 1
-    for name, split in ((config.train_split, train), (config.test_split, test)):
-        found = source.labels(split)
-        low, high = found.min(initial=0), found.max(initial=-1)
-        wrong = f"dataset.label_column={label}: split {name} holds labels {low} to {high}, expected 0 to {last}"
-        require(low >= 0 and 0 <= high <= last, f"{wrong}; drop such rows or raise dataset.num_classes.")
-    return source
-
-
-def _load(config: DatasetConfig) -> datasets.DatasetDict:
-    if config.name == "digits" and not config.path:
-        return load_digits()
-    if config.name in MEDMNIST and not (config.path and list(Path(config.path).rglob("*.parquet"))):
-        return load_medmnist(config)
-    if config.path:
-        place = str(Path(config.path).resolve())
-        problem = f"dataset.path={config.path} cannot be read as a dataset"
-        remedy = "give a folder in the hub's layout, for example with train-*.parquet and test-*.parquet"
+    of_data = config.dataset
+    train, test, splits = load_splits(of_data)
+    label = label_column(train, of_data)
+    written = read_labels(train, label)
+    names = class_names(written, train, of_data, label)
+    others = {str(name): table for name, table in splits.items()}
+    labels = class_numbers(written, names, train, label, others, train.name)
+    inputs, remarks = input_columns(train, label, labels, config)
+    if test is None:
+        rows = draw_test_rows(labels, of_data.test_share or 0, config.seed)
+        share = f"dataset.test_share={of_data.test_share} of {len(train)} examples in {len(names)} classes"
+        require(len(rows), f"{share} is no example: raise it.")
+        require(len(rows) < len(train), f"{share} is all of them: lower it.")
+        rest = np.setdiff1d(np.arange(len(train)), rows)
+        train, test, labels, test_labels = train.only(rest), train.only(rows), labels[rest], labels[rows]
     else:
-        place = HUB_NAMES.get(config.name, config.name)
-        problem = f"dataset.name={config.name} cannot be loaded from the hub as '{place}'"
-        remedy = "check the name and the connection, or give a local copy with dataset.path=FOLDER"
-        use_cache_if_offline()
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
-    with as_sentence(problem, remedy, OSError, ValueError, datasets.exceptions.DatasetsError):
-        return datasets.load_dataset(place)
-
-
-def _label_column(train: datasets.Dataset, config: DatasetConfig) -> str:
-    if config.label_column:
-        return _existing(train, "dataset.label_column", config.label_column)
-    kinds = train.features
-    found = [name for name in kinds if isinstance(kinds[name], datasets.ClassLabel)]
-    found = found or [name for name in ("label", "labels") if name in kinds]
-    which = f"{config.path or config.name} has {'several label columns' if found else 'no label column'}"
-    require(len(found) == 1, f"{which} among {list(kinds)}: name it with dataset.label_column=NAME.")
-    return found[0]
-
-
-def _input_columns(train: datasets.Dataset, label: str, config: DatasetConfig) -> list[str]:
-    """The columns that the configuration names, otherwise the first image or all texts."""
-    kinds = train.features
-    images = [name for name in kinds if isinstance(kinds[name], datasets.Image)]
-    texts = [name for name in kinds if getattr(kinds[name], "dtype", None) in ("string", "large_string")]
-    named = [_existing(train, "dataset.input_columns", name) for name in config.input_columns]
-    inputs = named or images[:1] or [name for name in texts if name != label]
-    wanted = "name one image column or text columns with dataset.input_columns=[NAME]"
-    require(inputs, f"{config.path or config.name} has neither an image nor a text among {list(kinds)}: {wanted}.")
-    for name in inputs:
-        fits = name in texts or (name in images and len(inputs) == 1)
-        require(fits, f"dataset.input_columns={name} is neither an image nor a text to join: {wanted}.")
-    return inputs
-
-
-def _existing(train: datasets.Dataset, key: str, name: str) -> str:
-    columns = train.column_names
-    require(name in columns, f"{key}={name} is no column of the dataset: it has {', '.join(columns)}.")
-    return name
-
-
-def _class_names(train: datasets.Dataset, label: str, config: DatasetConfig) -> list[str]:
-    found = getattr(train.features[label], "names", None) or [str(k) for k in range(max(train[label]) + 1)]
-    wanted, count = config.num_classes or len(found), len(found)
-    small = f"dataset.num_classes={wanted} is too small"
-    require(wanted >= count, f"{small}: {config.name} has {count} classes; leave it out.")
-    return found + [str(index) for index in range(count, wanted)]
+        for name in inputs:
+            lacks = f"split {test.name} has no column {name}, which split {train.name} has"
+            has = ", ".join(test.table.column_names)
+            require(name in test.table.column_names, f"{lacks}: it has {has}; give both the same.")
+            other = f"column {name} of split {test.name} holds something else than that of split {train.name}"
+            same = is_image(test, name) if is_image(train, name) else is_text(test, name)
+            require(same, f"{other}: give both the same.")
+        test_labels = class_numbers(read_labels(test, label), names, test, label, others, train.name)
+    source = Source(train, test, inputs, label, names, labels, test_labels, remarks)
+    for split in (train, test) if source.is_text else ():
+        texts = [split.column(name).cast(pa.large_string()) for name in inputs]
+        some = any(pc.any(pc.match_substring_regex(column, r"\S")).as_py() for column in texts)
+        empty = f"column {', '.join(inputs)} of split {split.name} is empty in every row"
+        require(some, f"{empty}: name another with dataset.input_columns=[NAME].")
+    return source
