@@ -17,7 +17,7 @@ from tracefl.config import Config, leaves
 
 # What prepared data depend on beside dataset.* and data_dist.*, and for texts model.*
 OF_DATA = ("seed", "num_clients", "dirichlet_alpha")
-SINCE_0_1 = ("dataset.config", "dataset.test_share")
+SINCE_0_1 = ("dataset.config", "dataset.test_share", "data_dist.min_examples_per_class")
 OF_FAULTS = ("fault.kind", "fault.target", "label2flip", "noise_rate")
 
 
@@ -34,10 +34,11 @@ def fingerprint(value: Any) -> str:
 def training_settings(config: Config) -> dict[str, Any]:
     """Every setting that can change a trained weight, by its key: what the run's hash covers."""
     settings = {key: attrgetter(key)(config) for key, field in leaves() if field.metadata["trains"]}
+    usual = Config()
     left_out = ["client_cpus"]
     if config.data_dist.dist_type != "non_iid_dirichlet":
         left_out.append("dirichlet_alpha")
-    left_out += [key for key in SINCE_0_1 if settings[key] is None]  # earlier runs keep their names
+    left_out += [key for key in SINCE_0_1 if settings[key] == attrgetter(key)(usual)]  # earlier runs keep their names
     if config.arch == "cnn":
         left_out.append("dataset.max_tokens")
     if not config.faulty_clients_ids:

@@ -49,7 +49,7 @@ def test_a_set_without_a_test_split_names_both_ways_out(read, tmp_path):
     said = read.refusal(write(tmp_path / "d", rows()), BERT)
     assert "dataset.test_split=test is no split of" in said
     assert "it has train: name one of them, set dataset.test_share=0.2 and dataset.test_split=train" in said
-    assert """or slice it, as 'dataset.train_split="train[:80%]"' 'dataset.test_split="train[80%:]"'.""" in said
+    assert "or slice it, as 'dataset.train_split=train[:80%]' 'dataset.test_split=train[80%:]'." in said
 
 
 @pytest.mark.parametrize(

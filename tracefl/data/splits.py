@@ -16,8 +16,7 @@ from tracefl.errors import TraceFLError, first_line, require
 from tracefl.hub import use_cache_if_offline
 
 HOLD_OUT = "set dataset.test_share=0.2 and dataset.test_split={train} to draw the test examples from it"
-
-SLICES = """'dataset.train_split="train[:80%]"' 'dataset.test_split="train[80%:]"'"""
+SLICES = "'dataset.train_split=train[:80%]' 'dataset.test_split=train[80%:]'"
 
 
 @dataclass(frozen=True)
