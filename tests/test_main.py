@@ -154,7 +154,7 @@ def test_a_fault_that_does_not_fit_the_data_is_refused_before_training(run):
 
 
 def test_a_path_with_anything_in_its_name(run, tmp_path):
-    folder = tmp_path / "x=y" / "1] ü, (b) {c} $d # it's"
+    folder = tmp_path / "x=y" / "[1] ü, (b) {c} $d # it's::a*?"
     folder.mkdir(parents=True)
     status, _, err = run(f"dataset.path={folder}", "dry_run=true")
     assert status == 1
@@ -162,20 +162,11 @@ def test_a_path_with_anything_in_its_name(run, tmp_path):
     assert f", got {folder}: " in err
     (folder / "train.csv").write_text("text,label\n" + "a,0\nb,1\n" * 20)
     (folder / "test.csv").write_text("text,label\na,0\nb,1\n")
-    alone = ("model.name=gpt2", "do_training=false", "do_provenance=false", "num_clients=1", "clients_per_round=1")
+    text = ("model.name=gpt2", "dataset.input_columns=[text]")
+    alone = (*text, "do_training=false", "do_provenance=false", "num_clients=1", "clients_per_round=1")
     status, out, err = run(f"dataset.path={folder}", *alone)
     assert (status, "is prepared" in out, "error" in err) == (0, True, False)
     assert run("--multirun", f"storage.dir={tmp_path}/ä,{tmp_path}/b=c", "dry_run=true")[1].count("dry run") == 2
-
-
-@pytest.mark.parametrize("name", ["a [1]", "a::b"])
-def test_a_path_that_the_datasets_library_takes_for_a_pattern_is_refused(run, tmp_path, name):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "train.csv").write_text("")
-    status, _, err = run(f"dataset.path={name}")
-    assert status == 1
-    assert err.startswith("error: dataset.path must have no [ or :: in it or its parents, ")
-    assert err.endswith(f", got {name}: rename the folder.\n")
 
 
 def test_a_failed_job_of_a_sweep_lets_the_others_run(run):

@@ -4,9 +4,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from tests.data.tables import BERT, picture, texts, write
 from tracefl.data.sources import load_source
+from tracefl.data.splits import load_splits
 from tracefl.errors import TraceFLError
 
 N = 40
@@ -210,3 +212,26 @@ def test_a_slice_of_a_test_split_is_not_passed_over_for_a_share(read, tmp_path):
     folder = write(tmp_path / "d", rows(), test=rows())
     words = ("dataset.test_share=0.2", 'dataset.test_split="test[:50%]"')
     assert "there is also a split test[:50%]: leave one out" in read.refusal(folder, BERT, *words)
+
+
+@pytest.mark.parametrize("name", ["a [1]", "a::b", "what? *"])
+@pytest.mark.parametrize("form", ["parquet", "images", "saved"])
+def test_a_folder_whose_name_is_a_pattern_to_the_datasets_library(config, tmp_path, name, form):
+    folder = tmp_path / name
+    table = datasets.Dataset.from_dict({"text": ["one text", "other text"] * 20, "label": [0, 1] * 20})
+    both = datasets.DatasetDict(train=table, test=table)
+    if form == "saved":
+        both.save_to_disk(str(tmp_path / "plain"))
+        (tmp_path / "plain").rename(folder)
+    for split, part in both.items() if form == "parquet" else ():
+        part.to_parquet(str(tmp_path / f"{split}-0.parquet"))
+        folder.mkdir(exist_ok=True)
+        (tmp_path / f"{split}-0.parquet").rename(folder / f"{split}-0.parquet")
+    for k in range(20) if form == "images" else ():
+        for split in both:
+            (folder / split / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 100 * (k % 2)).save(folder / split / "ab"[k % 2] / f"{k}.png")
+    train, test, _ = load_splits(config("dataset.path=" + '"' + str(folder) + '"').dataset)
+    assert len(train) == len(test) == (20 if form == "images" else 40)
+    if form == "images":
+        assert np.asarray(train.table[19]["image"]).mean() == 100

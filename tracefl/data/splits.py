@@ -1,6 +1,9 @@
 """The splits of a dataset: from a Python package, a folder, or the hub; whole, sliced, or drawn."""
 
+import atexit
 import logging
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tracefl.config import Dataset as DatasetConfig
 from tracefl.data.packaged import load_digits, load_medmnist, split_names
 from tracefl.errors import TraceFLError, first_line, require
 from tracefl.hub import use_cache_if_offline
+from tracefl.settings import visible_files
 
 HOLD_OUT = "set dataset.test_share=0.2 and dataset.test_split={train} to draw the test examples from it"
 SLICES = "'dataset.train_split=train[:80%]' 'dataset.test_split=train[80%:]'"
@@ -134,11 +138,12 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
         require(not config.config, f"{named}: leave it out.")
         return load_medmnist(config)
     if config.path:
-        saved = _load_saved(Path(config.path))
+        folder = _plainly_named(Path(config.path).resolve())
+        saved = _load_saved(folder, config.path)
         if saved is not None:
             require(not config.config, f"{named}: leave it out.")
             return saved
-        place = str(Path(config.path).resolve())
+        place = str(folder)
         problem = f"dataset.path={config.path} cannot be read as a dataset"
         remedy = "give a folder in the hub's layout, such as train-*.parquet and test-*.parquet, each with rows"
     else:
@@ -150,12 +155,25 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
     return _reading(problem, remedy, datasets.load_dataset, place, config.config)
 
 
-def _load_saved(folder: Path) -> datasets.DatasetDict | None:
-    """What `save_to_disk` wrote; None if the folder is none of its."""
+def _plainly_named(folder: Path) -> Path:
+    """The folder, or links to its files if the datasets library reads its name as a pattern."""
+    if not any(sign in str(folder) for sign in ("[", "::", "*", "?")):
+        return folder
+    links = Path(tempfile.mkdtemp(prefix="tracefl-"))
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    for file in visible_files(folder):
+        link = links / Path(file.path).relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.path)
+    return links
+
+
+def _load_saved(folder: Path, named: str) -> datasets.DatasetDict | None:
+    """What `save_to_disk` wrote, in a folder that the user named so; None if it is none of its."""
     single = (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
     if not (single or (folder / "dataset_dict.json").exists()):
         return None
-    problem = f"dataset.path={folder} cannot be read, although save_to_disk wrote it"
+    problem = f"dataset.path={named} cannot be read, although save_to_disk wrote it"
     found = _reading(problem, "save it again, with rows in every split", datasets.load_from_disk, str(folder))
     return datasets.DatasetDict({str(found.split or "train"): found}) if single else found
 
