@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from tracefl import trace
 from tracefl.classifier import log_odds, logits_of
-from tracefl.evaluation import coalitions
 from tracefl.evaluation.localization import spearman
+from tracefl.evidence import coalitions
 from tracefl.runs import Run
 
 Inputs = Tensor | dict[str, Tensor]

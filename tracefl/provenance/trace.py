@@ -25,7 +25,7 @@ from tracefl.provenance.passes import Tracer
 from tracefl.provenance.result import Provenance
 from tracefl.provenance.state import traced_state
 
-METHODS = ("neuron", "influence", "integrated")
+METHODS = ("neuron", "influence", "integrated", "shapley")
 
 
 def trace(
@@ -41,6 +41,7 @@ def trace(
     method: str = "neuron",
     output: str | None = None,
     steps: int | None = None,
+    evaluations: int | None = None,
     scratch_bytes: int = 1 << 30,
 ) -> Provenance:
     """Explain predictions of a global model by the states of the clients that it was fused from.
@@ -57,17 +58,20 @@ def trace(
         weights: client id -> weight in the fusion, such as its number of examples; scaled to p_k,
             which add up to 1. Default: shares are not weighted (the paper's default).
         reference: state, or its path, of the incoming global model: updates θ_k - θ_ref are traced
-            instead of weights. Needed by "integrated".
+            instead of weights. Needed by "integrated" and "shapley".
         layer_decay: β, by which a layer counts less than the one after it, 0 < β <= 1 (equation
             6; default 0.9); 1 switches it off. Only "neuron" uses it.
         layers: "all" (default), "paper" (Linear, Conv2d, LayerNorm, Conv1D) or names of modules,
             which include their submodules.
         method: "neuron" (default), the paper's Σ_j c_j z_kj over layers; "influence", the
             first-order effect of leaving the client out, p_k <W_k - W_g, dy/dW> over the whole
-            state, BatchNorm's statistics included (needs weights); or "integrated", the client's
-            share of the actual change of y over the round (needs weights and reference).
+            state, BatchNorm's statistics included (needs weights); "integrated", the client's
+            share of the actual change of y over the round (needs weights and reference); or
+            "shapley", the mean of what it adds to y when fused after others, over all orders of
+            the clients (needs weights and reference; see `evaluations`).
         output: the y that is explained: "logit" of the target, or "log_odds", the logit minus the
-            log-sum-exp of the others. Default: "log_odds" for "influence", else "logit".
+            log-sum-exp of the others. Default: "log_odds" for "influence" and "shapley", else
+            "logit".
         steps: intervals of the path of "integrated". Default: doubled from 16 until the shares of
             all layers miss the change of y by less than 1 %, up to 256.
         scratch_bytes: memory to take beside the model (default 1 GiB); one input always has to fit.
@@ -97,11 +101,12 @@ def trace(
     Reference:
         Equations 2 to 7 of the paper (arXiv 2312.13632) for "neuron".
     """
-    output = output or ("log_odds" if method == "influence" else "logit")
+    output = output or ("log_odds" if method in ("influence", "shapley") else "logit")
     require(method in METHODS, f"method must be one of {', '.join(METHODS)}, got {method!r}")
     require(output in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
     require(method == "neuron" or weights, f"method={method!r} needs weights: pass every client's number of examples")
-    require(method != "integrated" or reference, "method='integrated' needs reference, the incoming model's state")
+    whole_round = method in ("integrated", "shapley")
+    require(not whole_round or reference, f"method={method!r} needs reference, the incoming model's state")
     require(0 < layer_decay <= 1, f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
     require(steps is None or steps >= 1, f"steps must be at least 1, got {steps!r}")
     require(scratch_bytes >= 1, f"scratch_bytes must be at least 1, got {scratch_bytes!r}")
@@ -113,6 +118,10 @@ def trace(
     if classes is not None and (classes.shape != (N,) or classes.is_floating_point()):
         raise TraceFLError(f"targets must be {N} integers, one per input, got {tuple(classes.shape)} {classes.dtype}")
     p = None if weights is None else _normalised(weights, ids)
+    if method == "shapley" and p is not None and reference is not None:
+        from tracefl.evidence.shapley import explain  # a later room, which itself stands on this one
+
+        return explain(model, clients, inputs, classes, p, reference, layers, output, evaluations, scratch_bytes)
     state = traced_state(model, layers, method != "neuron")
     require(state.tensors, f"layers={layers!r} hold no floating-point tensor: choose other layers")
     sources: dict[str, Source] = {f"client {who!r}": clients[who] for who in ids}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tracefl.errors import TraceFLError
-from tracefl.evaluation import coalitions
+from tracefl.evidence import coalitions
 
 
 def game(K=4, N=3):

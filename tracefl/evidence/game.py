@@ -1,0 +1,199 @@
+"""The coalition game of a round: what would the prediction be if only some clients were fused?
+
+    v_n(S) = y_n of the model    W_S = Σ_{k in S} p_k W_k / Σ_{k in S} p_k,
+    v_n(∅) = y_n of the incoming model
+
+and so is any S whose weights are all 0. Fused are the floating-point entries that clients send;
+the others stay as in the model. W_S is a mean with positive weights, so that a running variance
+stays positive. N explained inputs, K clients, a set is a row of bool [K].
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tracefl.classifier import Batch, batch_size, explained, kept_bytes, logits_of, take, uses_batch_statistics
+from tracefl.errors import TraceFLError, require
+from tracefl.provenance.clients import Source, States
+from tracefl.provenance.state import traced_state
+
+TILE = 1 << 17  # bytes of a tensor that are worked on at a time: they stay in the cache
+FUSED_AT_ONCE = 32  # from states in memory; more at a time save nothing
+
+
+class Game:
+    """Plays coalitions on a copy of the model; use it within `exact(game.work)`.
+
+    Args:
+        model: in full precision; gives the architecture and the entries that nobody sends.
+        clients: client id -> state, or path of a safetensors file; K of them.
+        p: weights of the clients, float64 [K].
+        reference: the incoming model's state, or its path.
+        inputs: N inputs, as the model takes them.
+        targets: explained classes [N]; None: those that the model predicts.
+        output: "logit" or "log_odds".
+        layers: which of them are fused, as in `trace`.
+        scratch_bytes: memory for activations, and for models that are fused at once.
+
+    Raises:
+        TraceFLError: a state does not fit the model, or no client sends anything to fuse.
+    """
+
+    def __init__(
+        self, model: nn.Module, clients: Mapping[str, Source], p: Tensor, reference: Source, inputs: Batch,
+        targets: Tensor | None, output: str, layers: str | Sequence[str], scratch_bytes: int,
+    ):  # fmt: skip
+        self.work, self.p, self.inputs, self.targets, self.output = copy.deepcopy(model), p, inputs, targets, output
+        self.ids, self.N, self.scratch_bytes, self.at_once = list(clients), batch_size(inputs), scratch_bytes, 0
+        state, entries = traced_state(self.work, layers, True), model.state_dict()
+        sources: dict[str, Source] = {f"client {who!r}": source for who, source in clients.items()}
+        known = States(sources, entries, {}).states
+        sent = set[str]().union(*known.values())
+        aliases = {name: names for name, names in state.aliases.items() if sent.intersection(names)}
+        require(aliases, "no client sends a floating-point tensor of the chosen layers: there is nothing to fuse")
+        self.tensors = {name: state.tensors[name] for name in aliases}
+        self.states = States(sources, entries, aliases)
+        self.reference = States({"reference": reference}, entries, aliases)
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @torch.no_grad()
+    def of_model(self) -> Tensor:
+        """y of the model itself, [N]; its predictions are the targets if there are none yet."""
+        self.at_once = _inputs_at_once(self.work, self.inputs, self.scratch_bytes // 2)
+        return self._y("the model", lambda: None)
+
+    @torch.no_grad()
+    def of_nobody(self) -> Tensor:
+        """v(∅) [N]."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(self.reference.tensors([name], 0, 1)[0])
+        return self._y("the reference", self.reference.check_finite)
+
+    @torch.no_grad()
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """v(all) [N], v of every client alone [K, N] and of all without it [K, N].
+
+        Every client is read twice: to be added up, and to be taken out of the sum again.
+        """
+        total = {name: self._sum(name) for name in self.tensors}
+        for name, tensor in self.tensors.items():
+            tensor.copy_(total[name])
+        everyone = self._y("the model fused from all clients", self.states.check_finite)
+        alone, without = torch.empty(2, len(self.ids), self.N, dtype=torch.float64)
+        for k, who in enumerate(self.ids):
+            for name, tensor in self.tensors.items():
+                tensor.copy_(self._read(name, k))
+            alone[k] = self._y(f"the model of client {who!r}", self.states.check_finite)
+            for name, tensor in self.tensors.items():
+                _take_out(tensor, total[name], float(self.p[k]))
+            without[k] = self._y(f"the model fused without client {who!r}", self.states.check_finite)
+        return everyone, alone, without
+
+    @torch.no_grad()
+    def play(self, sets: Tensor, nobody: Tensor) -> Tensor:
+        """v of these sets, float64 [M, N].
+
+        Fuses as many sets at once as fit into half of `scratch_bytes`; each time the members are
+        read once. Sets that are alike come together, so that few clients are read.
+
+        Args:
+            sets: bool [M, K].
+            nobody: v(∅) [N].
+        """
+        weight = sets.double() @ self.p
+        v = nobody.repeat(len(sets), 1)
+        order = sorted(
+            weight.nonzero()[:, 0].tolist(), key=lambda i: (int(sets[i].sum()), sets[i].logical_not().tolist())
+        )
+        room = max(1, self.scratch_bytes // 2 // max(1, self.nbytes))
+        room = min(room, FUSED_AT_ONCE) if self.states.in_memory else room
+        for group in [order[first : first + room] for first in range(0, len(order), room)]:
+            fused = self._fuse(sets[group] * self.p / weight[group, None])
+            for row, i in enumerate(group):
+                for name, tensor in self.tensors.items():
+                    tensor.copy_(fused[name][row])
+                members = [who for who, takes_part in zip(self.ids, sets[i].tolist(), strict=True) if takes_part]
+                v[i] = self._y(f"the model fused from {', '.join(members)}", self.states.check_finite)
+        return v
+
+    def _read(self, name: str, k: int) -> Tensor:
+        return self.states.tensors([name], k, k + 1)[0]
+
+    def _sum(self, name: str) -> Tensor:
+        """Σ_k p_k θ_k in double precision."""
+        like = self.tensors[name]
+        total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float64))
+        for k, p in enumerate(self.p.tolist()):
+            theta = self._read(name, k)
+            for into, part in zip(_parts(total), _parts(theta), strict=True):
+                into.add_(part.to(total.dtype), alpha=p)
+        return total
+
+    def _fuse(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """Name -> Σ_k c_ik θ_k of every row i of the coefficients [M, K]."""
+        used, fused = coefficients.any(0).nonzero()[:, 0].tolist(), {}
+        for name, tensor in self.tensors.items():
+            found = tensor.new_zeros(len(coefficients), tensor.numel())
+            at_once = len(used) if self.states.in_memory else max(1, self.scratch_bytes // 8 // max(1, tensor.nbytes))
+            for some in [used[first : first + at_once] for first in range(0, len(used), at_once)]:
+                c, thetas = coefficients[:, some].to(found), [self._read(name, k).reshape(-1) for k in some]
+                columns = max(1, 8 * TILE // (len(some) * tensor.element_size()))
+                for first in range(0, tensor.numel(), columns):
+                    part = slice(first, first + columns)
+                    found[:, part] += c @ torch.stack([theta[part] for theta in thetas])
+            fused[name] = found.view(-1, *tensor.shape)
+        return fused
+
+    def _y(self, whose: str, check: Callable[[], None]) -> Tensor:
+        """y [N], float64, of the model as it is now; `check` is asked why, if one is not finite."""
+        ys, classes = list[Tensor](), list[Tensor]()
+        for first in range(0, self.N, self.at_once):
+            some = slice(first, first + self.at_once)
+            targets = None if self.targets is None else self.targets[some]
+            y, found = explained(logits_of(self.work, take(self.inputs, some)).double(), targets, self.output)
+            ys.append(y.cpu())
+            classes.append(found)
+        y, self.targets = torch.cat(ys), torch.cat(classes)
+        for n in torch.nonzero(~torch.isfinite(y)).flatten().tolist():
+            check()
+            raise TraceFLError(f"the output of {whose} for input {n} is not finite; check the states and the input")
+        return y
+
+
+def _take_out(theta: Tensor, total: Tensor, p: float) -> None:
+    """θ <- (total - p θ) / (1 - p), in place and in double precision."""
+    for into, part in zip(_parts(theta), _parts(total), strict=True):
+        into.copy_(into.to(part.dtype).mul_(-p).add_(part).div_(1 - p))
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of a tensor's rows, as many at a time as stay in the cache."""
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        return [tensor]
+    return tensor.split(max(1, TILE // 8 * len(tensor) // tensor.numel()))
+
+
+def _inputs_at_once(model: nn.Module, inputs: Batch, most: int) -> int:
+    """How many inputs go through the model at a time.
+
+    What autograd would keep of an input bounds what a pass without it takes. A model that takes no
+    batch, or in which inputs of a batch see or move each other, gets one at a time.
+    """
+    one = take(inputs, slice(0, 1))
+    with torch.enable_grad():
+        for tensor in model.parameters():
+            tensor.requires_grad_(tensor.is_floating_point())
+        alone, nbytes = kept_bytes(model, lambda: logits_of(model, one), lambda logits: [logits])
+        for tensor in model.parameters():
+            tensor.requires_grad_(False)
+    n = min(batch_size(inputs), max(1, most // max(1, nbytes)))
+    if n == 1 or uses_batch_statistics(model):
+        return 1
+    try:
+        together = logits_of(model, take(inputs, slice(0, n)))
+    except RuntimeError:  # a model may take one input where it takes no batch
+        return 1
+    near = (together[0] - alone[0]).abs().max() <= 0.01 * alone[0].abs().max()
+    return n if near else 1
