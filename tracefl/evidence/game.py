@@ -19,8 +19,9 @@ from tracefl.errors import TraceFLError, require
 from tracefl.provenance.clients import Source, States
 from tracefl.provenance.state import traced_state
 
-TILE = 1 << 17  # bytes of a tensor that are worked on at a time: they stay in the cache
-FUSED_AT_ONCE = 32  # from states in memory; more at a time save nothing
+TILE = 1 << 22  # bytes of clients' tensors that are multiplied at a time: they stay in the cache
+ROWS = 1 << 15  # numbers that are worked on at a time in double precision, for the same reason
+FUSED_AT_ONCE = 16  # from states in memory; more at a time save nothing
 
 
 class Game:
@@ -61,7 +62,7 @@ class Game:
     @torch.no_grad()
     def of_model(self) -> Tensor:
         """y of the model itself, [N]; its predictions are the targets if there are none yet."""
-        self.at_once = _inputs_at_once(self.work, self.inputs, self.scratch_bytes // 2)
+        self.at_once = _inputs_at_once(self.work, self.inputs, self.scratch_bytes // 8)
         return self._y("the model", lambda: None)
 
     @torch.no_grad()
@@ -75,8 +76,12 @@ class Game:
     def ends(self) -> tuple[Tensor, Tensor, Tensor]:
         """v(all) [N], v of every client alone [K, N] and of all without it [K, N].
 
-        Every client is read twice: to be added up, and to be taken out of the sum again.
+        A client in a file is read twice: to be added up, and to be taken out of the sum again.
         """
+        if self.states.in_memory:
+            one = torch.eye(len(self.ids), dtype=torch.bool)
+            v = self.play(torch.cat([one.any(0, keepdim=True), one, ~one]), torch.empty(self.N, dtype=torch.float64))
+            return v[0], v[1 : len(one) + 1], v[len(one) + 1 :]
         total = {name: self._sum(name) for name in self.tensors}
         for name, tensor in self.tensors.items():
             tensor.copy_(total[name])
@@ -95,7 +100,7 @@ class Game:
     def play(self, sets: Tensor, nobody: Tensor) -> Tensor:
         """v of these sets, float64 [M, N].
 
-        Fuses as many sets at once as fit into half of `scratch_bytes`; each time the members are
+        Fuses as many sets at once as fit into most of `scratch_bytes`; each time the members are
         read once. Sets that are alike come together, so that few clients are read.
 
         Args:
@@ -107,13 +112,14 @@ class Game:
         order = sorted(
             weight.nonzero()[:, 0].tolist(), key=lambda i: (int(sets[i].sum()), sets[i].logical_not().tolist())
         )
-        room = max(1, self.scratch_bytes // 2 // max(1, self.nbytes))
-        room = min(room, FUSED_AT_ONCE) if self.states.in_memory else room
-        for group in [order[first : first + room] for first in range(0, len(order), room)]:
-            fused = self._fuse(sets[group] * self.p / weight[group, None])
+        at_once = min(len(order), max(1, self.scratch_bytes // 4 * 3 // max(1, self.nbytes)))
+        at_once = min(at_once, FUSED_AT_ONCE) if self.states.in_memory else at_once
+        room = {name: tensor.new_empty(at_once, *tensor.shape) for name, tensor in self.tensors.items()}
+        for group in [order[first : first + at_once] for first in range(0, len(order), max(1, at_once))]:
+            fused = self._fuse(sets[group] * self.p / weight[group, None], room)
             for row, i in enumerate(group):
                 for name, tensor in self.tensors.items():
-                    tensor.copy_(fused[name][row])
+                    tensor.data = fused[name][row]  # to copy it would take half as long as to fuse it
                 members = [who for who, takes_part in zip(self.ids, sets[i].tolist(), strict=True) if takes_part]
                 v[i] = self._y(f"the model fused from {', '.join(members)}", self.states.check_finite)
         return v
@@ -131,20 +137,22 @@ class Game:
                 into.add_(part.to(total.dtype), alpha=p)
         return total
 
-    def _fuse(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """Name -> Σ_k c_ik θ_k of every row i of the coefficients [M, K]."""
-        used, fused = coefficients.any(0).nonzero()[:, 0].tolist(), {}
+    def _fuse(self, coefficients: Tensor, room: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> Σ_k c_ik θ_k of every row i of the coefficients [M, K], written into `room`."""
+        used = coefficients.any(0).nonzero()[:, 0].tolist()
         for name, tensor in self.tensors.items():
-            found = tensor.new_zeros(len(coefficients), tensor.numel())
+            found = room[name][: len(coefficients)].view(len(coefficients), -1)
             at_once = len(used) if self.states.in_memory else max(1, self.scratch_bytes // 8 // max(1, tensor.nbytes))
-            for some in [used[first : first + at_once] for first in range(0, len(used), at_once)]:
+            for first in range(0, len(used), at_once):
+                some = used[first : first + at_once]
                 c, thetas = coefficients[:, some].to(found), [self._read(name, k).reshape(-1) for k in some]
-                columns = max(1, 8 * TILE // (len(some) * tensor.element_size()))
-                for first in range(0, tensor.numel(), columns):
-                    part = slice(first, first + columns)
-                    found[:, part] += c @ torch.stack([theta[part] for theta in thetas])
-            fused[name] = found.view(-1, *tensor.shape)
-        return fused
+                columns = max(1, min(tensor.numel(), TILE // (len(some) * tensor.element_size())))
+                room_of_tile = tensor.new_empty(len(some), columns)  # fresh memory is slow
+                for part in [slice(start, start + columns) for start in range(0, tensor.numel(), columns)]:
+                    into = found[:, part]
+                    tile = torch.stack([theta[part] for theta in thetas], out=room_of_tile[:, : into.shape[1]])
+                    torch.addmm(into, c, tile, beta=min(first, 1), out=into)  # with 0, whatever was there
+        return room
 
     def _y(self, whose: str, check: Callable[[], None]) -> Tensor:
         """y [N], float64, of the model as it is now; `check` is asked why, if one is not finite."""
@@ -165,14 +173,14 @@ class Game:
 def _take_out(theta: Tensor, total: Tensor, p: float) -> None:
     """θ <- (total - p θ) / (1 - p), in place and in double precision."""
     for into, part in zip(_parts(theta), _parts(total), strict=True):
-        into.copy_(into.to(part.dtype).mul_(-p).add_(part).div_(1 - p))
+        into.copy_(torch.lerp(part, into.to(part.dtype), -p / (1 - p)))
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
     """Views of a tensor's rows, as many at a time as stay in the cache."""
     if tensor.ndim == 0 or tensor.numel() == 0:
         return [tensor]
-    return tensor.split(max(1, TILE // 8 * len(tensor) // tensor.numel()))
+    return tensor.split(max(1, ROWS * len(tensor) // tensor.numel()))
 
 
 def _inputs_at_once(model: nn.Module, inputs: Batch, most: int) -> int:
