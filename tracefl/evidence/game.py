@@ -9,6 +9,7 @@ stays positive. N explained inputs, K clients, a set is a row of bool [K].
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -112,10 +113,12 @@ class Game:
         order = sorted(
             weight.nonzero()[:, 0].tolist(), key=lambda i: (int(sets[i].sum()), sets[i].logical_not().tolist())
         )
-        at_once = min(len(order), max(1, self.scratch_bytes // 4 * 3 // max(1, self.nbytes)))
-        at_once = min(at_once, FUSED_AT_ONCE) if self.states.in_memory else at_once
+        most = max(1, self.scratch_bytes // 4 * 3 // max(1, self.nbytes))
+        most = min(most, FUSED_AT_ONCE) if self.states.in_memory else most
+        groups = max(1, math.ceil(len(order) / most))
+        at_once = max(1, math.ceil(len(order) / groups))  # groups of one size: fresh memory is slow
         room = {name: tensor.new_empty(at_once, *tensor.shape) for name, tensor in self.tensors.items()}
-        for group in [order[first : first + at_once] for first in range(0, len(order), max(1, at_once))]:
+        for group in [order[first : first + at_once] for first in range(0, len(order), at_once)]:
             fused = self._fuse(sets[group] * self.p / weight[group, None], room)
             for row, i in enumerate(group):
                 for name, tensor in self.tensors.items():

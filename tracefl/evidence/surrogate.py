@@ -26,7 +26,7 @@ from tracefl.evidence.coalitions import MOST_CLIENTS, members, shapley
 
 POWERS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
 ROUNDING = 1e-5  # of outputs in single precision: what a client of less weight moves is lost in it
-ORDERS, FEWEST_CYCLES = 1 << 13, 8  # of clients, to add up marginal contributions: at least so many
+ORDERS, FEWEST_CYCLES = 1 << 14, 8  # of clients, to add up marginal contributions: at least so many
 CELLS = 1 << 21  # numbers to work on at a time
 
 
