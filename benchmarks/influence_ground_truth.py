@@ -8,6 +8,7 @@
 Without a recorded run, trains by plain FedAvg (clients by Dirichlet, Adam at 1e-3, 2 epochs, batch 32). For the last
 `--judged` rounds, explains test inputs that the released model gets right. Mean over inputs of
   client-LDS   Spearman, over coalitions, of the sum of the members' scores with the log-odds of the coalition's model
+  mean-LDS     the same of their weighted mean, the sum over the members' weight, as fusing them moves the model
   rho loo      Spearman, over clients, with exact leave-one-out;   rho Shapley: with exact Shapley values
   rho nudge    with what the log-odds lose when W_g goes a hundredth of the way that leaving a client out would take it:
                where this is 1 and rho loo is not, the rest is the curvature that first-order scores cannot see
@@ -31,8 +32,8 @@ from torch import Tensor, nn
 
 from tracefl import trace
 from tracefl.classifier import log_odds, logits_of
-from tracefl.evaluation import coalitions
 from tracefl.evaluation.localization import spearman
+from tracefl.evidence import coalitions
 from tracefl.runs import Run
 
 Inputs = Tensor | dict[str, Tensor]
@@ -127,7 +128,7 @@ def judge(
     v = coalitions.values(model, states, weights, incoming, x, y)
     played = time.perf_counter() - start
     exact = {"exact leave-one-out": coalitions.leave_one_out(v), "exact Shapley": coalitions.shapley(v)}
-    nudged = nudge(model, states, weights, x, y)
+    nudged, p = nudge(model, states, weights, x, y), torch.tensor([float(weights[who]) for who in states])
     given = {"targets": y, "weights": weights}
     start = time.perf_counter()
     influence = trace(model, states, x, method="influence", **given).contributions
@@ -148,6 +149,7 @@ def judge(
     for name, s in scores.items():
         cells = [
             coalitions.client_lds(v, s).mean().item(),
+            coalitions.client_lds(v, s, p=p).mean().item(),
             *(spearman(s.numpy(), truth.numpy()).mean() for truth in (*exact.values(), nudged)),
             (s.argmax(1) == held[:, y].argmax(0)).double().mean().item(),
         ]
@@ -158,7 +160,8 @@ def judge(
 def report(model: nn.Module, *given: Any) -> None:
     lines = judge(model, *given)
     print(lines[0])
-    print("| scores | client-LDS | rho loo | rho Shapley | rho nudge | top holder |\n|---|---|---|---|---|---|")
+    print("| scores | client-LDS | mean-LDS | rho loo | rho Shapley | rho nudge | top holder |")
+    print("|---|---|---|---|---|---|---|")
     print("\n".join(lines[1:]), flush=True)
 
 

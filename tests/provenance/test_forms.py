@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.provenance import reference
+from tracefl.classifier import log_odds
 from tracefl.errors import TraceFLError
 from tracefl.provenance import trace
 
@@ -144,7 +145,7 @@ class Fourier(nn.Module):
         return self.mix(h.to(self.mix.weight.dtype)).abs()
 
 
-@pytest.mark.parametrize("method", ["neuron", "influence", "integrated"])
+@pytest.mark.parametrize("method", ["neuron", "influence", "integrated", "shapley"])
 def test_complex_parameters(method):
     torch.manual_seed(0)
     model, x = Fourier().eval(), torch.randn(2, 8)
@@ -158,11 +159,17 @@ def test_complex_parameters(method):
     ways = [{name: torch.randn_like(t) for name, t in theta.items()} for _ in range(2)]
     ways[1] = {name: -t for name, t in ways[0].items()}
     states = {who: {n: t + 0.1 * way[n] for n, t in theta.items()} for who, way in zip("ab", ways, strict=True)}
-    if method == "integrated":
+    if method in ("integrated", "shapley"):
         start = {name: t - 0.1 * torch.randn_like(t) for name, t in theta.items()}
         found = trace(model, states, x, method=method, weights={"a": 1, "b": 1}, reference=start)
         with torch.no_grad():
-            change = (model(x) - functional_call(model, start, (x,))).gather(1, found.targets[:, None])[:, 0]
+            change = model(x) - functional_call(model, start, (x,))
+            if method == "shapley":  # whose y are log-odds
+                y = [log_odds(z, found.targets) for z in (model(x), functional_call(model, start, (x,)))]
+                assert torch.allclose(found.contributions.sum(1) + found.residual, y[0] - y[1])
+                assert torch.allclose(found.contributions.sum(1), y[0] - y[1], rtol=1e-6)  # the model is the mean
+                return
+            change = change.gather(1, found.targets[:, None])[:, 0]
         assert torch.allclose(found.contributions.sum(1) + found.residual, change, rtol=0.02)
         return
     if method == "neuron":
@@ -288,7 +295,7 @@ class TwoLogits(nn.Module):
 
 
 @pytest.mark.parametrize("shape", ["column", "flat"])
-@pytest.mark.parametrize("method", ["neuron", "influence", "integrated"])
+@pytest.mark.parametrize("method", ["neuron", "influence", "integrated", "shapley"])
 def test_one_logit(method, shape):
     torch.manual_seed(0)
     model, x = Binary(shape).double(), torch.randn(6, 3).double()
@@ -296,7 +303,7 @@ def test_one_logit(method, shape):
     options = {
         "method": method,
         "weights": weights,
-        "reference": noisy_state(model) if method == "integrated" else None,
+        "reference": noisy_state(model) if method in ("integrated", "shapley") else None,
     }
     found = trace(model, states, x, **options)
     same = trace(TwoLogits(model), states, x, **options, output="log_odds")
@@ -319,7 +326,13 @@ def noisy_state(model):
 
 
 @pytest.mark.parametrize(
-    ("last", "options"), [(nn.Sigmoid(), {}), (nn.Softmax(1), {"output": "log_odds"}), (nn.Sigmoid(), {"flat": True})]
+    ("last", "options"),
+    [
+        (nn.Sigmoid(), {}),
+        (nn.Sigmoid(), {"method": "shapley"}),
+        (nn.Softmax(1), {"output": "log_odds"}),
+        (nn.Sigmoid(), {"flat": True}),
+    ],
 )
 def test_probabilities_are_no_logits(last, options):
     torch.manual_seed(0)
@@ -327,6 +340,8 @@ def test_probabilities_are_no_logits(last, options):
     shape = [nn.Flatten(0)] if options.pop("flat", False) else []
     model = nn.Sequential(nn.Linear(3, classes), last, *shape)
     states, _ = reference.perturbed(model)
+    if options.get("method") == "shapley":
+        options |= {"weights": dict.fromkeys(states, 1), "reference": model.state_dict()}
     with pytest.raises(TraceFLError, match=r"must be logits, got probabilities: leave its last step out, the s\w+"):
         trace(model, states, torch.randn(2, 3), **options)
 
@@ -416,7 +431,7 @@ def peft_names(state):
     return names
 
 
-@pytest.mark.parametrize("method", ["neuron", "influence", "integrated"])
+@pytest.mark.parametrize("method", ["neuron", "influence", "integrated", "shapley"])
 @pytest.mark.parametrize("form", ["peft", "model's", "file"])
 def test_adapters_only(form, method, tmp_path):
     model, x = adapted(), torch.randn(4, 4).double()

@@ -324,7 +324,7 @@ def without(states, name):
         (None, {"weights": {"c0": 1, "c1": 1}}, "weights must have every client, got none for 'c2'"),
         (None, {"method": "influence"}, "needs weights"),
         (None, {"method": "integrated", "weights": {"c0": 1, "c1": 1, "c2": 1}}, "needs reference"),
-        (None, {"method": "shap"}, "method must be one of neuron, influence, integrated, got 'shap'"),
+        (None, {"method": "shap"}, "method must be one of neuron, influence, integrated, shapley, got 'shap'"),
         (None, {"output": "loss"}, "output must be one of logit, log_odds, got 'loss'"),
         (None, {"layer_decay": 0}, "layer_decay must be above 0 and at most 1 .*, got 0"),
         (None, {"steps": 0}, "steps must be a whole number of at least 1, got 0"),

@@ -105,7 +105,7 @@ class Tracer:
                 at_once = 1
                 continue
             if last == 1:
-                _check_same(done.logits, alone.logits)
+                check_same(done.logits, alone.logits)
             for n in torch.nonzero(~torch.isfinite(done.y)).flatten().tolist():
                 raise TraceFLError(f"the model's output for input {first + n} is not finite; check model and input")
             shares.open(sorted({**dict.fromkeys(done.loose.values()), **done.calls}, key=self._when))
@@ -242,7 +242,7 @@ def _tell_apart(done: Pass, alone: Pass, n: int, holds_first: bool) -> bool:
     return not holds_first or all(_alike(pair) for pair in pairs)
 
 
-def _check_same(again: Tensor, before: Tensor) -> None:
+def check_same(again: Tensor, before: Tensor) -> None:
     """Raise TraceFLError if the logits of one input differ by more than rounding may do."""
     differ = (again - before).abs().max() > 1e-4 * before.abs().max()
     shown = " and ".join(str([round(z, 4) for z in logits[0, :3].tolist()]) for logits in (before, again))

@@ -20,14 +20,17 @@ class Provenance:
     inputs, K clients, L calls of layers.
 
     Attributes:
-        method: "neuron", "influence" or "integrated".
+        method: "neuron", "influence", "integrated" or "shapley".
         client_ids: K ids, in the order of the columns.
         targets: the explained class of every input, int64 [N].
         by_layer: contributions by layer, float64 [L, N, K], with layer decay and client weights.
         layers: L names in execution order, which sets the decay; "conv#2" is conv's second call,
             and a tensor that no rule covers counts under its module's name, or its own.
         residual_by_layer: [L, N] what the server added to the fusion; None without weights.
-        change: [N] y of the model minus y of the reference; None unless method is "integrated".
+        change: [N] y of the model minus y of the reference; None unless method is "integrated" or
+            "shapley".
+        standard_error: [N, K] of the contributions, of "shapley"; NaN where it is not known, 0
+            where they are exact.
 
     Example:
         >>> import torch
@@ -46,7 +49,8 @@ class Provenance:
     by_layer: Tensor  # [L, N, K] float64, layer decay and client weights included
     layers: list[str]  # [L] in execution order; "name#2" is a module's second call
     residual_by_layer: Tensor | None = None  # [L, N] what the server added to the fusion; needs weights
-    change: Tensor | None = None  # [N] y of the model minus y of the reference (method "integrated")
+    change: Tensor | None = None  # [N] y of the model minus y of the reference ("integrated", "shapley")
+    standard_error: Tensor | None = None  # [N, K] of the contributions ("shapley")
 
     @classmethod
     def from_shares(
@@ -109,11 +113,15 @@ class Provenance:
         return [(self.client_ids[k], contributions[k].item(), scores[k].item()) for k in order]
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row per input and client: input, target, client, contribution, score, rank (from 1)."""
+        """A row per input and client: input, target, client, contribution, score, rank (from 1).
+
+        Of "shapley" also the contribution's standard_error.
+        """
         import pandas as pd  # a second of import that tracing itself does not need
 
         N, K = self.contributions.shape
         ranks = (-self.contributions).argsort(dim=1, stable=True).argsort(dim=1) + 1
+        error = {} if self.standard_error is None else {"standard_error": self.standard_error.flatten().tolist()}
         return pd.DataFrame(
             {
                 "input": [n for n in range(N) for _ in range(K)],
@@ -122,6 +130,7 @@ class Provenance:
                 "contribution": self.contributions.flatten().tolist(),
                 "score": self.scores.flatten().tolist(),
                 "rank": ranks.flatten().tolist(),
+                **error,
             }
         )
 

@@ -26,7 +26,7 @@ from tracefl.provenance.result import Provenance
 from tracefl.provenance.state import check_used, names_of_adapters, traced_state
 from tracefl.states import Source, State, as_state, is_continuous
 
-METHODS = ("neuron", "influence", "integrated")
+METHODS = ("neuron", "influence", "integrated", "shapley")
 
 
 def trace(
@@ -42,6 +42,7 @@ def trace(
     method: str = "neuron",
     output: str | None = None,
     steps: int | None = None,
+    evaluations: int | None = None,
     scratch_bytes: int = 1 << 30,
 ) -> Provenance:
     """Explain predictions of a global model by the states of the clients that it was fused from.
@@ -60,17 +61,20 @@ def trace(
         weights: client id -> weight in the fusion, such as its number of examples; scaled to p_k,
             which add up to 1. Default: shares are not weighted (the paper's default).
         reference: state of the incoming global model, in one of these forms: updates θ_k - θ_ref
-            are traced instead of weights. Needed by "integrated".
+            are traced instead of weights. Needed by "integrated" and "shapley".
         layer_decay: β, by which a layer counts less than the one after it, 0 < β <= 1 (equation
             6; default 0.9); 1 switches it off. Only "neuron" uses it.
         layers: "all" (default), "paper" (Linear, Conv2d, LayerNorm, Conv1D) or names of modules,
             which include their submodules and must be used.
         method: "neuron" (default), the paper's Σ_j c_j z_kj over layers; "influence", the
             first-order effect of leaving the client out, p_k <W_k - W_g, dy/dW> over the whole
-            state, BatchNorm's statistics included (needs weights); or "integrated", the client's
-            share of the actual change of y over the round (needs weights and reference).
+            state, BatchNorm's statistics included (needs weights); "integrated", the client's
+            share of the actual change of y over the round (needs weights and reference); or
+            "shapley", the mean of what it adds to y when fused after others, over all orders of
+            the clients (needs weights and reference; see `evaluations`).
         output: the y that is explained: "logit" of the target, or "log_odds", the logit minus the
-            log-sum-exp of the others. Default: "log_odds" for "influence", else "logit".
+            log-sum-exp of the others. Default: "log_odds" for "influence" and "shapley", else
+            "logit".
         steps: intervals of the path of "integrated". Default: doubled from 16 until the shares of
             all layers miss the change of y by less than 1 %, up to 256.
         scratch_bytes: memory to take beside the model (default 1 GiB); one input always has to fit.
@@ -100,11 +104,12 @@ def trace(
     Reference:
         Equations 2 to 7 of the paper (arXiv 2312.13632) for "neuron".
     """
-    output = output or ("log_odds" if method == "influence" else "logit")
+    output = output or ("log_odds" if method in ("influence", "shapley") else "logit")
     require(method in METHODS, f"method must be one of {', '.join(METHODS)}, got {method!r}")
     require(output in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
     require(method == "neuron" or weights, f"method={method!r} needs weights: pass every client's number of examples")
-    require(method != "integrated" or reference, "method='integrated' needs reference, the incoming model's state")
+    whole_round = method in ("integrated", "shapley")
+    require(not whole_round or reference, f"method={method!r} needs reference, the incoming model's state")
     decays = isinstance(layer_decay, int | float) and 0 < layer_decay <= 1
     require(decays, f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
     fine = steps is None or (isinstance(steps, int) and steps >= 1)
@@ -120,6 +125,12 @@ def trace(
     p = None if weights is None else _normalised(weights, ids)
     saved_as = names_of_adapters(model)
     sources = {f"client {who!r}": as_state(clients[who], f"client {who!r}", entries, saved_as) for who in ids}
+    start = None if reference is None else as_state(reference, "reference", entries, saved_as)
+    if method == "shapley" and p is not None and start is not None:
+        from tracefl.evidence.shapley import explain  # a later room, which itself stands on this one
+
+        playing = dict(zip(ids, sources.values(), strict=True))
+        return explain(model, playing, inputs, classes, p, start, layers, output, evaluations, scratch_bytes)
     sent = frozenset[str]().union(*sources.values())
     state = traced_state(model, layers, method != "neuron", sent)
     if p is not None and method != "influence":
@@ -127,8 +138,8 @@ def trace(
     states = States(sources, entries, state.aliases)
     require(state.tensors, f"layers={layers!r} hold no floating-point tensor that a client sends: choose other layers")
     base = dict[str, State]({"the model": entries} if method == "influence" else {})
-    if reference is not None:
-        base = base or {"reference": as_state(reference, "reference", entries, saved_as)}
+    if start is not None:
+        base = base or {"reference": start}
     origin = States(base, entries, state.aliases) if base else None
     shares = Shares(states, origin, N, read_at_once=scratch_bytes // 4)
     # for passes; the rest is for tiles of the product and for clients that are read from files

@@ -6,9 +6,8 @@ model fused from S,
     v_n(S) = log-odds of class c_n under  W_S = Σ_{k in S} p_k W_k / Σ_{k in S} p_k,
     W_∅ the incoming global model.
 
-All 2^K sets are visited in Gray code order, so that consecutive sets differ by one client. A set is
-a bit mask: bit k stands for client k. N explained inputs, K clients. From the table v [2^K, N]
-follow, exactly,
+A set is a bit mask: bit k stands for client k. N explained inputs, K clients. From the table
+v [2^K, N] follow, exactly,
 
     leave-one-out    v(all) - v(all \\ k)
     Shapley          Σ_S |S|! (K - 1 - |S|)! / K!  (v(S + k) - v(S))     over sets S without k
@@ -16,19 +15,20 @@ follow, exactly,
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import Batch, log_odds, logits_of
+from tracefl.classifier import Batch, exact, full_precision
 from tracefl.errors import require
 from tracefl.evaluation.localization import spearman
+from tracefl.evidence.game import Game
 from tracefl.states import State
 
 MOST_CLIENTS = 14  # 16,384 fusions
+SCRATCH_BYTES = 1 << 30
 
 
 def values(
@@ -68,40 +68,12 @@ def values(
     K = len(clients)
     limits = f"must be 1 to {MOST_CLIENTS}, got {K} (2^{K} coalitions)"
     require(1 <= K <= MOST_CLIENTS, f"the number of clients {limits}: choose fewer")
-    model = copy.deepcopy(model).eval()
-    state = {name: w for name, w in model.state_dict().items() if w.is_floating_point()}
-    p = {who: float(weights[who]) for who in clients}
-    v = torch.empty(1 << K, len(targets), dtype=torch.float64)
-    with torch.no_grad():
-        for mask, fused in fusions(list(clients.values()), list(p.values()), state, incoming):
-            for name, tensor in state.items():
-                tensor.copy_(fused(name))
-            v[mask] = log_odds(logits_of(model, inputs).double(), targets)
-    return v
-
-
-def fusions(
-    clients: Sequence[State], p: Sequence[float], names: State, incoming: State
-) -> Iterator[tuple[int, Callable[[str], Tensor]]]:
-    """Yield (mask, name -> that tensor of W_mask) for every set of clients.
-
-    A running sum changes by one client at a time. It is float64, in which 2^K changes add up to an
-    error of 1e-12. Use a function before the next set is asked for.
-    """
-    running = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in names.items()}
-    mask = 0
-    yield mask, incoming.__getitem__
-    for step in range(1, 1 << len(clients)):
-        changed = (step & -step).bit_length() - 1  # the bit in which consecutive Gray codes differ
-        mask ^= 1 << changed
-        sign = 1 if mask >> changed & 1 else -1
-        for name, total in running.items():
-            total.add_(clients[changed][name], alpha=sign * p[changed])
-        size = math.fsum(p[k] for k in range(len(clients)) if mask >> k & 1)
-        if size == 0:  # all members have weight 0
-            yield mask, incoming.__getitem__
-        else:
-            yield mask, lambda name, size=size: running[name] / size  # type: ignore[misc]
+    model, inputs = full_precision(model, inputs)
+    p = torch.tensor([float(weights[who]) for who in clients], dtype=torch.float64)
+    game = Game(model, clients, p, incoming, inputs, targets, "log_odds", "all", SCRATCH_BYTES)
+    with exact(game.work):
+        game.of_model()
+        return game.play(members(K), game.of_nobody())
 
 
 def members(K: int) -> Tensor:
@@ -147,20 +119,35 @@ def shapley(v: Tensor) -> Tensor:
     return torch.stack([gain.sum(0) for gain in gained], 1)
 
 
-def client_lds(v: Tensor, scores: Tensor) -> Tensor:
-    """How well sums of scores predict the values of sets: a linear datamodeling score of clients.
+def client_lds(v: Tensor, scores: Tensor, p: Tensor | None = None) -> Tensor:
+    """How well scores predict the values of sets: a linear datamodeling score of clients.
+
+    Without weights the prediction is additive, the sum of the members' scores. With weights it is
+    their weighted mean, as fusing S moves the model: Σ_{k in S} p_k a_k / Σ_{k in S} p_k, where
+    a_k is the score without its p_k. To first order that is the right one.
 
     Args:
         v: value of every set, [2^K, N].
-        scores: score of each client for each input, [N, K].
+        scores: score of each client for each input, [N, K]; with p_k in them, as `trace` gives
+            them.
+        p: weights of the clients [K], above 0; None: the prediction is the sum.
 
     Returns:
-        [N] Spearman correlation of v with the sum of the members' scores, over all sets but ∅.
+        [N] Spearman correlation of v with the prediction, over all sets but ∅.
+
+    Raises:
+        TraceFLError: a weight is not above 0.
 
     Example:
         >>> v = torch.tensor([[0.0], [1.0], [2.0], [5.0]])
         >>> client_lds(v, torch.tensor([[0.1, 0.2]])).tolist()
         [1.0]
+        >>> client_lds(v, torch.tensor([[0.1, 0.2]]), p=torch.tensor([0.5, 0.5])).tolist()
+        [0.5]
     """
-    sums = members(scores.shape[1]).double() @ scores.double().T
-    return torch.from_numpy(spearman(sums[1:].T.numpy(), v[1:].T.numpy()))
+    sets = members(scores.shape[1])[1:].double()
+    predicted = sets @ scores.double().T
+    if p is not None:
+        require(p.min() > 0, f"weights must be above 0 to predict by weighted means, got {p.min().item()}")
+        predicted /= (sets @ p.double())[:, None]
+    return torch.from_numpy(spearman(predicted.T.numpy(), v[1:].T.numpy()))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tracefl.errors import TraceFLError
-from tracefl.evaluation import coalitions
+from tracefl.evidence import coalitions
 
 
 def game(K=4, N=3):
@@ -67,6 +67,17 @@ def test_client_lds_is_one_for_an_additive_game():
     v = coalitions.members(3).double() @ scores.double().T
     assert coalitions.client_lds(v.exp(), scores).tolist() == pytest.approx([1])
     assert coalitions.client_lds(-v, scores).tolist() == pytest.approx([-1])
+
+
+def test_client_lds_by_weighted_means_is_one_where_fusing_moves_linearly():
+    """v(S) = mean of the members' a, weighted: sums of p_k a_k do not tell its order, weighted means do."""
+    p, a = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([[1.0, -2.0, 4.5]]).double()
+    sets = coalitions.members(3).double()
+    v = (sets * p) @ a.T / (sets @ p).clamp_min(1e-9)[:, None]
+    assert coalitions.client_lds(v, p * a, p=p).tolist() == pytest.approx([1])
+    assert coalitions.client_lds(v, p * a).item() < 0.95
+    with pytest.raises(TraceFLError, match=r"weights must be above 0 to predict by weighted means, got 0\.0"):
+        coalitions.client_lds(v, a, p=torch.tensor([1.0, 0.0, 1.0]))
 
 
 def test_too_many_clients():
