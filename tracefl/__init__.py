@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 from tracefl.errors import TraceFLError
 
 if TYPE_CHECKING:
-    from tracefl.provenance import Provenance, trace
+    from tracefl.evidence.audit import Audit, audit
+    from tracefl.provenance.result import Provenance
+    from tracefl.provenance.trace import trace
     from tracefl.runs import Run
 
-__all__ = ["Provenance", "Run", "TraceFLError", "__version__", "trace"]
+__all__ = ["Audit", "Provenance", "Run", "TraceFLError", "__version__", "audit", "trace"]
+_HOMES = {"Run": "tracefl.runs", "Audit": "tracefl.evidence", "audit": "tracefl.evidence"}
 __version__ = version("tracefl")
 
 
 def __getattr__(name: str) -> Any:
     """Import torch only when it is needed: the command line answers a wrong value before that."""
     if name in __all__:
-        return getattr(import_module("tracefl.runs" if name == "Run" else "tracefl.provenance"), name)
+        return getattr(import_module(_HOMES.get(name, "tracefl.provenance")), name)
     raise AttributeError(f"module 'tracefl' has no attribute '{name}'")

@@ -1,1 +1,5 @@
-"""Evidence beside one prediction of one round: what every coalition of clients would have made."""
+"""Evidence beyond one answer: across coalitions, across inputs, across rounds."""
+
+from tracefl.evidence.audit import Audit, audit
+
+__all__ = ["Audit", "audit"]

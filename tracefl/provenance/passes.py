@@ -150,7 +150,7 @@ class Tracer:
             require(same, f"the model changes its own tensor {name!r} while it runs (by max_norm?): leave that out")
         y, targets = explained(logits, targets, self.output)
         self.calls = self.calls if y.requires_grad else {}
-        leaves, nodes = _graph(y)
+        leaves, nodes = graph(y)
         owners = {name: name.rpartition(".")[0] for name, t in self.state.tensors.items() if id(t) in leaves}
         loose = {name: name if owner in self.calls else owner or name for name, owner in owners.items()}
         return Pass(logits.detach(), y, targets, self.calls, loose, leaves, nodes)
@@ -200,24 +200,16 @@ class Tracer:
     def backward(self, done: Pass, receive: Callable[[str, dict[str, Gradient]], None]) -> None:
         """Differentiate Σ_n y_n; `receive` gets each layer's gradients as they come."""
         self.receive, self.n, self.calls = receive, len(done.logits), done.calls
-        norms = [node for node in done.nodes if "BatchNorm" in node.name()]
-        handles = [node.register_prehook(laid_out_like_input(node)) for node in norms]
-        tables = [node for node in done.nodes if node.name().startswith("Embedding")]
-        handles += [node.register_hook(whole_gradient(node)) for node in tables]
         try:  # asking for all leaves, the gradient passes everywhere
-            leaves = list(done.leaves.values())
-            found = torch.autograd.grad(done.y.sum(), leaves, allow_unused=True) if leaves else ()
+            found = true_gradients(done.y.sum(), list(done.leaves.values()), done.nodes)
         except (RuntimeError, TypeError) as error:
             if "backward through the graph a second time" in str(error) or "unpack_hook" in str(error):
                 raise TraceFLError(_KEPT) from error
             raise
-        finally:
-            for handle in handles:
-                handle.remove()
         for name, layer in done.loose.items():
             g = dict(zip(done.leaves, found, strict=True))[id(self.state.tensors[name])]
             if g is not None:  # a function of the model's own may give none
-                receive(layer, {name: Dense(as_real(g.to_dense() if g.is_sparse else g)[None])})
+                receive(layer, {name: Dense(g[None])})
 
     def _when(self, layer: str) -> int:
         """When a layer, or the nearest module around it, started."""
@@ -268,7 +260,21 @@ def _axis(now: torch.Size, before: torch.Size, n: int) -> int:
     return next((d for d, was in enumerate(before) if was == 1 and now == (*before[:d], n, *before[d + 1 :])), -1)
 
 
-def _graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
+def true_gradients(y: Tensor, leaves: Sequence[Tensor], nodes: Sequence[Any]) -> list[Tensor | None]:
+    """dy/dleaf of each leaf, dense and real, with the `nodes` that `graph` found put right."""
+    norms = [node for node in nodes if "BatchNorm" in node.name()]
+    handles = [node.register_prehook(laid_out_like_input(node)) for node in norms]
+    tables = [node for node in nodes if node.name().startswith("Embedding")]
+    handles += [node.register_hook(whole_gradient(node)) for node in tables]
+    try:
+        found = torch.autograd.grad(y, leaves, allow_unused=True) if leaves else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [None if g is None else as_real(g.to_dense() if g.is_sparse else g) for g in found]
+
+
+def graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
     """The tensors with a gradient that y depends on, by id, and the nodes to look at."""
     leaves, nodes, seen, stack = dict[int, Tensor](), list[Any](), set[Any](), [y.grad_fn]
     while stack:

@@ -121,8 +121,8 @@ def trace(
     require(isinstance(clients, Mapping) and clients, f"clients must be a dict of states by client id, got {found}")
     model, inputs = full_precision(model, inputs)
     N, ids, entries = batch_size(inputs), list(clients), model.state_dict()
-    classes = None if targets is None else _classes(targets, N)
-    p = None if weights is None else _normalised(weights, ids)
+    classes = None if targets is None else as_classes(targets, N, "targets")
+    p = None if weights is None else normalised(weights, ids)
     saved_as = names_of_adapters(model)
     sources = {f"client {who!r}": as_state(clients[who], f"client {who!r}", entries, saved_as) for who in ids}
     start = None if reference is None else as_state(reference, "reference", entries, saved_as)
@@ -165,9 +165,9 @@ def trace(
     return Provenance.from_shares(method, ids, torch.as_tensor(classes), shares.layers, p, layer_decay, change)
 
 
-def _classes(targets: Tensor | Sequence[int], N: int) -> Tensor:
-    """The targets as integers [N]."""
-    must = f"targets must be {N} integers, one per input"
+def as_classes(targets: Tensor | Sequence[int], N: int, argument: str) -> Tensor:
+    """An argument as classes, int64 [N]."""
+    must = f"{argument} must be {N} integers, one per input"
     with as_sentence(must, "give the numbers of classes", ValueError, TypeError, RuntimeError):
         classes = torch.as_tensor(targets)
     whole = classes.shape == (N,) and not is_continuous(classes) and classes.dtype is not torch.bool
@@ -175,7 +175,7 @@ def _classes(targets: Tensor | Sequence[int], N: int) -> Tensor:
     return classes.long()
 
 
-def _normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
+def normalised(weights: Mapping[str, float], ids: Sequence[str]) -> Tensor:
     """p_k = w_k / Σ w, float64 [K]."""
     kind = type(weights).__name__
     require(isinstance(weights, Mapping), f"weights must be a dict of numbers by client id, got a {kind}")
