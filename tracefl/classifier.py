@@ -4,8 +4,10 @@ import copy
 import math
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from tracefl.states import is_continuous
 Batch = Mapping[str, Any] | Tensor  # N inputs: Tensor [N, ...], or the model's keyword arguments
 OUTPUTS = ("logit", "log_odds")  # what can be explained
 _LOCK = threading.RLock()  # flags of tensors and settings of torch are everybody's
+_REGISTER_HOOK = Tensor.register_hook  # which `exact` puts out of action for the model
 
 
 def batch_size(inputs: Batch) -> int:
@@ -38,10 +41,10 @@ def batch_size(inputs: Batch) -> int:
 
 
 def take(inputs: Batch, some: slice | list[int]) -> Batch:
-    """Some of the inputs; arguments that are no tensors stay."""
+    """A copy of some of the inputs, for the model may overwrite it; what is no tensor stays."""
     if isinstance(inputs, Mapping):
-        return {name: value[some] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return inputs[some]
+        return {name: value[some].clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return inputs[some].clone()
 
 
 def output_of(model: nn.Module, inputs: Batch) -> Tensor:
@@ -106,7 +109,7 @@ def explained(logits: Tensor, targets: Tensor | None, output: str) -> tuple[Tens
     """
     single, step = logits.shape[1] == 1, _last_step(logits)
     output = "log_odds" if single else output
-    fits = step != ("Sigmoid" if single else "Softmax") or output == "logit"
+    fits = step not in ("Sigmoid", "Softmax") or output == "logit"
     require(fits, f"the model's output must be logits, got probabilities: leave its last step out, the {step.lower()}")
     logits = of_two_classes(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     targets = logits.argmax(1) if targets is None else targets.to(logits.device)
@@ -134,7 +137,7 @@ def full_precision(model: nn.Module, inputs: Batch) -> tuple[nn.Module, Batch]:
     device, half = tensors[0].device, (torch.float16, torch.bfloat16)
     require(device.type != "mps", "Apple's MPS has no float64, in which contributions add up: pass model.cpu()")
     if any(t.dtype in half for t in tensors):
-        model = copy.deepcopy(model).float()
+        model = copied(model).float()
 
     def full(value: Any) -> Any:
         """Detached: gradients end at the model's tensors."""
@@ -172,6 +175,23 @@ def uses_batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in model.modules())
 
 
+def register_hook(tensor: Tensor, hook: Callable[[Tensor], object]) -> Any:
+    """`Tensor.register_hook`, also while a model runs exactly."""
+    with torch._C.DisableTorchFunction():
+        return _REGISTER_HOOK(tensor, hook)
+
+
+def _hook_elsewhere(tensor: Tensor, thread: int, hook: Any) -> Any:
+    """`Tensor.register_hook`, but not for a model that sets hooks while it is explained."""
+    return RemovableHandle(OrderedDict()) if threading.get_ident() == thread else register_hook(tensor, hook)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model, also of one that keeps what it computed last, as pruned ones do."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept if value.grad_fn is not None})
+
+
 @contextmanager
 def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] = tuple) -> Iterator[None]:
     """Run a model as it is written: in eval mode, no autocast, nothing fused or compiled.
@@ -190,10 +210,14 @@ def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] =
             if tensor._backward_hooks:
                 undo.callback(setattr, tensor, "_backward_hooks", tensor._backward_hooks)
                 tensor._backward_hooks = None
+        found: list[Any] = [nn.modules.module._global_backward_hooks, nn.modules.module._global_backward_pre_hooks]
         for module in model.modules():
-            for hooks in [found for found in (module._backward_hooks, module._backward_pre_hooks) if found]:
-                undo.callback(hooks.update, dict(hooks))
-                hooks.clear()
+            found += [module._backward_hooks, module._backward_pre_hooks]
+        for hooks in [hooks for hooks in found if hooks]:
+            undo.callback(hooks.update, dict(hooks))
+            hooks.clear()
+        undo.callback(setattr, Tensor, "register_hook", Tensor.register_hook)
+        Tensor.register_hook = partialmethod(_hook_elsewhere, threading.get_ident())  # type: ignore[method-assign,assignment]
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # cuDNN's has no gradient in eval mode

@@ -113,7 +113,10 @@ class Renamed(Mapping[str, Tensor]):
         if isinstance(found, Tensor):
             return found
         array = np.array(found.numpy() if hasattr(found, "numpy") else found)
-        return torch.from_numpy(array) if array.dtype.kind in "biufc" else found
+        if array.dtype.kind not in "biufc":
+            return found
+        array = array.astype(np.float64) if array.dtype == np.longdouble else array
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -158,6 +161,9 @@ def as_state(state: Source, whose: str, entries: Collection[str], saved_as: Mapp
     if not isinstance(state, Mapping):
         raise TraceFLError(f"{whose} must be {forms}, got a {kind}: {remedy}")
     names = {saved_as.get(name, name): name for name in state}
+    for name in saved_as.keys() & state.keys():
+        twice = saved_as[name] in state
+        require(not twice, f"{whose}: tensor {saved_as[name]!r} is there twice, as {name!r} too: leave one out")
     if isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values()):
         return {name: state[there] for name, there in names.items()}
     return Renamed(state, names)

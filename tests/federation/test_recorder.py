@@ -92,7 +92,7 @@ def test_only_participants_are_asked(tmp_path):
         ("nan", "'w' has non-finite values"),
         ("shape", r"'w' must be \(\(3,\), 'torch.float32'\), got \(\(4,\), 'torch.float32'\)"),
         ("dtype", "torch.float64"),
-        ("missing", r"its model lacks 'w', which client \d+ sends"),
+        ("missing", "its model lacks 'w', unlike those of most clients"),
         ("extra", "extra entry 'v'"),
         ("empty", "its model has no entry"),
         ("no examples", "num-examples must be a number of at least 1, got 0"),
@@ -145,6 +145,15 @@ def test_clients_may_send_part_of_the_model(tmp_path):
         released = run.global_state(number)
         torch.testing.assert_close(released["w"], mean)
         assert torch.equal(released["bn.running_var"], START["bn.running_var"])
+
+
+def test_one_client_that_sends_more_than_most_does_not_evict_them(tmp_path):
+    run = new_run(tmp_path)
+    chosen = recorder(run).participants(1)
+    faults = {int(client): "local normalisation" for client in chosen[:3]}
+    run_rounds(run, 1, InstantGrid(faults), accept_failures=True)
+    assert [client.id for client in run.rounds[0].clients] == chosen[:3]
+    assert run.rounds[0].failures == {chosen[3]: "its model has 'bn.running_var', unlike those of most clients"}
 
 
 def test_a_round_in_which_everyone_fails_stops_the_run(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from tests.provenance import reference
 from tracefl.classifier import log_odds
@@ -211,6 +212,16 @@ class StraightThrough(torch.autograd.Function):
         return 3 * g
 
 
+class Signs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 class Swish(torch.autograd.Function):
     """An honest one."""
 
@@ -244,7 +255,7 @@ def test_functions_of_the_models_own():
     states, _ = reference.perturbed(model)
     trace(model, states, x)
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
-    for function in (Reversed, StraightThrough):
+    for function in (Reversed, StraightThrough, Signs):
         model.function = function
         said = rf"the model's own function {function.__name__} gives a gradient that is not its derivative \(.*\): make"
         with pytest.raises(TraceFLError, match=said):
@@ -252,14 +263,175 @@ def test_functions_of_the_models_own():
         assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
 
 
-@pytest.mark.parametrize("where", ["tensor", "module", "full"])
+class Batchwise(nn.Module):
+    """Moves or mixes the inputs of a batch; the first is left where and as it is."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(4, 5), nn.Linear(5, 3), how
+
+    def forward(self, x):
+        if self.how == "sorts":
+            order = x[:, 0].argsort(descending=True)
+            return self.b(self.a(x[order]).tanh()[order.argsort()])
+        if self.how == "pairs":
+            h = self.a(x)
+            return self.b(torch.cat([h[:1], h[1:] - 0.5 * h[:-1]]))
+        if self.how == "largest":
+            return self.b(self.a(x) / x.abs().amax())
+        if self.how == "one at a time" and len(x) > 1:
+            raise ValueError("only one at a time")
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("scratch_bytes", [1 << 30, 1500])
+@pytest.mark.parametrize("how", ["sorts", "pairs", "largest", "one at a time", ""])
+def test_inputs_that_move_or_mix_in_a_batch_are_explained_alone(how, scratch_bytes):
+    torch.manual_seed(0)
+    model, x = Batchwise(how).double(), torch.randn(9, 4).double()
+    x[0] *= 9  # the first of all
+    states, _ = reference.perturbed(model)
+    found = trace(model, states, x, scratch_bytes=scratch_bytes)
+    for n in range(9):
+        one = trace(model, states, x[n : n + 1], targets=found.targets[n : n + 1])
+        assert torch.allclose(found.contributions[n], one.contributions[0], rtol=1e-9)
+
+
+class Scaled(nn.Linear):
+    """Its weight is a function of another tensor, and its forward the usual one."""
+
+    def __init__(self):
+        super().__init__(4, 5)
+        self.raw = nn.Parameter(self.weight.detach().clone())
+        del self.weight
+
+    @property
+    def weight(self):
+        return self.raw - self.raw.mean()
+
+
+class Swapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.head, self.shift = nn.Linear(4, 5), nn.Linear(5, 3), nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        h = functional_call(self.net, {"weight": 2 * self.net.weight + self.shift}, (x,))
+        return self.head((h + self.net(x)).tanh())
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(Scaled(), nn.Tanh(), nn.Linear(5, 3)), Swapped])
+def test_layers_that_run_with_other_tensors_than_their_own(make):
+    torch.manual_seed(0)
+    assert_true_derivative(make(), torch.randn(3, 4).double())
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_statistics_of_normalisation_without_a_rule(functional):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.randn(3))
+            self.register_buffer("var", torch.rand(3) + 0.5)
+
+        def forward(self, x):
+            return F.batch_norm(x, self.mean, self.var).relu()
+
+    torch.manual_seed(0)
+    norm = Functional() if functional else NormAct(3)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), norm, nn.Flatten(), nn.Linear(27, 3)).double().eval()
+    x, (states, weights) = torch.randn(2, 1, 5, 5).double(), reference.perturbed(model)
+    theta = model.state_dict()
+    found = trace(model, states, x, method="influence", weights=weights, targets=[1, 1], output="logit")
+    for k, (who, state) in enumerate(states.items()):
+        way = {n: state[n] - w for n, w in theta.items() if w.is_floating_point()}
+        expected = [weights[who] / 6 * along(model, x[n : n + 1], way, 1) for n in range(2)]
+        assert found.contributions[:, k].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["neuron", "integrated", "shapley"])
+@pytest.mark.parametrize("half", [False, True])
+def test_models_that_keep_what_they_computed(method, half):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    x = torch.randn(2, 4)
+    model(x)  # the pruned weight is kept, with its graph
+    states, weights = reference.perturbed(model)
+    if half:
+        model, x = model.half(), x.half()
+    options = {"weights": weights, "reference": states["c0"], "method": method}
+    assert trace(model, states, x, **options).contributions.isfinite().all()
+
+
+def test_inputs_that_the_model_overwrites_stay():
+    class Halves(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.div_(2))
+
+    model, x = Halves(4, 3), torch.randn(3, 4)
+    before, (states, _) = x.clone(), reference.perturbed(model)
+    found = trace(model, states, x, layer_decay=1.0)
+    assert torch.equal(x, before)
+    plain = nn.Linear(4, 3)
+    plain.load_state_dict(model.state_dict())
+    assert torch.allclose(found.contributions, trace(plain, states, x / 2, layer_decay=1.0).contributions)
+
+
+def test_what_no_client_sends_does_not_move_in_the_reference_either():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(3, 4)
+    states, weights = reference.perturbed(model, scale=0.3)
+    heads = {who: {n: w for n, w in s.items() if n.startswith("2.")} for who, s in states.items()}
+    found = trace(model, heads, x, method="integrated", weights=weights, reference=states["c1"])
+    same = {**model.state_dict(), **{n: w for n, w in states["c1"].items() if n.startswith("2.")}}
+    again = trace(model, heads, x, method="integrated", weights=weights, reference=same)
+    assert torch.equal(found.change, again.change)
+    assert found.completeness_error.max() < 0.02
+
+
+def test_a_tensor_under_two_names():
+    model = adapted()
+    state = {**model.state_dict(), "query.lora_A.weight": torch.zeros(2, 4)}
+    with pytest.raises(TraceFLError, match=r"'query\.lora_A\.default\.weight' is there twice, as 'query"):
+        trace(model, {"a": state}, torch.randn(1, 4))
+
+
+def test_a_reference_that_is_not_finite():
+    model = nn.Linear(3, 2)
+    start = {n: w * torch.nan for n, w in model.state_dict().items()}
+    with pytest.raises(TraceFLError, match="reference: tensor 'weight' has values that are not finite"):
+        trace(model, {"a": model.state_dict()}, torch.randn(1, 3), reference=start)
+
+
+def test_a_hook_of_all_modules_that_changes_outputs():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(2, 3).double()
+    states, _ = reference.perturbed(model)
+    double = lambda module, args, z: 2 * z if isinstance(module, nn.Linear) else None  # noqa: E731
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        assert_true_derivative(model, x)
+        found = trace(model, states, x).contributions
+    finally:
+        handle.remove()
+    assert not torch.allclose(found, trace(model, states, x).contributions)
+
+
+@pytest.mark.parametrize("where", ["tensor", "module", "full", "within"])
 def test_hooks_that_change_gradients(where):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(3, 3)
     states, _ = reference.perturbed(model)
     expected = trace(model, states, x).contributions
     model.raw = nn.Parameter(torch.zeros(2))
-    if where == "tensor":
+    if where == "within":
+        model[1].register_forward_hook(lambda module, args, z: z.register_hook(lambda g: 0 * g) and None)
+    elif where == "tensor":
         model[0].weight.register_hook(lambda g: 0 * g)
     elif where == "module":
         model[1].register_full_backward_pre_hook(lambda module, g: (0 * g[0],))
@@ -562,7 +734,8 @@ def test_layers_that_are_not_used(layers):
     model, x = Auxiliary(), torch.randn(2, 4)
     states, _ = reference.perturbed(model)
     with pytest.raises(
-        TraceFLError, match=r"'(aux|drop)' has no tensor that the output depends on in eval mode .*; leave it out"
+        TraceFLError,
+        match=r"'(aux|drop)' has no tensor that clients send and the output depends on in eval mode .*; leave it out",
     ):
         trace(model, states, x, layers=layers)
     assert trace(model, states, x, layers=["head", "body"]).layers == ["body", "head"]
@@ -583,7 +756,9 @@ def test_an_output_without_gradient(cut):
 
     model = Cut()
     states, _ = reference.perturbed(model)
-    with pytest.raises(TraceFLError, match="layers='all' have no tensor that the output depends on in eval mode"):
+    with pytest.raises(
+        TraceFLError, match="layers='all' have no tensor that clients send and the output depends on in eval mode"
+    ):
         trace(model, states, torch.randn(2, 3))
 
 

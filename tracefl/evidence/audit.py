@@ -14,13 +14,10 @@ A client with a negative value makes the model worse. A batch's loss needs no gr
 the gradient is asked for by class, and contracted with the clients.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +27,7 @@ from tracefl import classifier
 from tracefl.classifier import (
     Batch,
     batch_size,
+    copied,
     explained,
     full_precision,
     kept_bytes,
@@ -42,6 +40,7 @@ from tracefl.errors import require
 from tracefl.provenance.clients import States
 from tracefl.provenance.contract import Dense, Shares
 from tracefl.provenance.derivative import check_derivative, own_functions, random_step
+from tracefl.provenance.layers.batchnorm import WithStatistics
 from tracefl.provenance.passes import check_same, graph, true_gradients
 from tracefl.provenance.state import TracedState, names_of_adapters, traced_state
 from tracefl.provenance.trace import as_classes, normalised
@@ -244,7 +243,7 @@ def _by_fusing(examples: _Examples, states: States, p: Tensor, scratch_bytes: in
         for k in range(len(p)):
             share = p[k].item() * states.tensors([name], k, k + 1)[0].double()
             of_all[name] = of_all[name] + share if name in of_all else share
-    trial = copy.deepcopy(examples.model)
+    trial = copied(examples.model)
 
     def losses(k: int | None) -> Tensor:
         with torch.no_grad():
@@ -287,24 +286,10 @@ def _updates(states: States, start: States, names: list[str], p: Tensor, read_at
 def _every_gradient(model: nn.Module, traced: TracedState) -> Iterator[None]:
     """Run a model so that autograd sees every traced tensor, running statistics too."""
     with classifier.exact(model):
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        spelt = [m for m in norms if m.running_mean is not None and "forward" not in vars(m)]
         for tensor in traced.tensors.values():
             tensor.requires_grad_(True)
-        for norm in spelt:
-            norm.forward = MethodType(_normalise, norm)
-        try:
+        with WithStatistics():
             yield
-        finally:
-            for norm in spelt:
-                del norm.forward
-
-
-def _normalise(norm: Any, x: Tensor) -> Tensor:
-    """Batch or instance normalisation by its running statistics, written out."""
-    shape = (-1, *[1] * (x.ndim - 2))
-    z = (x - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + norm.eps).sqrt()
-    return z * norm.weight.view(shape) + norm.bias.view(shape) if norm.weight is not None else z
 
 
 def _finite(losses: Tensor) -> Tensor:

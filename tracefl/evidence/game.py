@@ -8,14 +8,13 @@ the others stay as in the model. W_S is a mean with positive weights, so that a 
 stays positive. N explained inputs, K clients, a set is a row of bool [K].
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import Batch, batch_size, explained, kept_bytes, output_of, take, uses_batch_statistics
+from tracefl.classifier import Batch, batch_size, copied, explained, kept_bytes, output_of, take, uses_batch_statistics
 from tracefl.errors import TraceFLError, require
 from tracefl.provenance.clients import States
 from tracefl.provenance.passes import check_same
@@ -49,7 +48,7 @@ class Game:
         self, model: nn.Module, clients: Mapping[str, State], p: Tensor, reference: State, inputs: Batch,
         targets: Tensor | None, output: str, layers: str | Sequence[str], scratch_bytes: int,
     ):  # fmt: skip
-        self.work, self.p, self.inputs, self.targets, self.output = copy.deepcopy(model), p, inputs, targets, output
+        self.work, self.p, self.inputs, self.targets, self.output = copied(model), p, inputs, targets, output
         self.ids, self.N, self.scratch_bytes, self.at_once = list(clients), batch_size(inputs), scratch_bytes, 0
         sent, entries = frozenset[str]().union(*clients.values()), model.state_dict()
         state = traced_state(self.work, layers, True, sent)

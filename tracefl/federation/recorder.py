@@ -6,6 +6,7 @@ model that it releases, the weights p_k with which it took the updates, and the 
 keeps from round to round.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, cast
@@ -18,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Result, Strategy
 from torch import Tensor
 
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.federation.aggregation import Aggregated, Messages, Wrapper
 from tracefl.federation.grid import GridView
 from tracefl.runs import Participant, Run
@@ -136,7 +137,9 @@ class Recorder(Wrapper):
         first = self._chosen[0]
         everyone_failed = f"every client failed; the first said: client {first}: {self._failures.get(first)}."
         require(accepted, f"round {number}: {everyone_failed}")
-        arrays, metrics = self.strategy.aggregate_train(number, [reply for reply, _ in accepted])
+        problem = f"round {number}: {type(_innermost(self.strategy)).__name__} cannot aggregate {len(accepted)} updates"
+        with as_sentence(problem, "correct the strategy, or let clients send what it expects", Exception):
+            arrays, metrics = self.strategy.aggregate_train(number, [reply for reply, _ in accepted])
         if arrays is None:
             raise TraceFLError(f"round {number}: the strategy released no model from {len(accepted)} updates")
         fused = {name: value.to(self._expected[name].dtype) for name, value in arrays.to_torch_state_dict().items()}
@@ -168,15 +171,16 @@ class Recorder(Wrapper):
         self.on_client(self._number, client, metrics)
 
     def _check_same_entries(self) -> None:
-        """Clients may send part of the model, but all of them the same part."""
-        entries = {client: self._accepted[client][0].content for client in self._chosen if client in self._accepted}
-        names = {client: set(next(iter(content.array_records.values()))) for client, content in entries.items()}
+        """Clients may send part of the model, but all the same: that of most, or the larger."""
+        accepted = {client: self._accepted[client][0].content for client in self._chosen if client in self._accepted}
+        names = {client: frozenset(next(iter(content.array_records.values()))) for client, content in accepted.items()}
+        parts = Counter(names.values())
+        usual = max(parts, key=lambda part: (parts[part], len(part)), default=frozenset[str]())
         for client, sent in names.items():
-            for other in names:
-                if lacking := sorted(names[other] - sent):
-                    self._fail(client, f"its model lacks '{lacking[0]}', which client {other} sends")
-                    del self._accepted[client]
-                    break
+            if odd := sorted(sent ^ usual):
+                verb = "lacks" if odd[0] in usual else "has"
+                self._fail(client, f"its model {verb} '{odd[0]}', unlike those of most clients")
+                del self._accepted[client]
 
     def _fail(self, client: str, reason: str) -> None:
         kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"

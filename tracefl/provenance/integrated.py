@@ -11,12 +11,12 @@ points: 14, 4.7, 2.5, 0.7 % by this rule, 7.3, 4.6, 3.1, 1.2 % by Gauss and Lege
 crowded at the start, where the variances move most, gain nothing either.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from tracefl.classifier import copied
 from tracefl.provenance.contract import Shares
 from tracefl.states import State, is_continuous
 
@@ -33,7 +33,7 @@ def integrate(
             misses the change of y by less than 1 %, up to 256.
         add_at: adds a number times the shares at a model; its y [N].
     """
-    moving, end, count = copy.deepcopy(model), model.state_dict(), steps or FIRST_STEPS
+    moving, end, count = copied(model), model.state_dict(), steps or FIRST_STEPS
 
     def add(t: float, weight: float) -> Tensor:
         """At W_ref + t (W_g - W_ref), whose running variances lie between positive ones."""

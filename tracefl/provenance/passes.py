@@ -8,6 +8,7 @@ that no rule covers ("loose" ones) autograd gives dy/dθ itself, but for one inp
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracefl.classifier import Batch, batch_size, explained, kept_bytes, output_of, take, uses_batch_statistics
+from tracefl.classifier import (
+    Batch,
+    batch_size,
+    explained,
+    kept_bytes,
+    output_of,
+    register_hook,
+    take,
+    uses_batch_statistics,
+)
 from tracefl.errors import TraceFLError, require
 from tracefl.provenance.clients import States
 from tracefl.provenance.contract import Dense, Gradient, Shares
-from tracefl.provenance.derivative import check_derivative, own_functions, random_step
-from tracefl.provenance.layers.batchnorm import laid_out_like_input
+from tracefl.provenance.derivative import check_derivative, is_own, own_functions, random_step
+from tracefl.provenance.layers.batchnorm import WithStatistics, laid_out_like_input
 from tracefl.provenance.layers.embedding import whole_gradient
 from tracefl.provenance.state import TracedState
 from tracefl.states import as_real
@@ -68,6 +78,9 @@ class Tracer:
         self.noting, self.copy_inputs, self.n = False, False, 1  # n: inputs of the pass
         self.seen: dict[str, list[Tensor]] = {}  # layer -> dy/dz of the first input, as passes hand it over
         self.calls: dict[str, Call] = {}
+        by_rule = {name for module in state.rules for name in state.hidden.get(module, {}).values()}
+        loose = {name for name in state.tensors if name not in by_rule}
+        self.spelt = any(not isinstance(state.tensors[name], nn.Parameter) for name in loose)  # statistics
         self.started: dict[str, int] = {}  # module or layer -> when it first started
 
     def add_shares(
@@ -79,14 +92,14 @@ class Tracer:
             y [N], float64, and the targets [N], the predicted classes unless others are given.
         """
         ys, classes, first = list[Tensor](), list[Tensor](), 0
+        before = {layer: account.clone() for layer, account in shares.layers.items()}
+        looked_at = {0, shares.N // 2, shares.N - 1}  # inputs for which functions of the model's own are checked
 
-        def run(some: slice) -> Pass:
+        def run(some: slice | list[int]) -> Pass:
             return self.forward(take(inputs, some), None if targets is None else targets[some])
 
         generators = _random_state()
         alone, nbytes = kept_bytes(self.model, lambda: run(slice(0, 1)), lambda p: [c.x for c in p.calls.values()])
-        if own := own_functions(alone.nodes):
-            self._check_derivative(own, take(inputs, slice(0, 1)), alone.targets, shares)
         drawn = not torch.equal(generators, _random_state())
         self.copy_inputs = any(call.x._version != call.version for call in alone.calls.values())
         # one less than there is room for, since `alone` is kept too
@@ -96,31 +109,52 @@ class Tracer:
             last = min(shares.N, first + at_once)
             try:
                 done = run(slice(first, last))
-                apart = last - first == 1 or _tell_apart(done, alone, last - first, holds_first=first == 0)
-            except RuntimeError:  # a model may take one input where it takes no batch
+                apart = last - first == 1 or (
+                    _tell_apart(done, alone, last - first, holds_first=first == 0)
+                    and self._each_by_itself(done, lambda rows: run([first + row for row in rows]))  # noqa: B023
+                )
+            except Exception:  # a model may take one input where it takes no batch, and say so as it likes
                 if last - first == 1:
                     raise
                 apart = False
-            if not apart:
-                at_once = 1
+            if not apart:  # from the start, an input at a time
+                shares.layers = {layer: account.clone() for layer, account in before.items()}
+                ys, classes, first, at_once = [], [], 0, 1
                 continue
             if last == 1:
                 check_same(done.logits, alone.logits)
             for n in torch.nonzero(~torch.isfinite(done.y)).flatten().tolist():
                 raise TraceFLError(f"the model's output for input {first + n} is not finite; check model and input")
+            for row in looked_at & {*range(first, last)} if (own := own_functions(done.nodes)) else ():
+                self._check_derivative(own, take(inputs, [row]), done.targets[[row - first]], shares)
             shares.open(sorted({**dict.fromkeys(done.loose.values()), **done.calls}, key=self._when))
             self.seen = {layer: [] for layer, call in done.calls.items() if call.shared and first == 0}
             if self.seen:  # is dy/dz of the first input what it is alone?
-                before = {layer: account.clone() for layer, account in shares.layers.items()}
                 self.backward(alone, lambda layer, gradients: None)
             self.backward(done, partial(shares.add, slice(first, last), factor))
             if not all(_alike(pair) for pair in self.seen.values()):  # no: others use its copy of z
-                shares.layers, at_once = before, 1
+                shares.layers, at_once = {layer: account.clone() for layer, account in before.items()}, 1
                 continue
             ys.append(done.y.detach().double().cpu())
             classes.append(done.targets)
             first = last
         return torch.cat(ys), torch.cat(classes)
+
+    def _each_by_itself(self, done: Pass, run: Callable[[list[int]], Pass]) -> bool:
+        """Whether some inputs look the same to every layer in other company and order."""
+        n = len(done.logits)
+        rows = [n - 1, 2 * n // 3, n // 3][: max(1, min(3, n // 4))]
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda kept: kept):
+            again = run(rows)
+        if list(again.calls) != list(done.calls):
+            return False
+        pairs = [(again.logits[i], done.logits[row]) for i, row in enumerate(rows)]
+        for now, call in zip(again.calls.values(), done.calls.values(), strict=True):
+            axis = call.axes[0]
+            if now.x.ndim <= axis or now.x.shape[axis] != len(rows):
+                return False
+            pairs += [(now.x.select(axis, i), call.x.select(axis, row)) for i, row in enumerate(rows)]
+        return all(a.shape == b.shape and _alike((a, b)) for a, b in pairs)
 
     def _check_derivative(self, own: list[str], one: Batch, target: Tensor, shares: Shares) -> None:
         """Raise TraceFLError if functions of the model's own make the gradient another one."""
@@ -143,30 +177,39 @@ class Tracer:
         for tensor in self.state.tensors.values():  # a pass that failed may have left them otherwise
             tensor.requires_grad_(True)
         versions = [tensor._version for tensor in self.state.tensors.values()]
-        logits = output_of(self.model, batch)
+        with WithStatistics() if self.spelt else nullcontext():
+            logits = output_of(self.model, batch)
         self.noting = False
-        for (name, tensor), version in zip(self.state.tensors.items(), versions, strict=True):
-            same = tensor._version == version
-            require(same, f"the model changes its own tensor {name!r} while it runs (by max_norm?): leave that out")
         y, targets = explained(logits, targets, self.output)
         self.calls = self.calls if y.requires_grad else {}
         leaves, nodes = graph(y)
+        for (name, tensor), version in zip(self.state.tensors.items(), versions, strict=True):
+            same = tensor._version == version or id(tensor) not in leaves
+            require(same, f"the model changes its own tensor {name!r} while it runs (by max_norm?): leave that out")
         owners = {name: name.rpartition(".")[0] for name, t in self.state.tensors.items() if id(t) in leaves}
         loose = {name: name if owner in self.calls else owner or name for name, owner in owners.items()}
         return Pass(logits.detach(), y, targets, self.calls, loose, leaves, nodes)
+
+    def _by_rule(self, module: nn.Module) -> bool:
+        """Whether a rule gives a call's gradient: the layer has its own tensors, none for them."""
+        own = self.state.hidden.get(module, {})
+        return module in self.state.rules and all(
+            getattr(module, local, None) is self.state.tensors[name] for local, name in own.items()
+        )
 
     def _want_gradient(self, module: nn.Module, wanted: bool) -> None:
         for name in self.state.hidden.get(module, {}).values():
             self.state.tensors[name].requires_grad_(wanted)
 
     def _start(self, module: nn.Module, args: Any) -> None:
-        self._want_gradient(module, False)
+        if module not in self.state.rules or self._by_rule(module):
+            self._want_gradient(module, False)
         if self.noting:
             self.started.setdefault(self.state.names[module], len(self.started))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor) -> Tensor | None:
         self._want_gradient(module, True)
-        if module not in self.state.rules or not torch.is_grad_enabled():  # under no_grad nothing of it reaches y
+        if not self._by_rule(module) or not torch.is_grad_enabled():  # under no_grad nothing of it reaches y
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         shared = self.n > 1 and x.ndim > 0 and z.ndim > 1 and len(z) == len(x) == 1
@@ -181,7 +224,7 @@ class Tracer:
             layer = name if count == 1 else f"{name}#{count}"
             self.started.setdefault(layer, len(self.started))
             self.calls[layer] = Call(module, x.clone() if self.copy_inputs else x, x._version, z.shape, shared)
-            z.register_hook(partial(self._arrive, layer, self.calls[layer]))
+            register_hook(z, partial(self._arrive, layer, self.calls[layer]))
         return z
 
     @torch.no_grad()
@@ -287,6 +330,6 @@ def graph(y: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
             leaves[id(leaf)] = leaf
         elif node.name().startswith("CheckpointFunction"):
             raise TraceFLError("checkpoint(use_reentrant=True) hides gradients from trace: set use_reentrant=False")
-        elif node.name() in PUT_RIGHT or isinstance(node, torch.autograd.function.BackwardCFunction):
+        elif node.name() in PUT_RIGHT or is_own(node):
             nodes.append(node)
     return leaves, nodes

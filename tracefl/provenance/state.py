@@ -44,9 +44,14 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
     chosen, names, first = _chosen(modules, layers), dict[int, list[str]](), dict[int, str]()
     tensors, entries = dict[str, Tensor](), model.state_dict(keep_vars=True)
     for name, tensor in entries.items():
+        owner = name.rpartition(".")[0]
+        known = owner in modules or not isinstance(tensor, Tensor)
+        require(
+            known, f"the model's state dict names {name!r}, but it has no module {owner!r}: leave names as they are"
+        )
         if isinstance(tensor, Tensor if statistics else nn.Parameter) and is_continuous(tensor):
             names.setdefault(id(tensor), []).append(name)
-            if modules[name.rpartition(".")[0]] in chosen and id(tensor) not in first:
+            if modules[owner] in chosen and id(tensor) not in first:
                 first[id(tensor)], tensors[name] = name, tensor
         whole = isinstance(tensor, nn.Parameter) and not is_continuous(tensor) and name in sent
         require(not whole, f"tensor {name!r} of the model holds whole numbers, which have no gradient: {_DEQUANTISE}")
@@ -57,7 +62,8 @@ def traced_state(model: nn.Module, layers: str | Sequence[str], statistics: bool
         own = {local: t for local, t in {**module._parameters, **module._buffers}.items() if t is not None}
         held = {local: first[id(tensor)] for local, tensor in own.items() if id(tensor) in first}
         rule = rule_for(module) if held and module in chosen else None
-        if rule and not any(tensor.is_complex() for tensor in own.values()):  # rules know real numbers
+        # rules know real numbers, and outputs that nobody changes before they are noted
+        if rule and not any(tensor.is_complex() for tensor in own.values()) and not _hooks_of_all_modules():
             rules[module] = rule
         if held and (module in rules or module not in chosen):
             hidden[module] = held
@@ -71,10 +77,14 @@ def check_used(model: nn.Module, layers: str | Sequence[str], found: Iterable[st
     paths = [layer.partition("#")[0] for layer in found]  # a module's, or a tensor's of one
     used = {modules.get(path, modules.get(path.rpartition(".")[0])) for path in paths}
     named = [] if layers in ("all", "paper") else [layers] if isinstance(layers, str) else layers
-    idle = "no tensor that the output depends on in eval mode (and outside of no_grad)"
+    idle = "no tensor that clients send and the output depends on in eval mode (and outside of no_grad)"
     for name in named:
         require(used & {*modules[name].modules()}, f"layers={layers!r}: {name!r} has {idle}; leave it out")
     require(used, f"layers={layers!r} have {idle}; choose other layers")
+
+
+def _hooks_of_all_modules() -> bool:
+    return bool(nn.modules.module._global_forward_hooks)
 
 
 def _check_differentiable(modules: Mapping[str, nn.Module]) -> None:

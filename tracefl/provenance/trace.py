@@ -107,9 +107,12 @@ def trace(
     output = output or ("log_odds" if method in ("influence", "shapley") else "logit")
     require(method in METHODS, f"method must be one of {', '.join(METHODS)}, got {method!r}")
     require(output in OUTPUTS, f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-    require(method == "neuron" or weights, f"method={method!r} needs weights: pass every client's number of examples")
+    require(
+        method == "neuron" or weights is not None,
+        f"method={method!r} needs weights: pass every client's number of examples",
+    )
     whole_round = method in ("integrated", "shapley")
-    require(not whole_round or reference, f"method={method!r} needs reference, the incoming model's state")
+    require(not whole_round or reference is not None, f"method={method!r} needs reference, the incoming model's state")
     decays = isinstance(layer_decay, int | float) and 0 < layer_decay <= 1
     require(decays, f"layer_decay must be above 0 and at most 1 (no decay), got {layer_decay!r}")
     fine = steps is None or (isinstance(steps, int) and steps >= 1)
@@ -153,14 +156,17 @@ def trace(
         return y
 
     change = None
-    if method == "integrated" and origin is not None:
+    if method == "integrated" and start is not None:
         steps = steps or (None if layers == "all" else FIRST_STEPS)
-        change = integrate(model, origin.states["reference"], steps, shares, add_at)
+        moved = {name: start[name] for name in start if name in sent}  # what nobody sends is as it was
+        change = integrate(model, moved, steps, shares, add_at)
     else:
         add_at(model, 1.0)
     check_used(model, layers, shares.layers)
     if not all(torch.isfinite(account).all() for account in shares.layers.values()):
         states.check_finite()
+        for other in [origin] if origin is not None else []:
+            other.check_finite()
         raise TraceFLError("contributions are not finite though every client is: the gradient overflows")
     return Provenance.from_shares(method, ids, torch.as_tensor(classes), shares.layers, p, layer_decay, change)
 

@@ -41,7 +41,7 @@ def instancenorm(layer: nn.Module, x: Tensor, g: Tensor) -> Gradients:
     norm = cast(nn.InstanceNorm2d, layer)
     if x.ndim == norm._get_no_batch_dim():
         x, g = x[None], g[None]
-    if norm.running_mean is not None:
+    if norm.running_mean is not None and norm.track_running_stats:
         return batchnorm(layer, x, g)
     return over_channels(functional.instance_norm(x, eps=norm.eps), g)
 

@@ -12,7 +12,7 @@ Gradients = Mapping[str, Gradient]
 LayerRule = Callable[[nn.Module, Tensor, Tensor], Gradients]
 _RULES: dict[type | str, LayerRule] = {}
 # A subclass or an instance that has one of these of its own computes something else.
-_COMPUTE = {"forward", "_conv_forward"}
+_COMPUTE = {"forward", "_conv_forward", "weight", "bias", "running_mean", "running_var"}  # the last as properties
 
 
 def register(*types: type | str) -> Callable[[LayerRule], LayerRule]:
