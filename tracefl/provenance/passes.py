@@ -75,7 +75,8 @@ class Tracer:
 
     def __init__(self, model: nn.Module, state: TracedState, output: str):
         self.model, self.state, self.output = model, state, output
-        self.noting, self.copy_inputs, self.n = False, False, 1  # n: inputs of the pass
+        self.noting, self.looking = False, False  # calls; without a backward pass
+        self.copy_inputs, self.n = False, 1  # n: inputs of the pass
         self.seen: dict[str, list[Tensor]] = {}  # layer -> dy/dz of the first input, as passes hand it over
         self.calls: dict[str, Call] = {}
         by_rule = {name for module in state.rules for name in state.hidden.get(module, {}).values()}
@@ -143,17 +144,18 @@ class Tracer:
     def _each_by_itself(self, done: Pass, run: Callable[[list[int]], Pass]) -> bool:
         """Whether some inputs look the same to every layer in other company and order."""
         n = len(done.logits)
-        rows = [n - 1, 2 * n // 3, n // 3][: max(1, min(3, n // 4))]
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda kept: kept):
-            again = run(rows)
-        if list(again.calls) != list(done.calls):
-            return False
-        pairs = [(again.logits[i], done.logits[row]) for i, row in enumerate(rows)]
-        for now, call in zip(again.calls.values(), done.calls.values(), strict=True):
-            axis = call.axes[0]
-            if now.x.ndim <= axis or now.x.shape[axis] != len(rows):
+        rows = [n - 1, 2 * n // 3, n // 3][: max(1, min(3, n // 8))]
+        self.looking = True
+        try:
+            with torch.no_grad():
+                again = run(rows)
+        finally:
+            self.looking = False
+        pairs = [(again.logits, done.logits[rows])]
+        for layer, call in done.calls.items():
+            if layer not in again.calls:
                 return False
-            pairs += [(now.x.select(axis, i), call.x.select(axis, row)) for i, row in enumerate(rows)]
+            pairs.append((again.calls[layer].x, call.x[(slice(None),) * call.axes[0] + (rows,)]))
         return all(a.shape == b.shape and _alike((a, b)) for a, b in pairs)
 
     def _check_derivative(self, own: list[str], one: Batch, target: Tensor, shares: Shares) -> None:
@@ -181,7 +183,7 @@ class Tracer:
             logits = output_of(self.model, batch)
         self.noting = False
         y, targets = explained(logits, targets, self.output)
-        self.calls = self.calls if y.requires_grad else {}
+        self.calls = self.calls if y.requires_grad or self.looking else {}
         leaves, nodes = graph(y)
         for (name, tensor), version in zip(self.state.tensors.items(), versions, strict=True):
             same = tensor._version == version or id(tensor) not in leaves
@@ -209,13 +211,16 @@ class Tracer:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor) -> Tensor | None:
         self._want_gradient(module, True)
-        if not self._by_rule(module) or not torch.is_grad_enabled():  # under no_grad nothing of it reaches y
+        # under no_grad nothing of it reaches y
+        if not self._by_rule(module) or not (torch.is_grad_enabled() or self.looking):
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         shared = self.n > 1 and x.ndim > 0 and z.ndim > 1 and len(z) == len(x) == 1
         if shared:  # as position embeddings: each input gets a z and a gradient of its own
             x, z = x.expand(self.n, *x.shape[1:]), z.repeat(self.n, *[1] * (z.ndim - 1))
-        if not z.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
+        if self.looking:
+            pass
+        elif not z.requires_grad:  # nothing traced before it: the gradient needs a place to arrive
             z = z.detach().requires_grad_().clone()
         elif z._is_view():  # its history would be rewritten if it were changed in place
             z = z.clone()
@@ -224,7 +229,8 @@ class Tracer:
             layer = name if count == 1 else f"{name}#{count}"
             self.started.setdefault(layer, len(self.started))
             self.calls[layer] = Call(module, x.clone() if self.copy_inputs else x, x._version, z.shape, shared)
-            register_hook(z, partial(self._arrive, layer, self.calls[layer]))
+            if z.requires_grad:
+                register_hook(z, partial(self._arrive, layer, self.calls[layer]))
         return z
 
     @torch.no_grad()
