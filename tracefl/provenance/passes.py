@@ -144,7 +144,7 @@ class Tracer:
     def _each_by_itself(self, done: Pass, run: Callable[[list[int]], Pass]) -> bool:
         """Whether some inputs look the same to every layer in other company and order."""
         n = len(done.logits)
-        rows = [n - 1, 2 * n // 3, n // 3][: max(1, min(3, n // 8))]
+        rows = sorted({n - 1, 2 * n // 3, n // 3} - {0}, reverse=True)
         self.looking = True
         try:
             with torch.no_grad():
