@@ -57,5 +57,5 @@ def test_random_orders_agree_with_the_table(K, monkeypatch):
     assert ((drawn - exact).abs() <= 5 * variance.sqrt() + 1e-9).all()
     assert variance.sqrt().max() < 0.04 * exact.abs().mean()
     assert torch.equal(s.shapley(0)[0], drawn)
-    monkeypatch.setattr(surrogate, "CELLS", 1)
+    monkeypatch.setattr(surrogate, "CELLS", 100)
     assert torch.allclose(s.shapley(0)[0], drawn)
