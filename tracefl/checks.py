@@ -127,6 +127,9 @@ def numbered_labels(config: Config, class_names: Sequence[str]) -> tuple[Config,
     changed = {
         label: index for label, index in number.items() if label != index and (label in flips or label in targets)
     }
+    if None in names and flips:
+        said = ", ".join(f"{class_names[a]} to {class_names[b]}" for a, b in flips.items() if a in number)
+        notes.append(f"label2flip: {said}")
     if changed:
         said = ", ".join(f"{label} is class {index}" for label, index in sorted(changed.items()))
         notes.append(f"{key}: labels as the data write them: {said}")

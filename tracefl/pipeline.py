@@ -12,6 +12,7 @@ from torch import nn
 from tracefl.checks import numbered_labels
 from tracefl.config import Config
 from tracefl.data.examples import Examples
+from tracefl.data.faults import unchanged
 from tracefl.data.prepare import PreparedData, prepare
 from tracefl.errors import require
 from tracefl.evaluation import feddebug, tracing
@@ -43,7 +44,11 @@ def run_experiment(config: Config, resolved: str) -> None:
     data = prepare(config)
     folder = run_folder(config)
     config, notes = numbered_labels(config, data.class_names)
-    notes = [*data.notes, *notes, *lines.data_lines(config, data)]
+    idle = unchanged(config, data)
+    told = f"faulty_clients_ids: {', '.join(idle)} hold nothing that fault.kind={config.fault.kind} changes"
+    require(not idle or len(idle) < len(config.faulty_clients_ids), f"{told}: name others, or other labels to flip.")
+    notes = [*data.notes, *notes, *([f"{told}, and train as honest clients"] if idle else [])]
+    notes += lines.data_lines(config, data)
     if not (config.do_training or config.do_provenance):
         print(*notes, sep="\n")
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")

@@ -90,10 +90,17 @@ def visible_files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     A subfolder is read only when its files are asked for.
     """
     entries = _entries(folder)
-    yield from (entry for entry in entries if entry.is_file())
+    yield from (entry for entry in entries if _is_file(entry))
     for entry in entries:
         if entry.is_dir(follow_symlinks=False) and not (entry.name[0] == "." or installed(entry.path)):
             yield from visible_files(entry.path)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file that can be looked at; a link to itself is none."""
+    with suppress(OSError):
+        return entry.is_file()
+    return False
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:

@@ -28,7 +28,9 @@ SAMPLE = 20_000  # rows that are looked at, spread evenly
 LETTER_OF_NO_WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 ZONE = re.compile(r"\b[A-Z]{2,4}\b")  # of a time
 LETTER = re.compile(r"[^\W\d_]")
-PLACE = re.compile(r"([a-z]+://|www\.|/|\.{1,2}[/\\]|[A-Za-z]:\\).*|[^.!?]*[/\\][^/\\]*\.\w{2,4}", re.DOTALL)
+PLACE = re.compile(
+    r"([a-z]+://|www\.|/|\.{1,2}[/\\]|[A-Za-z]:\\)\S*(\s+\S+){0,2}|[^.!?]*[/\\][^/\\]*\.\w{2,4}", re.DOTALL
+)
 TEXT_KINDS = ("string", "large_string", "string_view")
 
 
@@ -132,7 +134,8 @@ def _fits_model(config: Config, column: str, textual: bool) -> None:
     held, wanted = ("texts", "images") if textual else ("images", "texts")
     another = "distilbert/distilbert-base-uncased" if textual else "resnet18"
     holds = f"dataset.name={config.dataset.name} holds {held} (column {column})"
-    mismatch = f"model.name={config.model.name} is a model for {wanted}, but {holds}"
+    named = f"model.path={config.model.path}" if config.model.path else f"model.name={config.model.name}"
+    mismatch = f"{named} is a model for {wanted}, but {holds}"
     require(textual == (config.arch == "transformer"), f"{mismatch}: choose a model such as {another}.")
 
 
@@ -140,8 +143,12 @@ def _the_text(train: Split, texts: Sequence[str], codes: np.ndarray, place: str)
     rows = np.unique(np.linspace(0, len(train) - 1, SAMPLE).astype(np.int64))
     table = train.table.select_columns(list(texts)).select(rows).with_format(None)
     reasons = {name: _why_no_text(list(table[name]), codes[rows]) for name in texts}
+    prose = [name for name in texts if reasons[name] and _is_prose(list(table[name]), codes[rows])]
     running = [name for name in texts if not reasons[name]]
+    running = [name for name in texts if name in running or name in prose] if running else running
     others = ", ".join(f"{name} ({reasons[name]})" for name in texts if reasons[name])
+    nested = [name for name, kind in train.table.features.items() if _holds_texts(kind)]
+    others = ", ".join(filter(None, [others, *(f"{name} (lists of texts)" for name in nested)]))
     if len(running) == 1:
         return running, [f"data: not taken as input: {others}"] if others else []
     found = f"several columns that may be the text, {', '.join(running)}" if running else "no evident text"
@@ -151,6 +158,19 @@ def _the_text(train: Split, texts: Sequence[str], codes: np.ndarray, place: str)
         False, f"{place} has {found}{left}: name it, or several to be joined, with dataset.input_columns=[{example}]."
     )
     return [], []
+
+
+def _is_prose(values: Sequence[str | None], codes: np.ndarray) -> bool:
+    """Whether a column that seems no text has many different values of several words."""
+    distinct = {value for value in values if value and value.strip()}
+    words = np.mean([len(value.split()) for value in distinct]) if distinct else 0
+    return len(distinct) > 5 * len(np.unique(codes)) and bool(words >= 4) and not _are_dates(sorted(distinct)[:50])
+
+
+def _holds_texts(kind: Any) -> bool:
+    """Whether a column holds lists or structures with texts in them."""
+    inner = kind.values() if isinstance(kind, dict) else [kind.feature] if hasattr(kind, "feature") else []
+    return any(getattr(part, "dtype", None) in TEXT_KINDS or _holds_texts(part) for part in inner)
 
 
 def _told(train: Split, named: Sequence[str], codes: np.ndarray) -> list[str]:

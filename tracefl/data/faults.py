@@ -61,6 +61,19 @@ def flipped_label_counts(config: Config, data: PreparedData, client: str) -> dic
     return count_labels(faulty.labels)
 
 
+def unchanged(config: Config, data: PreparedData) -> list[str]:
+    """The faulty clients that hold nothing that their fault changes."""
+    if config.fault.kind in ("free_rider", "sign_flip"):
+        return []
+    found = []
+    for client in map(str, config.faulty_clients_ids):
+        changed = flipped_label_counts(config, data, client) != data.label_counts[client]
+        share = config.noise_rate if config.fault.kind == "backdoor" else 0
+        if not (changed or round(share * sum(data.label_counts[client].values()))):
+            found.append(client)
+    return found
+
+
 def faulty_examples(examples: Examples, fault: Mapping[str, Any], seed: int) -> Examples:
     """What a faulty client trains on.
 

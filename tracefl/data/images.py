@@ -5,6 +5,7 @@ greys that are deeper than a byte, and the ground that transparent images are la
 """
 
 import io
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,11 +39,13 @@ class Form:
         channels: 1 (grey) or 3 (RGB).
         ground: Grey level under transparent images; None: no training image is transparent.
         ranges: Smallest and largest value of the training images, by depth.
+        bytes: Whether any training image has 8 bits.
     """
 
     channels: int
     ground: int | None
     ranges: dict[str, tuple[float, float]]
+    bytes: bool = True
 
     def notes(self) -> Iterator[str]:
         """What was decided, for the user."""
@@ -68,11 +71,13 @@ def find_form(train: Split, column: str, channels: int | None) -> Form:
         TraceFLError: An image cannot be read; the message names its row.
     """
     declared = {"L": 1, "RGB": 3}.get(getattr(train.table.features[column], "mode", None) or "")
-    colour, transparent, contrasts = False, False, []
+    colour, transparent, in_bytes, contrasts = False, False, False, []
     ranges: dict[str, tuple[float, float]] = {}
+    extremes: dict[str, set[float]] = defaultdict(set)  # depth -> the outermost values of each image
     for row, stored in _stored(train, column, np.arange(len(train))):
         image = _open(train, column, row, stored)
         depth = DEPTHS.get(image.mode)
+        in_bytes = in_bytes or not depth
         if not (depth or image.has_transparency_data or image.mode in ("P", "PA")):
             colour = colour or image.mode not in GREY_MODES
             continue
@@ -81,6 +86,8 @@ def find_form(train: Split, column: str, channels: int | None) -> Form:
             values = _values(image, train, column, row)
             low, high = ranges.get(depth, (np.inf, -np.inf))
             ranges[depth] = (min(low, float(values.min())), max(high, float(values.max())))
+            found = np.unique(values)
+            extremes[depth] |= {*found[:2].tolist(), *found[-2:].tolist()}
             continue
         rgba = np.asarray(_rgba(image), dtype=np.float32)
         visible = rgba[rgba[..., 3] > 0]
@@ -88,8 +95,22 @@ def find_form(train: Split, column: str, channels: int | None) -> Form:
         transparent = transparent or bool(rgba[..., 3].min() < 255)
         if len(visible) and rgba[..., 3].min() < 255:
             contrasts.append(_contrast(visible))
+    for depth, seen in extremes.items():
+        _check_spread(train, column, depth, sorted(seen))
     channels = channels or declared or (3 if colour else 1)
-    return Form(channels, _ground(contrasts, channels) if transparent else None, ranges)
+    return Form(channels, _ground(contrasts, channels) if transparent else None, ranges, in_bytes)
+
+
+def _check_spread(train: Split, column: str, depth: str, values: list[float]) -> None:
+    """Refuse a value far from all others, such as -9999, beside which the rest is one grey."""
+    rest = {"smallest": values[1:], "largest": values[:-1]}
+    for which, others in rest.items():
+        odd = values[0] if which == "smallest" else values[-1]
+        inside = max(others, default=odd) - min(others, default=odd)
+        gap = min((abs(odd - other) for other in others), default=0.0)
+        said = f"column {column} of split {train.name}: the {which} value of the {depth} images is {odd:g}, all others"
+        lie = f"lie from {min(others, default=odd):g} to {max(others, default=odd):g}"
+        require(not 0 < 10 * inside < gap, f"{said} {lie}, and would become one grey: mend or drop such pixels.")
 
 
 def pixels(form: Form, column: str, split: Split, rows: np.ndarray) -> dict[str, Tensor]:
@@ -107,16 +128,21 @@ def pixels(form: Form, column: str, split: Split, rows: np.ndarray) -> dict[str,
     Raises:
         TraceFLError: An image cannot be read, or is of a kind that no training image is.
     """
-    images = []
+    images = list[np.ndarray]()
+    clipped = list[float]()  # share of each deep image's values that no training image reaches
     for row, stored in _stored(split, column, rows):
-        image = _to_bytes(form, split, column, row, _decode(split, column, row, stored))
+        image = _to_bytes(form, split, column, row, _decode(split, column, row, stored), clipped)
         image = image.convert("L" if form.channels == 1 else "RGB")
         images.append(np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)))
+    most = f"more than half of the values of split {split.name}, column {column} are outside of the training split's"
+    require(not clipped or np.mean(clipped) <= 0.5, f"{most}: bring both to one scale.")
     found = torch.from_numpy(np.stack(images)).view(len(rows), IMAGE_SIZE, IMAGE_SIZE, -1)
     return {"pixels": found.permute(0, 3, 1, 2).contiguous()}
 
 
-def _to_bytes(form: Form, split: Split, column: str, row: int, image: Image.Image) -> Image.Image:
+def _to_bytes(
+    form: Form, split: Split, column: str, row: int, image: Image.Image, clipped: list[float] | None = None
+) -> Image.Image:
     """The image in a mode of 8 bits without transparency."""
     depth = DEPTHS.get(image.mode)
     if depth:
@@ -124,7 +150,11 @@ def _to_bytes(form: Form, split: Split, column: str, row: int, image: Image.Imag
         require(depth in form.ranges, f"{kind}: convert it to the depth of those.")
         low, high = form.ranges[depth]
         share = (_values(image, split, column, row) - low) / max(high - low, np.finfo(float).tiny)
+        if clipped is not None:
+            clipped.append(float(((share < 0) | (share > 1)).mean()))
         return Image.fromarray(np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8))
+    kind = f"{split.place(row)}, column {column} is an 8-bit image, but all training images are deeper"
+    require(form.bytes, f"{kind}: convert it to their depth.")
     if image.has_transparency_data:
         rgba = _rgba(image)
         ground = form.ground
@@ -188,9 +218,11 @@ def _open(split: Split, column: str, row: int, stored: Any) -> Image.Image:
     content = stored if isinstance(stored, bytes) else (stored or {}).get("bytes")
     if content:
         try:
-            return Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content))
         except Exception as error:  # Pillow's readers raise what they like
             raise _unreadable(split, column, row, stored, error) from error
+        _check_depth(image, split, column, row)
+        return image
     return _decode(split, column, row, stored)
 
 
@@ -201,9 +233,23 @@ def _decode(split: Split, column: str, row: int, stored: Any) -> Image.Image:
     require(there, f"{place} has no image: drop such rows.")
     require(value.get("bytes") != b"", f"{place} has an image of zero bytes: drop such rows or mend it.")
     try:
+        image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
+    except Exception:  # said below, or a path that only the datasets library can open
+        image = None
+    if image is not None:
+        with image:
+            _check_depth(image, split, column, row)
+    try:
         return datasets.Image().decode_example({"bytes": value.get("bytes"), "path": value.get("path")})
     except Exception as error:  # Pillow's readers raise what they like
         raise _unreadable(split, column, row, stored, error) from error
+
+
+def _check_depth(image: Image.Image, split: Split, column: str, row: int) -> None:
+    """Refuse colour or transparency of 16 bits, of which Pillow reads 8; before it is decoded."""
+    deep = image.mode not in DEPTHS and any(";16" in str(part) for part in getattr(image, "tile", ()))
+    holds = f"{split.place(row)}, column {column} has 16 bits in several channels, of which 8 would be read"
+    require(not deep, f"{holds}: convert it to 8 bits, in its own range.")
 
 
 def _unreadable(split: Split, column: str, row: int, stored: Any, error: Exception) -> TraceFLError:

@@ -5,6 +5,7 @@ also those written as texts, are sorted as numbers. A test label stands for the 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +22,7 @@ from tracefl.errors import TraceFLError, require
 from tracefl.rules import whole_number
 
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff\u00ad"))
 NO_LABEL = -1  # the hub's sign for a hidden label
 SHOWN = 10
 KINDS = (
@@ -90,8 +92,11 @@ def class_names(train: Written, split: Split, config: DatasetConfig, column: str
         most = max(SHOWN, len(split) // 5)
         some = f"{key} holds {len(names)} different values in {len(split)} rows ({', '.join(names[:3])}, ...)"
         require(len(names) <= most, f"{some}, too many for classes: name the column of the classes.")
-    one = f"{key} holds only the label {''.join(names[:1])} in split {split.name}"
-    require(len(names) > 1 or wanted, f"{one}, and a classifier needs two: name another column.")
+    blank = [name for name in names if not name.strip()]
+    require(not blank, f"{key} has a class without a name: name it.")
+    used = np.unique(train.codes)
+    one = f"{key} holds only the label {names[0 if len(names) == 1 else int(used[0])]} in split {split.name}"
+    require(len(used) > 1 or (wanted and len(names) == 1), f"{one}, and a classifier needs two: name another column.")
     if not wanted or wanted == len(names):
         return names
     require(
@@ -102,7 +107,8 @@ def class_names(train: Written, split: Split, config: DatasetConfig, column: str
     if isinstance(split.table.features[column], datasets.ClassLabel) or len(numbers) < len(names):
         return [*names, *islice(_unused(names, len(names)), wanted - len(names))]
     if set(numbers) <= set(range(wanted)):
-        return [str(number) for number in range(wanted)]
+        written = dict(zip(numbers, names, strict=True))
+        return [written.get(number, str(number)) for number in range(wanted)]
     return [*names, *islice(_unused(names, max(numbers) + 1), wanted - len(names))]
 
 
@@ -197,7 +203,7 @@ def _index(values: pa.Array, found: pa.Array) -> np.ndarray:
 def _sorted(names: list[str], key: str) -> list[str]:
     numbers = {name: Decimal(name) for name in names if NUMBER.fullmatch(name)}
     if len(numbers) < len(names):
-        _distinct({name: name.strip() for name in names}, key)
+        _distinct({name: unicodedata.normalize("NFC", name).translate(INVISIBLE).strip() for name in names}, key)
         return sorted(names)
     _distinct(numbers, key)
     return sorted(names, key=numbers.__getitem__)

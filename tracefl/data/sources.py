@@ -1,5 +1,6 @@
 """A classification dataset as it was found: two splits, their columns, labels and classes."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,6 +65,27 @@ class Source:
             yield " ".join(note.splitlines())  # a name may hold line breaks
 
 
+def _doubts(names: list[str], train: np.ndarray, test: np.ndarray) -> Iterator[str]:
+    """What the user should know of the labels."""
+    absent = sorted({*test.tolist()} - {*train.tolist()})
+    if absent:
+        shown = ", ".join(names[k] for k in absent[:SHOWN])
+        yield f"data: {np.isin(test, absent).sum()} test examples have labels that no training example has: {shown}"
+    if "-1" in names and len(names) > 2:
+        yield "data: the label -1 is a class here; drop such rows if it means that there is no label"
+
+
+def _label_in_text(source: Source) -> Iterator[str]:
+    """A remark if nearly every text names its own class, and hardly any another."""
+    rows = np.unique(np.linspace(0, len(source.train) - 1, 500).astype(np.int64))
+    texts, labels = source.texts(source.train, rows), source.train_labels[rows]
+    names = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE) for name in source.class_names]
+    own = np.mean([bool(names[k].search(text)) for k, text in zip(labels, texts, strict=True)])
+    others = [names[(k + 1) % len(names)].search(text) for k, text in zip(labels, texts, strict=True)]
+    if own > 0.9 and np.mean([found is not None for found in others]) < 0.2:
+        yield "data: nearly every text names its own class, which a model will read off"
+
+
 def load_source(config: Config) -> Source:
     """Load both splits, and find the columns and classes that the configuration does not name.
 
@@ -94,10 +116,13 @@ def load_source(config: Config) -> Source:
             same = is_image(test, name) if is_image(train, name) else is_text(test, name)
             require(same, f"{other}: give both the same.")
         test_labels = class_numbers(read_labels(test, label), names, test, label, others, train.name)
+    remarks = [*remarks, *_doubts(names, labels, test_labels)]
     source = Source(train, test, inputs, label, names, labels, test_labels, remarks)
     for split in (train, test) if source.is_text else ():
         texts = [split.column(name).cast(pa.large_string()) for name in inputs]
         some = any(pc.any(pc.match_substring_regex(column, r"\S")).as_py() for column in texts)
         empty = f"column {', '.join(inputs)} of split {split.name} is empty in every row"
         require(some, f"{empty}: name another with dataset.input_columns=[NAME].")
+    if source.is_text:
+        source.remarks.extend(_label_in_text(source))
     return source

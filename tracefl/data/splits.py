@@ -139,6 +139,7 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
         return load_medmnist(config)
     if config.path:
         folder = _plainly_named(Path(config.path).resolve())
+        _check_names(folder, config.path)
         saved = _load_saved(folder, config.path)
         if saved is not None:
             require(not config.config, f"{named}: leave it out.")
@@ -153,6 +154,19 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
         use_cache_if_offline()
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     return _reading(problem, remedy, datasets.load_dataset, place, config.config)
+
+
+def _check_names(folder: Path, named: str) -> None:
+    """Refuse what the datasets library would leave out or mix up without a word."""
+    for entry in sorted(folder.iterdir()):
+        word = entry.name.split("-")[0].split(".")[0]
+        mixed = word != word.lower() and word.lower() in ("train", "test", "validation", "valid", "val", "dev")
+        require(not mixed, f"dataset.path={named}: {entry.name} is no name of a split: write {word.lower()}.")
+        inside = [entry, *sorted(entry.iterdir())] if entry.is_dir() and entry.name[0] != "." else [entry]
+        for part in inside:
+            linked = part.is_symlink() and part.is_dir()
+            is_link = f"dataset.path={named}: {part.relative_to(folder)} is a link to a folder, which is not read"
+            require(not linked, f"{is_link}: put the folder itself there.")
 
 
 def _plainly_named(folder: Path) -> Path:
