@@ -326,6 +326,9 @@ def test_faults_name_labels_as_the_data_write_them(config):
     ]
     assert written.label2flip == {1: 2, 5: 4}  # it names the run's folder
     assert numbered_labels(flips(config, "{-1:1}"), ["-1", "1"])[0].label2flip == {0: 1}
-    assert numbered_labels(flips(config, "{1:0}"), ["cat", "dog"]) == (flips(config, "{1:0}"), [])
+    assert numbered_labels(flips(config, "{1:0}"), ["cat", "dog"]) == (
+        flips(config, "{1:0}"),
+        ["label2flip: dog to cat"],
+    )
     backdoor = config("faulty_clients_ids=[0]", "fault.kind=backdoor", "fault.target=3")
     assert numbered_labels(backdoor, ["2", "3"])[0].fault.target == 1
