@@ -47,6 +47,7 @@ def test_complete_strata_give_shapley_values():
     assert torch.allclose(phi, coalitions.shapley(v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2,), (3,), (2, 3, 4), (3, 4)])
 def test_estimates_and_variances_are_right_on_average(sizes):
     K, v = 7, torch.randn(128, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

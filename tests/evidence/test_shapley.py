@@ -280,6 +280,7 @@ def test_a_model_that_takes_no_batch():
     assert torch.allclose(found.contributions, batched.contributions, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluations", [30, 60, 120])
 def test_sampling_is_unbiased_and_its_intervals_hold(evaluations):
     """Over 300 seeds: the mean is the truth within its own error, and 95 % intervals hold 90 to 99 %."""

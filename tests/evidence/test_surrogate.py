@@ -45,6 +45,7 @@ def test_moves_are_what_fusing_does_to_the_model():
     assert torch.allclose(moves(sets, p) @ W, fused - p @ W)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [2, 5, 9])
 def test_random_orders_agree_with_the_table(K, monkeypatch):
     _, s = fitted(K)
