@@ -70,6 +70,19 @@ def test_two_greys_far_apart_are_a_picture(read, tmp_path):
     assert {0, 255} <= set(prepared(read, of_images(tmp_path / "d", files)).unique().tolist())
 
 
+def test_a_mark_on_an_opaque_body_is_not_laid_on_its_own_colour(read, tmp_path):
+    files = []
+    for k in range(6):
+        image = Image.new("RGBA", (32, 32), (0, 0, 0, 255))
+        image.putpixel((0, 0), (0, 0, 0, 0))
+        for x in range(12):
+            for y in range(4):
+                image.putpixel((16 * (k % 2) + x, 20 + y), (255, 255, 255, 255) if y else (0, 0, 0, 0))
+        files.append(encoded(image))
+    found = prepared(read, of_images(tmp_path / "d", files)).float()
+    assert (found[::2].mean(0) - found[1::2].mean(0)).abs().max() > 100
+
+
 def test_test_images_of_another_scale_are_refused(read, tmp_path):
     deep = [grey([0, 1000, 2000, 4000 + k]) for k in range(6)]
     other = [grey([9000, 1000, 20000, 40000 + k]) for k in range(6)]

@@ -175,7 +175,9 @@ def _rgba(image: Image.Image) -> Image.Image:
 
 
 def _contrast(visible: np.ndarray) -> np.ndarray:
-    """How much an image differs from each ground, as grey and in colour: float [2, grounds].
+    """How much an image differs from each ground, as grey and in colour: float [2, 2, grounds].
+
+    The mean difference, and the share of pixels that hardly differ.
 
     Args:
         visible: Its pixels that are not wholly transparent, RGBA, float [N, 4].
@@ -184,17 +186,20 @@ def _contrast(visible: np.ndarray) -> np.ndarray:
     grey = visible[:, :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     by_grey = np.abs(grey[:, None] - grounds)
     by_colour = np.abs(visible[:, :3, None] - grounds).max(axis=1)
-    return np.average(np.stack([by_grey, by_colour]), axis=1, weights=visible[:, 3])
+    both = np.stack([by_grey, by_colour])
+    return np.stack([np.average(values, axis=1, weights=visible[:, 3]) for values in (both, both < VISIBLE)], axis=1)
 
 
 def _ground(contrasts: list[np.ndarray], channels: int) -> int:
-    """The ground from which the least visible image differs most; of equals, all images."""
+    """The ground that hides part of the fewest images; of equals, from which they differ most."""
     if not contrasts:  # nothing is visible on any ground
         return GROUNDS[0]
-    of_images = np.stack(contrasts)[:, 0 if channels == 1 else 1]
+    of_images, hidden = np.moveaxis(np.stack(contrasts)[:, 0 if channels == 1 else 1], 1, 0)
+    in_part = (hidden > 0.01).mean(axis=0).round(1)
     usual = of_images.min(axis=0)[:3]
     count = 3 if usual.max() >= VISIBLE else len(GROUNDS)
-    best = max(range(count), key=lambda k: (of_images[:, k].min().round(), of_images[:, k].mean().round()))
+    differs = [(-in_part[k], of_images[:, k].min().round(), of_images[:, k].mean().round()) for k in range(count)]
+    best = max(range(count), key=differs.__getitem__)
     return GROUNDS[best]
 
 
