@@ -32,10 +32,10 @@ def plain(
         inputs: Tensor [N, ...], or the model's keyword arguments.
         weights: client id -> w_k; p_k = w_k / Σ w.
 
-
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> model.weight.data = torch.tensor([[1.0, 1.0]])
         >>> clients = {"ann": {"weight": torch.tensor([[3.0, -1.0]])}}
         >>> plain(model, clients, torch.tensor([[1.0, 2.0]])).item()
         1.0
