@@ -211,7 +211,7 @@ class Run:
             path: the run's folder.
             initial: as of `create`; a recorded run must have started from the same.
             clients: as of `create`; a recorded run must have all of these, the same.
-            **header: as of `create`; a recorded run must have the same entries.
+            **header: as of `create`; where a recorded run has these entries, they must be the same.
 
         Raises:
             TraceFLError: the recorded run differs; the message names in what.
@@ -259,14 +259,13 @@ class Run:
             require(known == client, f"{self.path}: {told}: give the same or choose another folder")
 
     def check_header(self, **header: Any) -> None:
-        """Refuse entries of run.json that differ from the recorded ones.
+        """Refuse entries of run.json that differ from the recorded ones; it may lack some.
 
         Raises:
             TraceFLError: one differs; the message names it.
         """
         mine = {key: value for key, value in self._header.items() if key not in NO_HEADER}
-        if self._header["schema"] == 1:  # it says less of itself
-            header = {key: value for key, value in header.items() if key in mine}
+        header = {key: value for key, value in header.items() if key in mine}
         for key, was, now in _differences(mine, json.loads(json.dumps(_strict(header)))):
             told = f"the run in {self.path} was recorded with {key}={was!r}, got {now!r}"
             raise TraceFLError(f"{told}: give the same or choose another folder")
@@ -280,6 +279,10 @@ class Run:
         missing = f"{self.path / 'run.json'} has no entry '{key}': give it to Run.create, or train again"
         require(key in self._header, missing)
         return self._header[key]
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the header has this entry."""
+        return key in self._header
 
     def round(self, number: int) -> Round:
         """Round `number`, counted from 1: its record, and the states of its clients.

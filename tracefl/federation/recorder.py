@@ -189,8 +189,12 @@ class Recorder:
         """Create the run, or see that the recorded one is this one."""
         header = {"strategy": settings_of(self.strategy), "train_config": _plain(train_config or {})}
         header |= {} if self.settings is None else {"settings": dict(self.settings)}
+        if self._owned and self._run is not None and not self._run.rounds and "strategy" in self._run:
+            (self.folder / "run.json").unlink()  # it failed in round 1, perhaps for its settings
+            self._run = None
         if self._owned and self._run is None:
-            clients = self._given or [ClientInfo(client) for client in sorted(self._wait().values(), key=by_number)]
+            there = self._wait() if num_rounds else {}
+            clients = self._given or [ClientInfo(client) for client in sorted(there.values(), key=by_number)]
             state = initial.to_torch_state_dict()
             self._run = Run.create(self.folder, initial=state, clients=clients, seed=self.seed, **header)
             logging.getLogger("flwr").info("TraceFL records this run into %s", self.folder.resolve())
