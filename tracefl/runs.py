@@ -369,6 +369,7 @@ class Run:
         """
         name = f"clients/{file_stem(client)}"
         with writing(self.path):
+            self._check_unchanged()
             sha256 = write_state(self._file(number, name), state)
         return Participant(client, num_examples, weight, f"{name}.safetensors", sha256)
 
@@ -399,6 +400,7 @@ class Run:
         predictions = {"predictions": evaluation.predictions} if evaluation else None
         states = {"global": released, "predictions": predictions, "strategy": strategy_state}
         with writing(self.path):
+            self._check_unchanged()
             sha256 = {name: write_state(self._file(number, name), state) for name, state in states.items() if state}
             record = Round(
                 folder=self._file(number, "global").parent,
@@ -459,6 +461,12 @@ class Run:
         place = {"folder": self._file(entry["number"], "global").parent, "entries": self.entries}
         return Round(**{**entry, "clients": clients, **place})
 
+    def _check_unchanged(self) -> None:
+        """Refuse to write after another writer, whose rounds would be lost."""
+        file = self.path / "run.json"
+        changed = f"{file} was changed by another writer since it was opened: open the run again"
+        require((file.read_bytes() if file.exists() else b"") == self._written, changed)
+
     def _save(self) -> None:
         """Write run.json.
 
@@ -476,8 +484,7 @@ class Run:
                 raise TraceFLError(f"run.json's entry '{key}' {plain} ({error})") from None
         content = json.dumps(header, indent=1, allow_nan=False).encode()
         with writing(self.path):
-            changed = f"{file} was changed by another writer since it was opened: open the run again"
-            require((file.read_bytes() if file.exists() else b"") == self._written, changed)
+            self._check_unchanged()
             write_atomically(file, content)
         self._written = content
 

@@ -56,7 +56,9 @@ def new_app(change=lambda content, client: content, key="partition-id") -> Clien
 class OwnGrid:
     """Nodes by id -> their configuration; a lost one is answered for by the SuperLink, a silent one by nobody."""
 
-    def __init__(self, nodes, app: ClientApp | None = None, lost=(), silent=(), on_message=lambda message: None) -> None:
+    def __init__(
+        self, nodes, app: ClientApp | None = None, lost=(), silent=(), on_message=lambda message: None
+    ) -> None:
         self.nodes = {n: {"partition-id": c} if isinstance(c, str | int) else c for n, c in nodes.items()}
         self.app, self.lost, self.silent, self.on_message = app or new_app(), set(lost), set(silent), on_message
         self.mailbox: dict[str, Message] = {}

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM, Strategy
 from torch import nn
 
 from tests.federation.own import INITIAL, OwnGrid, arrays, examples_of, new_app, trained
@@ -135,26 +135,15 @@ def test_a_lost_nodes_answer_is_its_clients_failure(tmp_path):
 
 
 def test_a_node_that_returns_under_another_number_is_the_same_client(tmp_path):
-    def go(message):
-        if message.metadata.message_type == "train":
-            grid.nodes[99] = grid.nodes.pop(12, grid.nodes.get(99))
-
-    grid = OwnGrid(THREE)
-    record(tmp_path, grid, rounds=1)
-    go_on = OwnGrid({11: "a", 99: "b", 13: "c"})
-    record(tmp_path, go_on, rounds=2)
-    grid = OwnGrid(THREE, lost=[])
-    seen = []
-    record(tmp_path / "in one process", OwnGrid(THREE), rounds=1)
-
-    def evaluate_fn(number, model):
+    def move(number, model):
         if number == 1:
             moving.nodes[99] = moving.nodes.pop(12)
-        seen.append(number)
 
+    record(tmp_path / "again", OwnGrid(THREE), rounds=1)
+    record(tmp_path / "again", OwnGrid({11: "a", 99: "b", 13: "c"}), rounds=2)
     moving = OwnGrid(THREE)
-    record(tmp_path / "moving", moving, rounds=2, start={"evaluate_fn": evaluate_fn})
-    for folder in (tmp_path, tmp_path / "moving"):
+    record(tmp_path / "moving", moving, rounds=2, start={"evaluate_fn": move})
+    for folder in (tmp_path / "again", tmp_path / "moving"):
         run = Run.open(folder)
         assert [[client.id for client in run.round(t).clients] for t in (1, 2)] == [["a", "b", "c"]] * 2
         assert torch.equal(run.round(2).client_state("b")["w"], trained(run.global_state(1), "b")["w"])
@@ -228,7 +217,9 @@ def test_a_client_may_join_later(tmp_path, caplog):
     record(tmp_path, OwnGrid(THREE | {14: "d"}), rounds=3)
 
 
-@pytest.mark.parametrize("name", ["../../../x", "hospital/berlin", "..", ".", "CON", "a b\n", "ünïcode", "x" * 4000, "7"])
+@pytest.mark.parametrize(
+    "name", ["../../../x", "hospital/berlin", "..", ".", "CON", "a b\n", "ünïcode", "x" * 4000, "7"]
+)
 def test_any_string_is_an_id_and_none_leads_out_of_the_run(tmp_path, name):
     folder = tmp_path / "deep" / "er" / "run"
     record(folder, OwnGrid({1: {"site": name}, 2: {"site": "b"}}, new_app(key="site")), rounds=1, node_key="site")
@@ -273,6 +264,41 @@ def test_too_few_nodes_for_the_strategy_end_in_a_sentence(tmp_path):
     with pytest.raises(TraceFLError, match=r"round 2: the strategy waits for more than 1 nodes"):
         record(tmp_path, grid, start={"evaluate_fn": leave})
     assert len(Run.open(tmp_path).rounds) == 1
+
+
+def test_a_client_whose_node_has_gone_is_named_and_not_waited_for(tmp_path, caplog):
+    def leave(number, model):
+        if number == 1:
+            del grid.nodes[12]
+
+    grid = OwnGrid(THREE)
+    record(tmp_path, grid, start={"evaluate_fn": leave})
+    assert "round 2: no node is there for client b" in caplog.text
+    assert list(shares(Run.open(tmp_path), 2)) == ["a", "c"]
+
+
+def test_a_node_that_is_lost_before_it_trains_is_its_clients_failure(tmp_path):
+    grid = OwnGrid(THREE)
+    record(tmp_path, grid, rounds=1)
+    grid.on_message = lambda message: grid.lost.add(12) if len(grid.asked) > 12 else None
+    with pytest.raises(TraceFLError, match="round 2, client b: node 12 is lost"):
+        record(tmp_path, grid)
+
+
+def test_drawn_clients_are_waited_for_and_a_missing_one_fails(tmp_path):
+    """As the pipeline does: the recorder draws, the strategy takes every node that it is shown."""
+    strategy = lambda: plain(min_train_nodes=2, min_available_nodes=2)  # noqa: E731
+    record(tmp_path, rounds=1, strategy=strategy(), clients_per_round=2, seed=3)
+    one = Recorder(strategy(), tmp_path, OwnGrid({11: "a", 12: "b"}), clients_per_round=2, seed=3, node_timeout=0.2)
+    number = next(t for t in range(2, 30) if "c" in one.participants(t))
+    del one
+    with pytest.raises(TraceFLError, match=f"round {number}, client c: none of the connected nodes says"):
+        record(tmp_path, OwnGrid({11: "a", 12: "b"}), rounds=number, strategy=strategy(), clients_per_round=2, seed=3)
+    more = {"clients_per_round": 2, "seed": 3, "accept_failures": True}
+    record(tmp_path, OwnGrid({11: "a", 12: "b"}), rounds=number, strategy=strategy(), **more)
+    last = Run.open(tmp_path).round(number)
+    assert list(last.failures) == ["c"]
+    assert len(last.clients) == 1
 
 
 # --- the order of entries, and strategies with state ----------------------------------------------
@@ -325,7 +351,7 @@ def test_a_run_without_predictions_is_recorded_and_traced(tmp_path):
     record(tmp_path)
     run = Run.open(tmp_path)
     assert (run.round(1).loss, run.round(1).accuracy) == (None, None)
-    with pytest.raises(TraceFLError, match="round 1 of .* has no predictions: it was recorded without evaluate"):
+    with pytest.raises(TraceFLError, match=r"round 1 of .* has no predictions: it was recorded without evaluate"):
         run.predictions(1)
     answer = trace_round(run, 2)
     assert answer.client_ids == ["a", "b", "c"]
@@ -468,7 +494,7 @@ def test_a_strategy_may_weigh_by_another_key(tmp_path):
 
     record(tmp_path, OwnGrid(THREE, new_app(batches)), rounds=1, strategy=plain(weighted_by_key="batches"))
     assert shares(Run.open(tmp_path)) == {"a": 0.2, "b": 0.4, "c": 0.4}
-    with pytest.raises(TraceFLError, match="client a: its samples must be a number of at least 0, got None"):
+    with pytest.raises(TraceFLError, match=r"client .: its samples must be a number of at least 0, got None"):
         record(tmp_path / "b", OwnGrid(THREE, new_app(batches)), rounds=1, strategy=plain(weighted_by_key="samples"))
 
 
@@ -594,6 +620,59 @@ def test_a_strategy_with_a_start_of_its_own_is_run_by_it_and_goes_on(tmp_path):
         assert same(model.to_torch_state_dict(), run.global_state(number))
     assert "start" not in vars(strategy)
     assert "configure_train" not in vars(strategy)
+
+
+def test_fewer_rounds_than_are_recorded_return_the_model_of_the_last_that_is_asked_for(tmp_path):
+    record(tmp_path, rounds=3)
+    result = record(tmp_path, rounds=2)
+    assert same(result.arrays.to_torch_state_dict(), Run.open(tmp_path).global_state(2))
+    assert list(result.train_metrics_clientapp) == [1, 2]
+
+
+class FromScratch(Strategy):
+    """No class of Flower's: asks all nodes, takes the plain mean, weighs by nothing and knows no examples."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        content = RecordDict({"arrays": arrays, "config": config})
+        return [Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
+
+    def aggregate_train(self, server_round, replies):
+        states = [reply.content["arrays"].to_torch_state_dict() for reply in replies]
+        return ArrayRecord({n: sum(s[n] for s in states) / len(states) for n in states[0]}), None
+
+    def configure_evaluate(self, server_round, arrays, config, grid):
+        return []
+
+    def aggregate_evaluate(self, server_round, replies):
+        return None
+
+    def summary(self):
+        pass
+
+
+def test_a_strategy_from_scratch_is_recorded_and_its_weights_are_found(tmp_path):
+    def untold(content, client):
+        content["metrics"] = MetricRecord({"loss": 1.0})
+        return content
+
+    record(tmp_path, OwnGrid(THREE, new_app(untold)), strategy=FromScratch())
+    run = Run.open(tmp_path)
+    assert shares(run, 2) == dict.fromkeys("abc", 1 / 3)
+    assert run.round(2).weights_from == "models"
+    assert [client.num_examples for client in run.round(2).clients] == [0, 0, 0]
+    assert trace_round(run, 2).client_ids == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("ask", [[11, 77], [11, 11]])
+def test_a_strategy_that_asks_unknown_nodes_or_one_twice_is_named(tmp_path, ask):
+    class Asks(FromScratch):
+        def configure_train(self, server_round, arrays, config, grid):
+            content = RecordDict({"arrays": arrays, "config": config})
+            return [Message(content, dst_node_id=node, message_type="train") for node in ask]
+
+    words = "asks node 77, which has not said which client it is" if 77 in ask else "client 'a' several messages"
+    with pytest.raises(TraceFLError, match=f"round 1: the strategy .*{words}"):
+        record(tmp_path, strategy=Asks())
 
 
 def test_a_start_that_goes_through_no_round_is_named(tmp_path):

@@ -13,6 +13,7 @@ from tracefl.errors import TraceFLError, require
 from tracefl.federation import grid as grid_module
 from tracefl.federation.grid import GridView
 from tracefl.federation.identity import ACTION, KEY
+from tracefl.federation.replies import LOST
 
 log = logging.getLogger("tracefl")
 HOW = 'register app.query("identify")(identify) in its client app'
@@ -56,11 +57,12 @@ class Nodes:
         Returns:
             Node id -> client id.
         """
-        there, again = list(self.grid.get_node_ids()), set(again)
+        there, again = dict.fromkeys(self.grid.get_node_ids()), set(again)
         self.clients = {node: client for node, client in self.clients.items() if node in there}
         self.refused = {node: why for node, why in self.refused.items() if node in there and not retry}
         before = self.clients.keys() - again
-        self._ask([node for node in there if node in again or node not in self.clients | self.refused])
+        known = self.clients.keys() | self.refused.keys()
+        self._ask([node for node in there if node in again or node not in known])
         doubled = {client for client, count in Counter(self.clients.values()).items() if count > 1}
         self._ask([node for node in before if self.clients[node] in doubled])  # is it still there?
         for client in sorted(doubled):
@@ -86,6 +88,8 @@ class Nodes:
             reply = answers.get(node)
             if reply is None:
                 self._refuse(node, f"did not say within {self.timeout:g} s which client it is")
+            elif reply.has_error() and reply.error.code in LOST:
+                self._refuse(node, f"is lost ({reply.error.reason})")
             elif reply.has_error():
                 said = (reply.error.reason or "no reason given").strip("'\"> \n").splitlines()[-1].strip()
                 self._refuse(node, f"could not say which client it is ({said}); {HOW}")

@@ -106,6 +106,7 @@ class Recorder:
         self._given = None if clients is None else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
         self._held, self._holds = ExitStack(), False
         self._sampling_since: float | None = None
+        self._away: list[str] = []  # clients without a node
         self._run: Run | None
         self._run, self.folder = (run, run.path) if isinstance(run, Run) else (None, Path(run))
         self._owned = self._run is None  # whether this recorder makes the run and checks its settings
@@ -152,6 +153,7 @@ class Recorder:
         with self._held, ExitStack() as undo:
             if self._owned:
                 self._hold()
+                undo.callback(setattr, self, "_holds", False)
             else:
                 undo.enter_context(writing(self.folder))
             self._view = GridView(grid, nodes=self._shown, on_reply=self._receive)
@@ -170,9 +172,9 @@ class Recorder:
             unknown = evaluate_fn and any("server" not in record.metrics for record in self.run.rounds)
             self._reads_all = type(self.strategy).start is not Strategy.start or unknown
             self._watch(undo)
-            before, self._index = len(self.run.rounds), 0
+            before, self._index, self._wanted = len(self.run.rounds), 0, num_rounds
             result = self.strategy.start(*bound.args, **bound.kwargs)
-            went = self._index >= min(num_rounds, before + 1)
+            went = self._index >= min(num_rounds, before + 1)  # no round, or no new one
             require(went, f"{call} went through no round: it must call its configure_train and aggregate_train")
             return result
 
@@ -180,7 +182,6 @@ class Recorder:
         """Take the folder's lock; it is given back when `start` ends."""
         if not self._holds:
             self._held.enter_context(locked(self.folder))
-            self._held.callback(setattr, self, "_holds", False)
             self._holds = True
 
     # --- before the first round ---------------------------------------------------------------
@@ -297,8 +298,7 @@ class Recorder:
         self._failures: dict[str, str] = {}  # client -> why
         self._used = {}
         self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
-        if not isinstance(self.nodes, dict):
-            self.nodes.refresh(retry=True)
+        self._look_for_nodes()
         absent: dict[int, str] = {}
         if self.clients_per_round is not None:
             drawn = self.participants(self._index)
@@ -329,6 +329,16 @@ class Recorder:
                 self._fail(before[node], refused.get(node, (gone,))[0])
         messages = [message for message in messages if message.metadata.dst_node_id in self._client_of]
         return sorted(messages, key=lambda m: self._chosen.index(self._client_of[m.metadata.dst_node_id]))
+
+    def _look_for_nodes(self) -> None:
+        """Ask the nodes that have come, and say which clients have none."""
+        if isinstance(self.nodes, dict):
+            return
+        there = set(self.nodes.refresh(retry=True).values())
+        away = [client.id for client in self.run.clients if client.id not in there]
+        if away != self._away and away:
+            log.warning("round %d: no node is there for client %s: not asked", self._index, ", ".join(away))
+        self._away = away
 
     def _node(self, client: str) -> int | None:
         if isinstance(self.nodes, dict):
@@ -469,7 +479,7 @@ class Recorder:
         """Model and metrics of a recorded round; only a loop that looks at all reads all."""
         metrics = self.run.round(number).metrics.get("train")
         record = None if metrics is None else MetricRecord(metrics)
-        if number < len(self.run.rounds) and not self._reads_all:
+        if number < min(self._wanted, len(self.run.rounds)) and not self._reads_all:
             return None, record
         return ArrayRecord(dict(self.run.global_state(number))), record
 
@@ -504,13 +514,14 @@ class Recorder:
     def _watched_evaluate_fn(self, evaluate_fn: Callable[..., MetricRecord | None]) -> Callable[..., Any]:
         """The app's evaluate_fn, its metrics recorded; those recorded of a round that has them."""
 
-        def watched(server_round: int, *args: Any, **kwargs: Any) -> MetricRecord | None:
+        def watched(*args: Any, **kwargs: Any) -> MetricRecord | None:
+            server_round = args[0] if args else kwargs.get("server_round", -1)
             if not 0 <= server_round <= len(self.run.rounds):
-                return evaluate_fn(server_round, *args, **kwargs)
+                return evaluate_fn(*args, **kwargs)
             known = self.run.metrics(server_round)
             if "server" in known:
                 return None if known["server"] is None else MetricRecord(known["server"])
-            found = evaluate_fn(server_round, *args, **kwargs)
+            found = evaluate_fn(*args, **kwargs)
             self._note_changes()
             self.run.record_metrics(server_round, "server", found)
             return found
