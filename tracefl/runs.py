@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tracefl.data.examples import Examples, load_examples
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.states import State, StateFile
 from tracefl.training import Evaluation
 
@@ -266,7 +266,10 @@ class Run:
         """
         mine = {key: value for key, value in self._header.items() if key not in NO_HEADER}
         header = {key: value for key, value in header.items() if key in mine}
-        for key, was, now in _differences(mine, json.loads(json.dumps(_strict(header)))):
+        plain = f"the entries {', '.join(header)} must be plain JSON: numbers, strings, lists and dicts"
+        with as_sentence(plain, "give those", TypeError, ValueError):
+            given = json.loads(json.dumps(_strict(header)))
+        for key, was, now in _differences(mine, given):
             told = f"the run in {self.path} was recorded with {key}={was!r}, got {now!r}"
             raise TraceFLError(f"{told}: give the same or choose another folder")
 
@@ -372,6 +375,10 @@ class Run:
             self._check_unchanged()
             sha256 = write_state(self._file(number, name), state)
         return Participant(client, num_examples, weight, f"{name}.safetensors", sha256)
+
+    def received(self, number: int, client: Participant) -> StateFile:
+        """What `record_client` has written, also of a round that is not complete yet."""
+        return StateFile(self._file(number, "global").parent / client.file, order=self.entries)
 
     def record_round(
         self,

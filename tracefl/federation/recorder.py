@@ -116,7 +116,7 @@ class Recorder:
                 self._hold()
                 self._run = Run.open(self.folder) if (self.folder / "run.json").exists() else None
             expected = self._given if self._owned else self.run.clients
-            ids = None if expected is None else [client.id for client in expected]
+            ids = [client.id for client in expected] if expected else None
             if isinstance(nodes, Mapping):
                 self.nodes: Nodes | dict[int, str] = dict(nodes)
             else:
@@ -238,7 +238,7 @@ class Recorder:
 
     def _initial(self, given: ArrayRecord) -> ArrayRecord:
         """The initial model, its entries in the order of the app."""
-        recorded = self.run.global_state(0)
+        recorded, self._order = self.run.global_state(0), list(given)
         return ArrayRecord({name: recorded[name] for name in given})
 
     def _watch(self, undo: ExitStack) -> None:
@@ -365,6 +365,7 @@ class Recorder:
             self._fail(client, str(problem))
             return
         participant = self.run.record_client(self._index, client, update.state, update.num_examples)
+        update = replace(update, state=self.run.received(self._index, participant))  # memory is for replies
         self._updates[client] = reply.metadata.reply_to_message_id, update, participant
         self.on_client(self._index, client, update.metrics)
 
@@ -375,7 +376,7 @@ class Recorder:
             return self._again(number)
         for client in self._chosen:
             if client not in self._updates and client not in self._failures:
-                self._fail(client, "it sent no reply in time (round_timeout)")
+                self._fail(client, "it sent no reply in time (timeout, round_timeout)")
         self._check_same_entries()
         given = {reply.metadata.reply_to_message_id: reply for reply in replies}
         accepted = [self._updates[client] for client in self._chosen if client in self._updates]
@@ -481,7 +482,9 @@ class Recorder:
         record = None if metrics is None else MetricRecord(metrics)
         if number < min(self._wanted, len(self.run.rounds)) and not self._reads_all:
             return None, record
-        return ArrayRecord(dict(self.run.global_state(number))), record
+        state = self.run.global_state(number)
+        order = dict.fromkeys([name for name in self._order if name in state])  # early runs do not hold it
+        return ArrayRecord({name: state[name] for name in order | dict.fromkeys(state)}), record
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
         """The strategy's messages; none if the clients' evaluation is recorded."""

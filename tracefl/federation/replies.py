@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.constant import ErrorCode
-from torch import Tensor
 
 from tracefl.states import State
 
@@ -21,7 +20,7 @@ class BadReplyError(Exception):
 class Update:
     """A client's model, its metrics, its number of examples (0: not said) and its weight."""
 
-    state: dict[str, Tensor]
+    state: State
     metrics: MetricRecord
     num_examples: int
     weight: float
