@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM, QFedAvg, Strategy
 from torch import nn
 
 from tests.federation.own import INITIAL, OwnGrid, arrays, examples_of, new_app, trained
@@ -485,6 +485,30 @@ def test_where_weights_cannot_be_learnt_examples_are_assumed_and_it_is_said(tmp_
     assert shares(run) == pytest.approx({c: examples_of(c) / total for c in "abc"})
     assert "round 1: what weights Noisy gave the updates cannot be told" in caplog.text
     assert "num-examples is assumed" in caplog.text
+
+
+def test_q_fedavg_weighs_by_losses(tmp_path):
+    """p_k in proportion to loss^q, whatever the step."""
+    strategy = QFedAvg(client_learning_rate=0.1, q=2.0, fraction_evaluate=0.0)
+    record(tmp_path, rounds=1, strategy=strategy)
+    run, losses = Run.open(tmp_path), {c: 1 / examples_of(c) ** 2 for c in "abc"}
+    assert run.round(1).weights_from == "models"
+    assert shares(run) == pytest.approx({c: losses[c] / sum(losses.values()) for c in "abc"}, abs=1e-3)
+
+
+def test_an_update_that_a_loop_leaves_out_counts_nothing(tmp_path):
+    class Drops(FedAvg):
+        def start(self, grid, initial_arrays, num_rounds=3, timeout=3600):
+            for number in range(1, num_rounds + 1):
+                messages = self.configure_train(number, initial_arrays, ConfigRecord(), grid)
+                replies = list(grid.send_and_receive(messages, timeout=timeout))
+                kept = [reply for reply in replies if reply.content["metrics"]["num-examples"] != examples_of("b")]
+                self.aggregate_train(number, kept)
+
+    record(tmp_path, rounds=1, strategy=Drops(fraction_evaluate=0.0))
+    run, total = Run.open(tmp_path), examples_of("a") + examples_of("c")
+    assert shares(run) == {"a": examples_of("a") / total, "b": 0.0, "c": examples_of("c") / total}
+    torch.testing.assert_close(mean_of(run, 1), run.global_state(1)["w"])
 
 
 def test_a_strategy_may_weigh_by_another_key(tmp_path):
