@@ -6,7 +6,14 @@ import logging
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM, QFedAvg, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    QFedAvg,
+    Strategy,
+)
 from torch import nn
 
 from tests.federation.own import INITIAL, OwnGrid, arrays, examples_of, new_app, trained

@@ -146,6 +146,30 @@ class Nodes:
         return next((node for node, name in self.clients.items() if name == client), None)
 
 
+class KnownNodes:
+    """Nodes whose clients are known from the start and do not change: nobody is asked.
+
+    Args:
+        clients: node id -> client id.
+    """
+
+    def __init__(self, clients: dict[int, str]) -> None:
+        self.clients = clients
+        self.refused: dict[int, tuple[str, bool]] = {}
+
+    def refresh(self, again: Iterable[int] = (), retry: bool = False) -> dict[int, str]:
+        """As of `Nodes`; nothing has changed."""
+        return self.clients
+
+    def wait(self, count: int = 1, clients: Collection[str] = (), strict: bool = True) -> dict[int, str]:
+        """As of `Nodes`; they are there."""
+        return self.clients
+
+    def node_of(self, client: str) -> int | None:
+        """The node that is a client, or None."""
+        return next((node for node, name in self.clients.items() if name == client), None)
+
+
 def _said(reply: Message) -> str | None:
     """The client's id in an answer; an answer of an earlier version has "partition-id"."""
     for record in reply.content.config_records.values():
