@@ -48,7 +48,7 @@ def test_an_app_is_recorded_goes_on_and_names_the_client_of_each_class(tmp_path,
         assert again.train_metrics_clientapp[1] == first.train_metrics_clientapp[1]
     if kind in ("plain", "text"):
         assert list(again.evaluate_metrics_clientapp) == [1, 2, 3, 4]
-    if kind != "text":
+    if kind in ("advanced", "vit"):  # where every client takes part in every round
         assert run.metrics(4)["server"]["accuracy"] > 0.6
 
     number = next(record.number for record in reversed(run.rounds) if {"0", "3"} & {c.id for c in record.clients})

@@ -101,6 +101,8 @@ def test_a_finished_run_started_again_returns_its_model_and_metrics_and_asks_nob
         ({"clients": ["a", "b", "c", "d"]}, "client 'd' is none of the run's"),
         ({"settings": {"lr": 0.2}}, r"recorded with settings.lr=0.1, got 0.2"),
         ({"start": {"train_config": ConfigRecord({"epochs": 2})}}, "train_config.epochs=1, got 2"),
+        ({"seed": 7}, "recorded with seed=0, got 7"),
+        ({"clients_per_round": 2}, "recorded with clients_per_round=None, got 2"),
         ({"strategy": plain(weighted_by_key="n")}, "strategy.FedAvg.weighted_by_key='num-examples', got 'n'"),
         ({"strategy": FedAdam(fraction_evaluate=0.0)}, "recorded with strategy.FedAdam=None"),
     ],
@@ -704,6 +706,45 @@ def test_a_strategy_that_asks_unknown_nodes_or_one_twice_is_named(tmp_path, ask)
     words = "asks node 77, which has not said which client it is" if 77 in ask else "client 'a' several messages"
     with pytest.raises(TraceFLError, match=f"round 1: the strategy .*{words}"):
         record(tmp_path, strategy=Asks())
+
+
+def test_a_reply_that_comes_a_round_late_is_not_taken_for_one_of_that_round(tmp_path):
+    class Pulls(FromScratch):
+        """Sends, waits for nobody, and looks for all replies that are there."""
+
+        def start(self, grid, initial_arrays, num_rounds=3, timeout=3600):
+            sent = []
+            for number in range(1, num_rounds + 1):
+                messages = self.configure_train(number, initial_arrays, ConfigRecord(), grid)
+                sent += grid.push_messages(messages)
+                late = {12} if number == 1 else set()
+                replies = list(grid.pull_messages([s for s in sent if at[s] not in late]))
+                self.aggregate_train(number, replies)
+
+    class Remembers(OwnGrid):
+        def push_messages(self, messages):
+            ids = super().push_messages(messages)
+            at.update(zip(ids, [message.metadata.dst_node_id for message in messages], strict=True))
+            return ids
+
+    at, heard = {}, []
+    hear = lambda number, client, metrics: heard.append((number, client))  # noqa: E731
+    record(tmp_path, Remembers(THREE), strategy=Pulls(), accept_failures=True, on_client=hear)
+    assert sorted(heard) == [(1, "a"), (1, "c"), (2, "a"), (2, "b"), (2, "c")]
+    run = Run.open(tmp_path)
+    assert list(run.round(1).failures) == ["b"]
+    assert list(shares(run, 2)) == ["a", "b", "c"]
+
+
+def test_a_strategy_that_returns_no_array_record_is_named(tmp_path):
+    class Returns(FromScratch):
+        def aggregate_train(self, server_round, replies):
+            return {"w": torch.zeros(2, 3)}, None
+
+    with pytest.raises(
+        TraceFLError, match=r"Returns.aggregate_train must return an ArrayRecord or None, .* got a dict"
+    ):
+        record(tmp_path, strategy=Returns())
 
 
 def test_a_start_that_goes_through_no_round_is_named(tmp_path):

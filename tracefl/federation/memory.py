@@ -33,7 +33,7 @@ def parts(strategy: Strategy) -> list[Strategy]:
         one = waiting.pop(0)
         if not any(one is other for other in found):
             found.append(one)
-            held = [list(v) if isinstance(v, list | tuple) else [v] for v in vars(one).values()]
+            held = [list(v) if isinstance(v, list | tuple) else [v] for v in getattr(one, "__dict__", {}).values()]
             waiting += [value for values in held for value in values if isinstance(value, Strategy)]
     return found
 

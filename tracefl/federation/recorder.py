@@ -188,7 +188,8 @@ class Recorder:
 
     def _open(self, initial: ArrayRecord, num_rounds: int, train_config: ConfigRecord | None) -> None:
         """Create the run, or see that the recorded one is this one."""
-        header = {"strategy": settings_of(self.strategy), "train_config": _plain(train_config or {})}
+        drawn = {"clients_per_round": self.options.clients_per_round, "seed": self.options.seed}
+        header = {**drawn, "strategy": settings_of(self.strategy), "train_config": _plain(train_config or {})}
         header |= {} if self.settings is None else {"settings": dict(self.settings)}
         if self._owned and self._run is not None and not self._run.rounds and "strategy" in self._run:
             (self.folder / "run.json").unlink()  # it failed in round 1, perhaps for its settings
@@ -197,7 +198,7 @@ class Recorder:
             there = self._wait() if num_rounds else {}
             clients = self._given or [ClientInfo(client) for client in sorted(there.values(), key=by_number)]
             state = initial.to_torch_state_dict()
-            self._run = Run.create(self.folder, initial=state, clients=clients, seed=self.options.seed, **header)
+            self._run = Run.create(self.folder, initial=state, clients=clients, **header)
             logging.getLogger("flwr").info("TraceFL records this run into %s", self.folder.resolve())
         elif self._owned:
             self.run.check_header(**header)

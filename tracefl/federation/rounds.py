@@ -85,6 +85,7 @@ class Rounds:
         self._first_values: dict[str, bytes] | None = None
         self._away: list[str] = []  # clients without a node
         self._sampling_since: float | None = None
+        self._client_of: dict[int, str] = {}  # node that is asked in this round -> client
 
     def view(self, grid: Grid) -> GridView:
         """The grid for the strategy: it shows nodes whose clients are known; replies are read."""
@@ -137,6 +138,7 @@ class Rounds:
         self._failures: dict[str, str] = {}  # client -> why
         self._used = {}
         self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
+        self._view.asked.clear()  # what comes late is no reply of this round
         self._look_for_nodes()
         absent: dict[int, str] = {}
         if self.options.clients_per_round is not None:
@@ -187,7 +189,9 @@ class Rounds:
         asked = self._view.asked.get(reply.metadata.reply_to_message_id)
         if asked is None or asked.message_type.split(".")[0] != MessageType.TRAIN or self._recorded:
             return
-        client = self._client_of[asked.dst_node_id]
+        client = self._client_of.get(asked.dst_node_id)
+        if client is None:  # the strategy has sent something of its own
+            return
         try:
             update = read_update(
                 reply, self._expected, self._weight_key(), self.options.arrayrecord_key, not self._flowers()
@@ -223,6 +227,8 @@ class Rounds:
         ):
             arrays, metrics = self._own["aggregate_train"](server_round, [reply for reply, _, _ in used])
         released = dict(self._expected)  # what no client sends is as it was
+        returned = f"round {number}: {name}.aggregate_train must return an ArrayRecord or None, and metrics"
+        require(arrays is None or isinstance(arrays, ArrayRecord), f"{returned}; got a {type(arrays).__name__}")
         if arrays is None:
             log.warning("round %d: %s released no model, it stays as it was", number, name)
         else:
