@@ -82,10 +82,11 @@ def as_ids(given: Collection[Any], known: Collection[str], argument: str) -> lis
     """
     single = isinstance(given, str | bytes) or not isinstance(given, Collection)
     require(not single, f"{argument} must be a list of client ids, got {given!r}: pass [{given!r}]")
-    some = ", ".join(map(repr, list(known)[:20])) + (", ..." if len(known) > 20 else "")
+    ids = list(known)
+    some = ", ".join(map(repr, ids[:20])) + (", ..." if len(ids) > 20 else "")
     for who in given:
-        require(who in known, f"{argument} must name clients, got {who!r}: choose from {some}")
-    return [who for who in known if who in given]
+        require(who in ids, f"{argument} must name clients, got {who!r}: choose from {some}")
+    return [who for who in ids if who in given]
 
 
 def same_names(states: Mapping[str, State], start: State | None = None) -> list[str]:
@@ -135,7 +136,7 @@ def mean_of(states: Mapping[str, State], weights: Mapping[str, float], name: str
         if not first:
             first, dtype, total = who, tensor.dtype, torch.zeros_like(tensor, dtype=_wide(tensor.dtype))
         unlike = tensor.shape != total.shape or is_continuous(tensor) != is_continuous(total)
-        must = f"client {who!r}: tensor {name!r} must be as client {first!r}'s, {tuple(total.shape)} {dtype}"
+        must = f"client {who!r}: tensor {name!r} must be {tuple(total.shape)} {dtype}, as {first!r} sends it"
         require(not unlike, f"{must}, got {tuple(tensor.shape)} {tensor.dtype}; pass states of the same architecture")
         if not is_continuous(tensor):
             if not heaviest or weight > weights[heaviest]:
