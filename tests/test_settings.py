@@ -86,6 +86,30 @@ def test_different_faults_are_different_runs(config):
     assert run_folder(config(*one, "noise_rate={1:0}")) == run_folder(config(*one))  # the artifact's "all of them"
 
 
+def test_excluded_clients_are_another_run_by_who_they_are(config):
+    eight = ("clients_per_round=8",)
+    runs = [
+        run_folder(config(*eight, f"exclude_clients={some}")) for some in ("[]", "[1,3]", "[3,1]", "[1,3,1]", "[1]")
+    ]
+    assert runs[1] == runs[2] == runs[3]
+    assert len({run_folder(config(*eight)), *runs}) == 3
+    assert run_folder(config(*eight)) == runs[0]
+    assert data_settings(config(*eight, "exclude_clients=[1]")) == data_settings(config(*eight))
+
+
+def test_the_default_run_keeps_its_name(config):
+    assert run_folder(config()).name == "tracefl-a91c9d33"
+    assert "exclude_clients" not in training_settings(config())
+
+
+def test_a_fault_of_an_excluded_client_changes_nothing(config):
+    out, fault = ("clients_per_round=8", "exclude_clients=[1,2]"), ("faulty_clients_ids=[2]", "label2flip={1:0}")
+    assert run_folder(config(*out, *fault)) == run_folder(config(*out))
+    assert run_folder(config(*out, "faulty_clients_ids=[2,4]", "label2flip={1:0}")) == run_folder(
+        config(*out, "faulty_clients_ids=[4]", "label2flip={1:0}")
+    )
+
+
 def test_the_order_of_flips_changes_nothing(config):
     one, other = (config("faulty_clients_ids=[1]", f"label2flip={flips}") for flips in ("{1:0,2:3}", "{2:3,1:0}"))
     assert run_folder(one) == run_folder(other)

@@ -8,12 +8,18 @@ from tracefl.errors import TraceFLError
 
 if TYPE_CHECKING:
     from tracefl.evidence.audit import Audit, audit
+    from tracefl.evidence.fusion import fuse
+    from tracefl.evidence.whatif import WhatIf, whatif
     from tracefl.provenance.result import Provenance
     from tracefl.provenance.trace import trace
     from tracefl.runs import Run
 
-__all__ = ["Audit", "Provenance", "Run", "TraceFLError", "__version__", "audit", "trace"]
-_HOMES = {"Run": "tracefl.runs", "Audit": "tracefl.evidence", "audit": "tracefl.evidence"}
+__all__ = ["Audit", "Provenance", "Run", "TraceFLError", "WhatIf", "__version__", "audit", "fuse", "trace", "whatif"]
+_HOMES = {
+    "Run": "tracefl.runs",
+    **dict.fromkeys(("Audit", "audit", "fuse"), "tracefl.evidence"),
+    **dict.fromkeys(("WhatIf", "whatif"), "tracefl.evidence.whatif"),
+}
 __version__ = version("tracefl")
 
 

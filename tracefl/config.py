@@ -200,6 +200,7 @@ class Config:
     seed: int = setting(0, "of everything that is drawn", between(0, 2**63))
     num_clients: int = setting(10, "clients of the federation", at_least(1))
     clients_per_round: int = setting(10, "clients that train in each round", at_least(1))
+    exclude_clients: list[int] = setting([], "numbers of clients that never train, as [0,3]; the data stay as they are")
     num_rounds: int = setting(5, "rounds of training", at_least(1))
     dirichlet_alpha: float = setting(0.3, "of non_iid_dirichlet; smaller: each client sees fewer classes")
     batch_size: int = setting(32, "examples in a training step of a client", at_least(1))

@@ -49,6 +49,7 @@ def run_experiment(config: Config, resolved: str) -> None:
     require(not idle or len(idle) < len(config.faulty_clients_ids), f"{told}: name others, or other labels to flip.")
     notes = [*data.notes, *notes, *([f"{told}, and train as honest clients"] if idle else [])]
     notes += lines.data_lines(config, data)
+    notes += lines.exclusion_lines(config, data)
     if not (config.do_training or config.do_provenance):
         print(*notes, sep="\n")
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
@@ -83,7 +84,8 @@ def train(config: Config, data: PreparedData, run: Run, model: nn.Module, exampl
     from tracefl.federation.server_app import serve  # brings Flower and Ray
     from tracefl.federation.simulation import simulate
 
-    log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, config.num_clients)
+    count = config.num_clients - len(config.exclude_clients)
+    log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, count)
     with progress.TrainingProgress(wanted, config.clients_per_round, done) as shown:
         observers = {"on_client": shown.on_client, "on_round": shown.on_round}
         simulate(config, lambda grid: serve(grid, config, data, run, model, examples, **observers))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.report.metrics import NAN, table, tidy
 from tracefl.data.prepare import PreparedData
-from tracefl.report.lines import data_lines, provenance_lines
+from tracefl.report.lines import data_lines, exclusion_lines, provenance_lines
 
 
 @pytest.fixture
@@ -124,3 +124,16 @@ def test_of_many_lost_classes_the_first_are_named(config):
     shown = ", ".join(f"c{k} (2 examples)" for k in range(1, 11))
     assert first.endswith(f"13 of the training split's 14 classes: {shown}, and 3 more")
     assert second.endswith(" 35 training examples: 26 given to nobody by data_dist.dist_type=non_iid_dirichlet")
+
+
+def test_who_never_trains_is_named_with_the_classes_that_nobody_else_has(config):
+    counts = {"0": {0: 9, 1: 4}, "1": {1: 5, 2: 6}, "2": {2: 8}}
+    data = PreparedData(Path(), ["ant", "bee", "cow"], counts, "")
+    words = ("num_clients=3", "clients_per_round=1")
+    assert list(exclusion_lines(config(*words), data)) == []
+    for out, line in (
+        ("[0]", "c0 never train, with 13 training examples; nobody else has class ant"),
+        ("[2]", "c2 never train, with 8 training examples"),
+        ("[1,2]", "c1, c2 never train, with 19 training examples; nobody else has class cow"),
+    ):
+        assert list(exclusion_lines(config(*words, f"exclude_clients={out}"), data)) == [f"exclude_clients: {line}"]

@@ -38,7 +38,7 @@ class Recorder(Wrapper):
         strategy: the strategy that aggregates; every node that it is shown must take part, as with
             `FedAvg(min_train_nodes=clients_per_round, min_available_nodes=clients_per_round)`.
         run: the run that rounds are added to; those that it holds are not run again.
-        nodes: Flower's node id -> client id, for every client (`identify_nodes`).
+        nodes: Flower's node id -> client id (`identify_nodes`), of every client that may take part.
         clients_per_round: participants drawn for a round, at most `len(nodes)`.
         seed: of the draw; the participants of round t depend only on (seed, t).
         evaluate: called with the state dict of every released model; returns its evaluation on the

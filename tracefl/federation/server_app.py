@@ -47,10 +47,11 @@ def serve(
         load_exchanged_state(model, state)
         return evaluate(model, examples)
 
+    nodes = identify_nodes(grid, config.num_clients)
     recorder = Recorder(
         build_strategy(config, frozenset(name for name, _ in model.named_buffers())),
         run,
-        identify_nodes(grid, config.num_clients),
+        {node: client for node, client in nodes.items() if int(client) not in config.exclude_clients},
         clients_per_round=config.clients_per_round,
         seed=config.seed,
         evaluate=evaluate_state,

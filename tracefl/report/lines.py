@@ -44,6 +44,19 @@ def data_lines(config: Config, data: PreparedData) -> Iterator[str]:
         yield f"No client trains on {of}: {', '.join(why)}"
 
 
+def exclusion_lines(config: Config, data: PreparedData) -> Iterator[str]:
+    """Who never trains, and the classes that nobody else has; nothing without exclude_clients."""
+    if config.exclude_clients:
+        out = [str(client) for client in config.exclude_clients]
+        had = _by_label({who: data.label_counts[who] for who in out})
+        kept = _by_label({who: counts for who, counts in data.label_counts.items() if who not in out})
+        lost = [data.class_names[k] for k in sorted(had) if not kept[k]]
+        more = [f"and {len(lost) - SHOWN_CLASSES} more"] if len(lost) > SHOWN_CLASSES else []
+        alone = f"; nobody else has class {', '.join(lost[:SHOWN_CLASSES] + more)}" if lost else ""
+        who = ", ".join(f"c{client}" for client in out)
+        yield f"exclude_clients: {who} never train, with {had.total()} training examples{alone}"
+
+
 def _by_label(parts: Mapping[str, Mapping[int, int]]) -> Counter[int]:
     """The counts of all parts together."""
     return sum((Counter(part) for part in parts.values()), start=Counter())
