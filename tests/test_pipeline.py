@@ -102,6 +102,25 @@ def test_the_run_gives_its_models_and_the_servers_examples(finished):
     assert run.model(0).fc.out_features == 10
 
 
+def test_the_run_answers_for_a_prediction(finished):
+    run = Run.open(the_run(finished[0]))
+    rows = pd.read_parquet(run.path / "provenance.parquet")
+    rows = rows[(rows["round"] == 2) & (rows["method"] == "influence")]
+    first = rows["input"].unique()[:2]
+    found = run.trace(first, round=2)
+    assert found.contributions.flatten().tolist() == pytest.approx(
+        rows[rows["input"].isin(first)]["contribution"].tolist(), rel=1e-3
+    )
+    assert found.client_ids == [client.id for client in run.round(2).clients]
+    one = run.trace(index=int(first[1]), round=2)
+    assert one.contributions[0].tolist() == pytest.approx(found.contributions[1].tolist())
+    for index in (60, -1, "3", 1.0, True, [0, 60]):
+        with pytest.raises(TraceFLError, match="index must be one or more whole numbers from 0 to 59, of the server's"):
+            run.trace(index)
+    with pytest.raises(TraceFLError, match="got none"):
+        run.trace([])
+
+
 def test_it_prints_the_lines_that_people_grep_for_and_logs_them(finished):
     folder, out = the_run(finished[0]), finished[1]
     log = (folder / "TraceFL_clients_contributions.log").read_text()
