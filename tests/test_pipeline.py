@@ -113,7 +113,7 @@ def test_the_run_answers_for_a_prediction(finished):
     )
     assert found.client_ids == [client.id for client in run.round(2).clients]
     one = run.trace(index=int(first[1]), round=2)
-    assert one.contributions[0].tolist() == pytest.approx(found.contributions[1].tolist())
+    assert one.contributions[0].tolist() == pytest.approx(found.contributions[1].tolist(), rel=1e-3)
     for index in (60, -1, "3", 1.0, True, [0, 60]):
         with pytest.raises(TraceFLError, match="index must be one or more whole numbers from 0 to 59, of the server's"):
             run.trace(index)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 from tracefl.errors import TraceFLError
 
 if TYPE_CHECKING:
+    from tracefl.evidence.answers import AnswerSets, answer_sets
     from tracefl.evidence.audit import Audit, audit
     from tracefl.provenance.result import Provenance
     from tracefl.provenance.trace import trace
     from tracefl.runs import Run
 
-__all__ = ["Audit", "Provenance", "Run", "TraceFLError", "__version__", "audit", "trace"]
+__all__ = ["AnswerSets", "Audit", "Provenance", "Run", "TraceFLError", "__version__", "answer_sets", "audit", "trace"]
 _HOMES = {"Run": "tracefl.runs", "Audit": "tracefl.evidence", "audit": "tracefl.evidence"}
+_HOMES |= dict.fromkeys(("AnswerSets", "answer_sets"), "tracefl.evidence")
 __version__ = version("tracefl")
 
 
