@@ -196,6 +196,21 @@ def test_other_tracing_settings_trace_the_recorded_run_anew(finished, small):
     assert not (merged["contribution_x"] == merged["contribution_y"]).any()
 
 
+def test_coalitions_are_reported_beside_the_methods(finished, small, capsys):
+    folder = the_run(finished[0])
+    small("evaluation.coalitions=true", "evaluation.coalition_inputs=4", "do_training=false", "plotting=true")
+    out, rounds = capsys.readouterr().out, pd.read_csv(folder / "rounds.csv")
+    assert "[Round 3] Shapley values of 4 inputs from coalitions of 2 clients in " in out
+    assert out.count("Beside Shapley Values: Neuron: Spearman = ") == 3 + 1
+    assert out.count("Answers as Sets: Neuron: Coverage = ") == 3 + 1
+    sets = {"coverage", "coverage_chance", "set_size", "named_nobody"}
+    assert {f"{name}{method}" for name in sets for method in ("", "_influence", "_shapley")} <= set(rounds)
+    assert (rounds["shapley_first_chance"] == 0.5).all()
+    assert rounds["shapley_first_influence"].between(0, 1).all()
+    rows = pd.read_parquet(folder / "provenance.parquet")
+    assert rows[rows["method"] == "shapley"].groupby("round")["input"].nunique().tolist() == [4, 4, 4]
+
+
 def test_other_data_under_the_same_settings_are_refused(finished, small):
     header = the_run(finished[0]) / "run.json"
     original = header.read_text()
