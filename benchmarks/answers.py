@@ -1,14 +1,15 @@
 """Do answers as sets hold whom they should, and do shuffled weights destroy the answer?
 
     python benchmarks/answers.py
+    python benchmarks/answers.py --alpha 100 --rounds 2      # clients that are nearly alike
 
-Trains a small CNN on scikit-learn's digits, ten clients by Dirichlet (alpha 0.3 and 0.7 in turn, one seed each), by
-plain FedAvg, and explains the predicted classes of test inputs after `--rounds`. The truth are the Shapley values from
-all 1,024 fusions. Sets by the spread over inputs of the same predicted class, or by the standard error:
+Trains a small CNN on scikit-learn's digits, ten clients by Dirichlet (every seed takes the next alpha), by plain
+FedAvg, and explains the predicted classes of test inputs after `--rounds`. The truth are the Shapley values from all
+1,024 fusions. Sets by the spread over inputs of the same predicted class, or by the standard error:
   nobody     share of the answers that name nobody          size   mean number of clients in the others
   first      how often they hold the client with the largest exact value, beside random sets of the same size
   another    how often they hold the client that the same method puts first for another input of the class
-Then Spearman, over clients, of every method with that truth, as it is and with the weights shuffled within every tensor:
+Then Spearman, over clients, of every method with that truth, as it is and with the numbers of every tensor shuffled,
 alike for all models, or for each apart; mean over `--shuffles` draws and all inputs.
 """
 
@@ -48,13 +49,13 @@ def small_cnn(norm: bool) -> nn.Module:
     return nn.Sequential(*first, *second, nn.Linear(256, 10))
 
 
-def federation(seed: int, rounds: int, inputs: int, clients: int = 10, norm: bool = False) -> Round:
+def federation(seed: int, rounds: int, inputs: int, alpha: float = 0.3, clients: int = 10, norm: bool = False) -> Round:
     """The last of `rounds` rounds on digits."""
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     x, y = torch.tensor(pixels[order]).float().view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels[order])
     x_test, x, y = x[:360], x[360:], y[360:]
-    parts = [part for part in dirichlet(y.numpy(), clients, 0.7 if seed % 2 else 0.3, seed) if len(part) > 1]
+    parts = [part for part in dirichlet(y.numpy(), clients, alpha, seed) if len(part) > 1]
     weights = {f"c{k}": len(part) for k, part in enumerate(parts)}
     torch.manual_seed(seed)
     model = small_cnn(norm)
@@ -107,7 +108,7 @@ def sets_table(rounds: list[Round], truths: list[Tensor], few: list[int], evalua
     print("| method | spread | nobody | size | first (chance) | another |\n|---|---|---|---|---|---|")
 
     def line(method: str, spread: str, found: list[list[float]]) -> None:
-        nobody, size, first, chance, another = np.nanmean(found, axis=0)
+        nobody, size, first, chance, another = np.ma.masked_invalid(found).mean(axis=0).filled(np.nan)
         last = "" if np.isnan(another) else f"{another:.3f}"
         print(f"| {method} | {spread} | {nobody:.2f} | {size:.2f} | {first:.3f} ({chance:.2f}) | {last} |", flush=True)
 
@@ -144,22 +145,25 @@ def agreement(of: Round, truth: Tensor, method: str, how: str, shuffles: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.3, 0.7])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--inputs", type=int, default=180)
     parser.add_argument("--few", type=int, nargs="+", default=[2, 4, 10], help="inputs of a class that are explained")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--shuffles", type=int, default=10)
     options = parser.parse_args()
-    rounds = [federation(seed, options.rounds, options.inputs) for seed in range(options.seeds)]
+    alphas = [options.alpha[seed % len(options.alpha)] for seed in range(options.seeds)]
+    rounds = [federation(seed, options.rounds, options.inputs, alpha) for seed, alpha in enumerate(alphas)]
     truths = [exact_values(of) for of in rounds]
+    pairs = list(zip(rounds, truths, strict=True))
     sets_table(rounds, truths, options.few, options.evaluations)
     print("\n| method | as it is | shuffled alike | shuffled apart |\n|---|---|---|---|")
     for method in ("neuron", "influence", "shapley"):
-        cells = [
-            f"{np.mean([agreement(of, truth, method, how, options.shuffles) for of, truth in zip(rounds, truths, strict=True)]):.2f}"
+        means = [
+            np.mean([agreement(of, truth, method, how, options.shuffles) for of, truth in pairs])
             for how in ("as it is", "alike", "apart")
         ]
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+        print(f"| {method} | {' | '.join(f'{mean:.2f}' for mean in means)} |", flush=True)
 
 
 if __name__ == "__main__":
