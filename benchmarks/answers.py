@@ -10,7 +10,8 @@ FedAvg, and explains the predicted classes of test inputs after `--rounds`. The 
   first      how often they hold the client with the largest exact value, beside random sets of the same size
   another    how often they hold the client that the same method puts first for another input of the class
 Then Spearman, over clients, of every method with that truth, as it is and with the numbers of every tensor shuffled,
-alike for all models, or for each apart; mean over `--shuffles` draws and all inputs.
+alike for all models, or for each apart; mean over `--shuffles` draws and all inputs (the federation farthest from 0).
+The last column: with the clients' numbers of examples instead of the truth, shuffled alike.
 """
 
 from __future__ import annotations
@@ -128,6 +129,11 @@ def sets_table(rounds: list[Round], truths: list[Tensor], few: list[int], evalua
         line("shapley", f"standard error of {number} fusions", found)
 
 
+def sizes(of: Round) -> Tensor:
+    """Number of examples of every client, in the place of a truth [N, K]."""
+    return torch.tensor(list(of.weights.values()), dtype=torch.float64).expand(len(of.x), -1)
+
+
 def agreement(of: Round, truth: Tensor, method: str, how: str, shuffles: int) -> float:
     """Spearman with the truth of the models as they are; how: "as it is", "alike" or "apart"."""
     if how == "as it is":
@@ -157,13 +163,14 @@ def main() -> None:
     truths = [exact_values(of) for of in rounds]
     pairs = list(zip(rounds, truths, strict=True))
     sets_table(rounds, truths, options.few, options.evaluations)
-    print("\n| method | as it is | shuffled alike | shuffled apart |\n|---|---|---|---|")
+    print("\n| method | as it is | shuffled alike | shuffled apart | alike, with sizes |\n|---|---|---|---|---|")
     for method in ("neuron", "influence", "shapley"):
-        means = [
-            np.mean([agreement(of, truth, method, how, options.shuffles) for of, truth in pairs])
-            for how in ("as it is", "alike", "apart")
-        ]
-        print(f"| {method} | {' | '.join(f'{mean:.2f}' for mean in means)} |", flush=True)
+        cells = []
+        for how in ("as it is", "alike", "apart"):
+            found = [agreement(of, truth, method, how, options.shuffles) for of, truth in pairs]
+            cells.append(f"{np.mean(found):.2f}" + ("" if how == "as it is" else f" ({max(found, key=abs):.2f})"))
+        with_sizes = np.mean([agreement(of, sizes(of), method, "alike", options.shuffles) for of in rounds])
+        print(f"| {method} | {' | '.join(cells)} | {with_sizes:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

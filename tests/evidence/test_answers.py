@@ -1,6 +1,8 @@
 """Answers as sets: by hand, what confidence promises where nothing distinguishes clients, and who gets no answer."""
 
+import importlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,3 +148,47 @@ def test_the_critical_value_by_drawing(K, freedom):
     z = random.normal(size=(n, K))
     held = (z.max(1) - z[:, 0] <= critical(0.9, K, freedom) * math.sqrt(2) * S).mean()
     assert held == pytest.approx(0.9, abs=0.006)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("answers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "alpha", "norm"), [(0, 0.3, False), (1, 0.7, False), (2, 0.5, True), (3, 100, False)])
+def test_on_digits_answers_hold_the_client_that_is_first_in_truth(benchmark, seed, alpha, norm):
+    of = benchmark.federation(seed, rounds=3, inputs=90, alpha=alpha, norm=norm)
+    truth = benchmark.exact_values(of)
+    first = [list(of.states)[k] for k in truth.argmax(1).tolist()]
+    for method, evaluations in (("influence", None), ("shapley", None), ("shapley", 60)):
+        sets = benchmark.explained(of, method, evaluations).sets()
+        held = sets.coverage(first)
+        if sets.nobody < 1:
+            assert held.value >= 0.9
+            assert held.value > held.chance
+        if alpha < 1:
+            assert sets.nobody < 0.1
+            assert sets.size < 3
+
+
+@pytest.mark.slow
+def test_on_digits_shuffled_weights_destroy_the_answer(benchmark):
+    """Model randomisation, over three federations, one with BatchNorm: who is responsible can no longer be told.
+
+    Of influence and Shapley values nothing but chance is left. The paper's method then ranks the clients by how far
+    their weights have grown, which goes with the number of their examples, the same for every input.
+    """
+    rounds = [benchmark.federation(seed, rounds=3, inputs=60, norm=seed == 2) for seed in range(3)]
+    pairs = [(of, benchmark.exact_values(of)) for of in rounds]
+    for method in ("neuron", "influence", "shapley"):
+        assert min(benchmark.agreement(*both, method, "as it is", shuffles=1) for both in pairs) > 0.6
+        for how in ("alike", "apart"):
+            kept = [benchmark.agreement(*both, method, how, shuffles=20) for both in pairs]
+            assert max(kept) < 0.2
+            if method != "neuron":
+                assert min(kept) > -0.2
+                assert abs(np.mean(kept)) < 0.1
+    for of in rounds:
+        assert benchmark.agreement(of, benchmark.sizes(of), "neuron", "alike", shuffles=20) < -0.5
