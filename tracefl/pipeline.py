@@ -106,6 +106,7 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
         return answers
 
     settings = [vars(config.provenance), config.enable_beta, config.client_weights_normalization]
+    settings += [vars(config.evaluation)] if config.evaluation.coalitions else []
     return cached(run, PROVENANCE, settings, make, reuse=config.check_prov_cache)
 
 

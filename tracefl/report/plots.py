@@ -78,7 +78,7 @@ def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: 
     figure = Figure(figsize=size, layout="constrained")
     for axes, method in zip(np.atleast_1d(figure.subplots(1, len(methods), sharey=True)), methods, strict=True):
         part = last[last["method"] == method]
-        cells = part.pivot(index="input", columns="client").loc[rows["input"]]
+        cells = part.pivot(index="input", columns="client").reindex(rows["input"])
         shares, held = (cells[name][clients].to_numpy() for name in ("contribution", "label_examples"))
         shares = shares - shares.mean(axis=1, keepdims=True) if method == "neuron" else shares
         scaled = shares / np.abs(shares).max(axis=1, keepdims=True).clip(1e-300)
