@@ -17,8 +17,21 @@ if TYPE_CHECKING:
     from tracefl.runs import Run
 
 __all__ = [
-    *("AnswerSets", "Audit", "Provenance", "Run", "TraceFLError", "Verdict", "WhatIf", "__version__"),
-    *("answer_sets", "audit", "audit_run", "fuse", "judge", "trace", "whatif"),
+    "AnswerSets",
+    "Audit",
+    "Provenance",
+    "Run",
+    "TraceFLError",
+    "Verdict",
+    "WhatIf",
+    "__version__",
+    "answer_sets",
+    "audit",
+    "audit_run",
+    "fuse",
+    "judge",
+    "trace",
+    "whatif",
 ]
 _HOMES = {
     "Run": "tracefl.runs",

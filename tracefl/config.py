@@ -251,6 +251,7 @@ class Config:
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    do_audit: bool = setting(True, "false: no verdict on the clients; it needs do_provenance", trains=False)
     do_feddebug: bool = setting(True, "false: skip it; it needs faulty clients and images", trains=False)
     neuron_activation_threshold: float = setting(0.003, "of an active neuron", between(0, 1), trains=False)
     faster_input_generation: bool = setting(False, "true: take any inputs, also where clients disagree", trains=False)

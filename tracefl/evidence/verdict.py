@@ -169,9 +169,24 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
     return Verdict(faulty, clients)
 
 
-def write_verdict(verdict: Verdict) -> bytes:
-    """verdict.json."""
+def verdict_json(verdict: Verdict) -> bytes:
+    """The bytes of verdict.json."""
     return json.dumps(verdict.as_json(), indent=1, allow_nan=False).encode()
+
+
+def class_by_client(table: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
+    """Who makes the model good or bad at which class.
+
+    Args:
+        table: of `audit_run`.
+        class_names: C names.
+
+    Returns:
+        A row per client: `all`, and a column per class, hold the mean of its values over the rounds
+        it took part in: by how much leaving it out would raise the loss; negative: it does harm.
+    """
+    values = {"value": "all", **{f"value_{c}": name for c, name in enumerate(class_names)}}
+    return table.groupby("client", sort=False)[list(values)].mean().set_axis(list(values.values()), axis=1)
 
 
 def evenly(labels: Tensor, most: int) -> Tensor:

@@ -93,6 +93,26 @@ def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: 
     _save(figure, file)
 
 
+def plot_values(values: pd.DataFrame, file: Path) -> None:
+    """Who makes the model good or bad at which class: a heat map of clients by classes.
+
+    Args:
+        values: of `class_by_client`: how much the loss would rise without the client.
+        file: the figure's, without suffix.
+    """
+    cells = values.to_numpy(dtype=float).T
+    most = np.nanmax(np.abs(cells), initial=1e-300)
+    figure = Figure(figsize=(max(4.5, 0.4 * len(values) + 2), 1.2 + 0.22 * len(cells)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(cells, cmap="PuOr", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+    names = [str(name).replace("$", r"\$") for name in values.columns]
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xticks(range(len(values)), values.index, fontsize=7, rotation=90 if len(values) > 12 else 0)
+    axes.set(xlabel="client", ylabel="class")
+    figure.colorbar(image, ax=axes, label="loss without it - loss")
+    _save(figure, file)
+
+
 def plot_labels(counts: Mapping[str, Mapping[int, int]], class_names: Sequence[str], file: Path) -> None:
     """Training examples per client and label: a heat map and stacked bars (figure 1)."""
     clients = list(counts)
