@@ -9,8 +9,9 @@ the server's labelled examples, and over the rounds a client is accused that
   and leaving it out would not cost more than leaving out others.
 
 All three compare with the median client: they hold while more than half of the clients are honest.
-A client that teaches a single class is accused of the third only where its aim is clearly negative:
-with nothing to tell its inputs from, an honest one may come close to 0.
+A client that teaches a single class is accused of the third only where its aim is clearly negative,
+or the loss would fall much without it: with nothing to tell its inputs from, an honest one may come
+close to 0.
 """
 
 import json
@@ -36,6 +37,7 @@ LOW_AIM, LOW_AIM_OF_ONE_CLASS = 0.3, -0.25
 ONE_CLASS = 1.5  # effective number of classes that are taught
 APART = 0.4  # below the median client's aim
 USEFUL = -2.0  # z of a client that the model would miss
+HARMFUL = 4.0  # z of one that it would not
 MOST_Z = 5.0  # of one round, so that none decides alone
 
 # One row per (round, client); `value_0`, `value_1`, ... by class follow: see `Audit`. `teaches` is
@@ -133,6 +135,7 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
         z=table["z"].clip(-MOST_Z, MOST_Z),
         among=rounds["client"].transform("count"),
     )
+    everyone = table.groupby("client", sort=False)["round"].count()
     table = table[table["among"] >= FEWEST_CLIENTS]
     by_client = table.groupby("client", sort=False)
     seen = pd.DataFrame(
@@ -145,27 +148,32 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
         }
     )
     middle = seen["aim"].median()
-    enough = len(seen) >= FEWEST_CLIENTS
-    clients, faulty = {}, []
-    for who, of in seen.iterrows():
-        low = LOW_AIM if of["taught_classes"] >= ONE_CLASS else LOW_AIM_OF_ONE_CLASS
+    clients, faulty, judged = {}, [], seen.to_dict("index")
+    for who, count in everyone.items():
+        if who not in judged or len(judged) < FEWEST_CLIENTS:
+            why = f"cannot be judged: a round needs at least {FEWEST_CLIENTS} clients to say what is usual"
+            clients[str(who)] = Judgement(float("nan"), int(count), why)
+            continue
+        of = judged[who]
+        alone = of["taught_classes"] < ONE_CLASS
+        low = LOW_AIM_OF_ONE_CLASS if alone and of["z"] <= HARMFUL else LOW_AIM
         misled = of["aim"] < low and middle - of["aim"] > APART and of["z"] > USEFUL
         name = str(of["teaches"]) if class_names is None else class_names[int(of["teaches"])]
         beside = f"(aim {of['aim']:.2f}, the median client's {middle:.2f})"
+        reasons = []
         if of["length"] < SILENT:
-            why = f"sends back what it received (length of its updates {of['length']:.2g} of the median client's)"
-        elif of["agreement"] < AGAINST:
-            why = f"moves the model against the others (median cosine with their updates {of['agreement']:.2f})"
-        elif misled and of["taught_classes"] < ONE_CLASS:
-            why = f"teaches class {name} to inputs of other classes {beside}"
-        elif misled:
-            why = f"teaches classes to the wrong inputs {beside}"
-        else:
-            why = ""
-        if why and enough:
+            share = f"length of its updates {of['length']:.2g} of the median client's"
+            reasons.append(f"sends back what it received ({share})")
+        if misled:
+            what = f"class {name} to inputs of other classes" if alone else "classes to the wrong inputs"
+            reasons.append(f"teaches {what} {beside}")
+        if of["agreement"] < AGAINST:
+            cosine = f"median cosine with their updates {of['agreement']:.2f}"
+            reasons.append(f"moves the model against the others ({cosine})")
+        if reasons:
             faulty.append(str(who))
         usual = f"does not stand apart (aim {of['aim']:.2f}, agreement {of['agreement']:.2f})"
-        clients[str(who)] = Judgement(float(of["z"]), int(of["rounds"]), why if why and enough else usual)
+        clients[str(who)] = Judgement(float(of["z"]), int(of["rounds"]), ", and ".join(reasons) or usual)
     return Verdict(faulty, clients)
 
 
