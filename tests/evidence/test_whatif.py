@@ -69,6 +69,7 @@ def test_a_round_with_nobody_left_keeps_what_came_in(tmp_path):
     assert w(private, "b", round=3) == 5.25
     assert w(private, "b", round=3, since=1) == pytest.approx(5.25 - 1)
     assert w(private, "a", "b", "c", since=1) == 0
+    assert w(private, "b", round=3, since=1, memory=0.5) == pytest.approx(5.25 - 0.5)  # nobody trained in round 3
 
 
 def test_replay_carries_the_change_on(tmp_path):
@@ -76,6 +77,9 @@ def test_replay_carries_the_change_on(tmp_path):
     change = {1: 3 - 2, 2: 8 - 5, 3: 0, 4: 4 - 4}  # without a
     for since in (1, 2, 3, 4):
         assert w(run, "a", since=since) == pytest.approx(4 + sum(change[t] for t in range(since, 5)))
+        carried = sum(change[t] * 0.5 ** (4 - t) for t in range(since, 5))
+        assert w(run, "a", since=since, memory=0.5) == pytest.approx(4 + carried)
+        assert w(run, "a", since=since, memory=0) == w(run, "a")
     assert w(run, "c", since=1) == pytest.approx(4 - 1 + 2)
     assert w(run, "c", since=2, round=3) == pytest.approx(3 - 1)
 
@@ -243,6 +247,8 @@ def test_a_client_that_took_no_part_changes_nothing_and_it_is_said(tmp_path):
         ([2], {"round": 1.5}, "round must be the number of a round, got 1.5: give one from 1 to 3"),
         ([2], {"since": "1"}, "since must be the number of a round, got '1'"),
         ([2], {"since": 0}, "since must be a round from 1 to round=3, got 0"),
+        ([2], {"memory": 1.5}, "memory must be a number from 0 to 1, got 1.5"),
+        ([2], {"memory": "1"}, "memory must be a number from 0 to 1, got '1'"),
         ([2], {"since": 3, "round": 2}, "since must be a round from 1 to round=2, got 3"),
         ([2], {"model": nn.Linear(3, 3)}, "model lacks .*'0.bias'|model has .*'bias'"),
         ([2], {"model": nn.Sequential(*network()[:3], nn.Linear(4, 2))}, r"model's '3\.\w+' is .* the run's"),

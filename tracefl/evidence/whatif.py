@@ -5,16 +5,17 @@ clients by their weights p_k, F'_t: the mean of those that are kept),
 
     W'_t = W_t + d_t,    d_t = F'_t - F_t;
 
-or replayed, every round from `since` on without them, what is changed being carried on:
+or replayed, every round from `since` on without them, a share c of what is changed being carried on
+(`memory`, 1 unless given):
 
-    d_t = d_{t-1} + F'_t - F_t.
+    d_t = c d_{t-1} + F'_t - F_t.
 
 What the server adds to the mean (noise, an optimizer's step) stays as it was: W_t - F_t. A round
 with nobody left keeps the model that came in, W'_t = W'_{t-1}. A running variance stays positive:
 it keeps at least a tenth of its smallest value among the clients that are kept.
 
-That the others would have trained otherwise, and that later rounds undo part of a change, is left
-out: only a training without the clients (exclude_clients) has both.
+How the others would have trained from the changed model is left out: later rounds undo part of a
+change, for which c below 1 stands. Only a training without the clients (exclude_clients) has it.
 """
 
 from collections.abc import Collection, Iterator
@@ -136,6 +137,7 @@ def whatif(
     *,
     round: int | None = None,
     since: int | None = None,
+    memory: float = 1.0,
     examples: Examples | None = None,
     model: nn.Module | None = None,
 ) -> WhatIf:
@@ -147,6 +149,7 @@ def whatif(
         round: the round whose model it is; default: the last one.
         since: the first round to fuse without them, which replays the rounds from there on;
             default: only `round` itself.
+        memory: share of a change that the next round keeps in a replay, 0 to 1.
         examples: labelled examples; default: the server's.
         model: a model of the run's architecture, which is left as it is; needed by a run that
             cannot build its own. Default: `run.model(round)`.
@@ -188,7 +191,7 @@ def whatif(
     _load(model, run.global_state(number))
     C = _classes(model, examples)
     labels, before = examples.labels.cpu(), evaluate(model, examples)
-    _load(model, state_without(run, left_out, round=number, since=first))
+    _load(model, state_without(run, left_out, round=number, since=first, memory=memory))
     after = evaluate(model, examples)
     rounds = [t.number for t in run.rounds[first - 1 : number] if any(_weights(t, left_out))]
     return WhatIf(left_out, number, first, rounds, _class_names(run, C), labels, before, after)
@@ -196,7 +199,12 @@ def whatif(
 
 @torch.no_grad()
 def state_without(
-    run: Run, without: Collection[str | int], *, round: int | None = None, since: int | None = None
+    run: Run,
+    without: Collection[str | int],
+    *,
+    round: int | None = None,
+    since: int | None = None,
+    memory: float = 1.0,
 ) -> dict[str, Tensor]:
     """The model of a recorded round without some clients, as a state dict.
 
@@ -208,15 +216,21 @@ def state_without(
         without: ids of the clients to leave out.
         round: the round whose model it is; default: the last one.
         since: the first round to fuse without them; default: only `round` itself.
+        memory: share of a change that the next round keeps in a replay, 0 to 1.
 
     Raises:
         TraceFLError: an argument or a recorded state is unusable.
     """
     number, first = _rounds(run, round, since)
+    share = isinstance(memory, int | float) and not isinstance(memory, bool) and 0 <= memory <= 1
+    require(share, f"memory must be a number from 0 to 1, got {memory!r}: 1 keeps all of a change")
     left_out, released = _known(run, without), run.global_state(number)
     change, least = dict[str, Tensor](), dict[str, Tensor]()
     for record in run.rounds[first - 1 : number]:
         of_out, of_kept = _weights(record, left_out), _weights(record, None, left_out)
+        if of_kept:
+            for name in change:
+                change[name] *= memory
         if of_out and of_kept:
             _refuse(record, of_out, of_kept, change, least)
         elif of_out:
