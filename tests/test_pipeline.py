@@ -103,6 +103,25 @@ def test_the_run_gives_its_models_and_the_servers_examples(finished):
     assert run.model(0).fc.out_features == 10
 
 
+def test_the_run_answers_for_a_prediction(finished):
+    run = Run.open(the_run(finished[0]))
+    rows = pd.read_parquet(run.path / "provenance.parquet")
+    rows = rows[(rows["round"] == 2) & (rows["method"] == "influence")]
+    first = rows["input"].unique()[:2]
+    found = run.trace(first, round=2)
+    assert found.contributions.flatten().tolist() == pytest.approx(
+        rows[rows["input"].isin(first)]["contribution"].tolist(), rel=1e-3
+    )
+    assert found.client_ids == [client.id for client in run.round(2).clients]
+    one = run.trace(index=int(first[1]), round=2)
+    assert one.contributions[0].tolist() == pytest.approx(found.contributions[1].tolist(), rel=1e-3)
+    for index in (60, -1, "3", 1.0, True, [0, 60]):
+        with pytest.raises(TraceFLError, match="index must be one or more whole numbers from 0 to 59, of the server's"):
+            run.trace(index)
+    with pytest.raises(TraceFLError, match="got none"):
+        run.trace([])
+
+
 def test_it_prints_the_lines_that_people_grep_for_and_logs_them(finished):
     folder, out = the_run(finished[0]), finished[1]
     log = (folder / "TraceFL_clients_contributions.log").read_text()
@@ -176,6 +195,21 @@ def test_other_tracing_settings_trace_the_recorded_run_anew(finished, small):
     merged = after.merge(before, on=["round", "method", "input", "client"])
     assert len(merged) == len(after)
     assert not (merged["contribution_x"] == merged["contribution_y"]).any()
+
+
+def test_coalitions_are_reported_beside_the_methods(finished, small, capsys):
+    folder = the_run(finished[0])
+    small("evaluation.coalitions=true", "evaluation.coalition_inputs=4", "do_training=false", "plotting=true")
+    out, rounds = capsys.readouterr().out, pd.read_csv(folder / "rounds.csv")
+    assert "[Round 3] Shapley values of 4 inputs from coalitions of 2 clients in " in out
+    assert out.count("Beside Shapley Values: Neuron: Spearman = ") == 3 + 1
+    assert out.count("Answers as Sets: Neuron: Coverage = ") == 3 + 1
+    sets = {"coverage", "coverage_chance", "set_size", "named_nobody"}
+    assert {f"{name}{method}" for name in sets for method in ("", "_influence", "_shapley")} <= set(rounds)
+    assert (rounds["shapley_first_chance"] == 0.5).all()
+    assert rounds["shapley_first_influence"].between(0, 1).all()
+    rows = pd.read_parquet(folder / "provenance.parquet")
+    assert rows[rows["method"] == "shapley"].groupby("round")["input"].nunique().tolist() == [4, 4, 4]
 
 
 def test_other_data_under_the_same_settings_are_refused(finished, small):

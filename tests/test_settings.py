@@ -24,7 +24,7 @@ NOT_TRAINING = {
     *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug"),
     *("enable_beta", "client_weights_normalization", "parallel_processes", "neuron_activation_threshold"),
     *("provenance.methods", "provenance.inputs_per_label", "provenance.max_mispredictions"),
-    "faster_input_generation",
+    *("evaluation.coalitions", "evaluation.coalition_inputs", "faster_input_generation"),
 }
 # Of these every setting counts: texts, spread by Dirichlet, with faulty clients.
 EVERYTHING_MATTERS = Config(model=Model("google-bert/bert-base-cased"), faulty_clients_ids=[1], label2flip={1: 0})

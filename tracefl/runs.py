@@ -17,20 +17,24 @@ overwritten when that round runs again.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from tracefl.data.examples import Examples, load_examples
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.states import State, StateFile
 from tracefl.training import Evaluation
+
+if TYPE_CHECKING:
+    from tracefl.provenance.result import Provenance
 
 SCHEMA = 1
 
@@ -179,6 +183,10 @@ class Run:
         require(key in self._header, missing)
         return self._header[key]
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the header has the entry."""
+        return key in self._header
+
     def round(self, number: int) -> Round:
         """Round `number`, counted from 1: its record, and the states of its clients.
 
@@ -222,9 +230,45 @@ class Run:
         """The server's examples, in the order of `predictions`.
 
         Raises:
-            TraceFLError: the run is one of an own Flower app.
+            TraceFLError: the run is one of an own Flower app, or its data are gone.
         """
-        return load_examples(self.path / self["data_folder"] / "server.safetensors")
+        file = self.path / self["data_folder"] / "server.safetensors"
+        gone = f"the server's examples of {self.path} cannot be read from {file}"
+        with as_sentence(gone, "put the run where it was, or train again", OSError, SafetensorError, KeyError):
+            return load_examples(file)
+
+    def trace(
+        self,
+        index: int | Sequence[int] | None = None,
+        *,
+        round: int | None = None,
+        method: str = "influence",
+        inputs: Any = None,
+        model: nn.Module | None = None,
+        **options: Any,
+    ) -> "Provenance":
+        """Which clients are responsible for predictions of a round's global model.
+
+        Args:
+            index: the number of an example of the server, or several, from 0.
+            round: of the global model, from 1; default: the last one.
+            method: as in `tracefl.trace`. Shares are weighted as the round took its updates;
+                "neuron" takes no weights, as the paper, unless they are given.
+            inputs: of your own, as the model takes them, in place of `index`.
+            model: of a run of an own Flower app, its model, with any weights; it is left as it was.
+            **options: further arguments of `tracefl.trace`, such as `targets`; default: the
+                predicted classes.
+
+        Returns:
+            The contributions of the round's participants, see `Provenance`.
+
+        Raises:
+            TraceFLError: no such round or example, the run knows no model or no server data, a
+                file is damaged, or what `tracefl.trace` raises.
+        """
+        from tracefl.evaluation.recorded import trace_recorded  # a later room
+
+        return trace_recorded(self, index, round, inputs, model, method, options)
 
     def predictions(self, number: int) -> Tensor:
         """What round `number`'s global model predicts for the server's examples, int64 [N]."""

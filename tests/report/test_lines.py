@@ -50,6 +50,21 @@ def test_every_accuracy_is_followed_by_its_chance(provenance):
     assert "Chance" in lines[-1]
 
 
+def test_sets_and_shapley_values_have_their_lines(provenance):
+    sets = {"coverage": (0.75, 0.4), "set_size": 1.5, "named_nobody": 0.125}
+    beside = {"shapley_spearman": (0.625, 0), "shapley_first": (0.5, 0.1)}
+    tidied = tidy(3, model=MODEL, neuron=NEURON | sets | beside, shapley={**sets, "set_size": NAN})
+    lines = list(provenance_lines(table(tidied), provenance, faulty=set()))
+    expected = (
+        "Answers as Sets: Neuron: Coverage = 75.0 (chance 40.0), Size = 1.50, Nobody = 12.5"
+        " || Shapley: Coverage = 75.0 (chance 40.0), Size = n/a, Nobody = 12.5",
+        "Beside Shapley Values: Neuron: Spearman = 0.62 (chance 0), the same first = 50.0 (chance 10.0)",
+    )
+    accuracy = next(i for i, line in enumerate(lines) if "TraceFL Localization Accuracy" in line)
+    assert lines[accuracy + 2 : accuracy + 4] == [f"[Round 3] {line}" for line in expected]
+    assert lines[-2:] == [f"Average over the 1 of 1 rounds with inputs to trace: {line}" for line in expected]
+
+
 def test_a_wrong_answer_and_a_faulty_client(provenance):
     assert "Traced Client: c1 || Tracing = Wrong" in provenance_lines(METRICS, provenance, faulty={"9"})
     assert "Traced Client: c1 || Tracing = Correct" in provenance_lines(METRICS, provenance, faulty={"1", "9"})
