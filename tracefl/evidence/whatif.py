@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tracefl.classifier import copied, logits_of
 from tracefl.data.examples import Examples
-from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.errors import TraceFLError, require
 from tracefl.evidence.fusion import as_ids, mean_of, same_names, wide
 from tracefl.models import exchanged_state
 from tracefl.provenance.trace import as_classes
@@ -181,9 +181,7 @@ def whatif(
     run = _opened(run)
     number, first = _rounds(run, round, since)
     left_out = _known(run, without)
-    if examples is None:
-        with as_sentence("the server's examples cannot be read", "restore them, or pass examples", OSError):
-            examples = run.server_examples()
+    examples = run.server_examples() if examples is None else examples
     kind = type(examples).__name__
     require(isinstance(examples, Examples), f"examples must be Examples(inputs, labels), got a {kind}")
     require(len(examples) > 0, "examples must be at least one, got none: pass labelled examples")
