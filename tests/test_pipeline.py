@@ -342,21 +342,20 @@ def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_e
 
 def test_excluded_clients_never_train_and_keep_their_data(config, tmp_path, in_process, capsys):
     words = [*SMALL, "num_clients=4", f"storage.dir={tmp_path}/logs", "exp_key=out", "faulty_clients_ids=[1,2]"]
-    settings = config(*words, "fault.kind=random_labels", "exclude_clients=[2,0]", "do_feddebug=false", "num_rounds=2")
+    settings = config(*words, "fault.kind=random_labels", "exclude_clients=[2,0]", "do_feddebug=false", "num_rounds=1")
     run_experiment(settings, OmegaConf.to_yaml(OmegaConf.structured(settings)))
     out = capsys.readouterr().out
     (folder,) = (tmp_path / "logs").glob("out-*")
     run, data = Run.open(folder), prepare(config(*words[:-1]))
-    assert [[client.id for client in record.clients] for record in run.rounds] == [["1", "3"]] * 2
+    assert [[client.id for client in record.clients] for record in run.rounds] == [["1", "3"]]
     assert {client.id: client.label_counts for client in run.clients} == data.label_counts
     assert [client.fault for client in run.clients] == [None, "random_labels", None, None]
     assert run["data_sha256"] == data.digest
     assert "exclude_clients: c0, c2 never train, with " in out
-    assert "training rounds 1 to 2 with 2 clients" in out
-    assert "faulty_recall" not in pd.read_csv(folder / "rounds.csv").columns  # one is faulty, not two
-    assert "rank_of_c1" in pd.read_csv(folder / "rounds.csv").columns
-    assert "rank_of_c2" not in pd.read_csv(folder / "rounds.csv").columns
-    assert repr(whatif(folder, [1], since=1)).startswith("Without c1 in rounds 1 to 2: accuracy ")
+    assert "training rounds 1 to 1 with 2 clients" in out
+    judged = pd.read_csv(folder / "rounds.csv").columns
+    assert ("rank_of_c1" in judged, "rank_of_c2" in judged) == (True, False)
+    assert repr(whatif(folder, [1])).startswith("Without c1 in round 1: accuracy ")
 
 
 def test_a_private_run_says_what_it_spent_and_whose_the_noise_is(config, tmp_path, in_process, capsys):

@@ -69,6 +69,7 @@ def test_a_round_with_nobody_left_keeps_what_came_in(tmp_path):
     assert w(private, "b", round=3) == 5.25
     assert w(private, "b", round=3, since=1) == pytest.approx(5.25 - 1)
     assert w(private, "a", "b", "c", since=1) == 0
+    assert w(private, "b", round=3, since=1, memory=0.5) == pytest.approx(5.25 - 0.5)  # nobody trained in round 3
 
 
 def test_replay_carries_the_change_on(tmp_path):
@@ -76,6 +77,9 @@ def test_replay_carries_the_change_on(tmp_path):
     change = {1: 3 - 2, 2: 8 - 5, 3: 0, 4: 4 - 4}  # without a
     for since in (1, 2, 3, 4):
         assert w(run, "a", since=since) == pytest.approx(4 + sum(change[t] for t in range(since, 5)))
+        carried = sum(change[t] * 0.5 ** (4 - t) for t in range(since, 5))
+        assert w(run, "a", since=since, memory=0.5) == pytest.approx(4 + carried)
+        assert w(run, "a", since=since, memory=0) == w(run, "a")
     assert w(run, "c", since=1) == pytest.approx(4 - 1 + 2)
     assert w(run, "c", since=2, round=3) == pytest.approx(3 - 1)
 
@@ -125,6 +129,41 @@ def test_running_variances_stay_positive_over_many_rounds(tmp_path):
     assert (replayed["1.running_var"] >= 0.099 * torch.minimum(*kept)).all()
     model.load_state_dict(replayed, strict=False)
     assert torch.isfinite(model(torch.randn(5, 3))).all()
+
+
+def test_a_variance_stays_positive_after_a_round_with_nobody_left_and_is_not_raised_without_need(tmp_path):
+    def of(value):
+        return {"running_var": torch.tensor([float(value)])}
+
+    rounds = [({"a": (of(50), 1)}, 0), ({"b": (of(1.5), 1)}, 0), ({"b": (of(1), 1)}, 0)]
+    run = recorded(tmp_path, of(1), rounds)
+    for number, expected in ((1, 1), (2, 0.1), (3, 0.1)):
+        assert state_without(run, ["a"], since=1, round=number)["running_var"].item() == pytest.approx(expected)
+    assert state_without(run, ["a"], since=1, memory=0)["running_var"].item() == 1
+    high = recorded(tmp_path / "high", of(1), [({"a": (of(70), 1), "b": (of(50), 1)}, 0), ({"b": (of(1), 1)}, 0)])
+    assert state_without(high, ["a"], since=1, memory=0)["running_var"].item() == 1
+
+
+def test_a_client_of_enormous_weights_leaves_no_rounding_behind(tmp_path):
+    clients = {"a": ({"w": torch.tensor([1e12, 1.0])}, 1), "b": (scalar(0) | {"w": torch.tensor([0.3, 3.0])}, 2)}
+    run = recorded(tmp_path, {"w": torch.zeros(2)}, [(clients, 0.0)] * 2)
+    for since in (None, 2):
+        assert state_without(run, ["a"], since=since)["w"].tolist() == pytest.approx([0.3, 3.0])
+    noisy = recorded(tmp_path / "noise", {"w": torch.zeros(2)}, [({"a": (scalar(1), 1), "b": (scalar(2), 1)}, 0.001)])
+    assert w(noisy, "a") == pytest.approx(2.001)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float16])
+def test_other_kinds_of_numbers(tmp_path, dtype):
+    def of(value):
+        return {"w": torch.tensor([value], dtype=dtype)}
+
+    i = 1j if dtype.is_complex else 0
+    run = recorded(tmp_path, of(4 + i), [({"a": (of(1 + 2 * i), 1), "b": (of(3), 1)}, 0), ({"a": (of(5), 1)}, 0)])
+    for without, expected in (("a", 3), ("b", 1 + 2 * i)):
+        found = state_without(run, [without], round=1)["w"]
+        assert (found.item(), found.dtype) == (expected, dtype)
+    assert state_without(run, ["a"])["w"].item() == 2 + i  # nobody is left: what came in
 
 
 def test_a_round_of_a_network_is_what_fuse_says(tmp_path):
@@ -243,6 +282,8 @@ def test_a_client_that_took_no_part_changes_nothing_and_it_is_said(tmp_path):
         ([2], {"round": 1.5}, "round must be the number of a round, got 1.5: give one from 1 to 3"),
         ([2], {"since": "1"}, "since must be the number of a round, got '1'"),
         ([2], {"since": 0}, "since must be a round from 1 to round=3, got 0"),
+        ([2], {"memory": 1.5}, "memory must be a number from 0 to 1, got 1.5"),
+        ([2], {"memory": "1"}, "memory must be a number from 0 to 1, got '1'"),
         ([2], {"since": 3, "round": 2}, "since must be a round from 1 to round=2, got 3"),
         ([2], {"model": nn.Linear(3, 3)}, "model lacks .*'0.bias'|model has .*'bias'"),
         ([2], {"model": nn.Sequential(*network()[:3], nn.Linear(4, 2))}, r"model's '3\.\w+' is .* the run's"),
@@ -266,6 +307,8 @@ def test_a_run_without_rounds_and_one_that_is_not_there(tmp_path):
         whatif(empty, ["a"])
     with pytest.raises(TraceFLError, match="holds no recorded run"):
         whatif(tmp_path / "nowhere", ["a"])
+    with pytest.raises(TraceFLError, match="run must be a Run or the folder of one, got a dict"):
+        whatif({}, ["a"])
     run, model = of_networks(tmp_path / "moved", data_folder="gone", model={"name": "resnet18", "num_classes": 3})
-    with pytest.raises(TraceFLError, match=r"the server's examples cannot be read .* restore them, or pass examples"):
+    with pytest.raises(TraceFLError, match=r"the server's examples of .* cannot be read"):
         whatif(run, [2], model=model)

@@ -134,7 +134,7 @@ def mean_of(states: Mapping[str, State], weights: Mapping[str, float], name: str
     for who, state in states.items():
         tensor, weight = _read(f"client {who!r}", state, name), weights[who]
         if not first:
-            first, dtype, total = who, tensor.dtype, torch.zeros_like(tensor, dtype=_wide(tensor.dtype))
+            first, dtype, total = who, tensor.dtype, torch.zeros_like(tensor, dtype=wide(tensor.dtype))
         unlike = tensor.shape != total.shape or is_continuous(tensor) != is_continuous(total)
         must = f"client {who!r}: tensor {name!r} must be {tuple(total.shape)} {dtype}, as {first!r} sends it"
         require(not unlike, f"{must}, got {tuple(tensor.shape)} {tensor.dtype}; pass states of the same architecture")
@@ -142,15 +142,17 @@ def mean_of(states: Mapping[str, State], weights: Mapping[str, float], name: str
             if not heaviest or weight > weights[heaviest]:
                 heaviest, total, dtype = who, tensor.clone(), tensor.dtype
             continue
-        wide, share = tensor.to(total.device, _wide(tensor.dtype)), share + weight
+        double, share = tensor.to(total.device, wide(tensor.dtype)), share + weight
         finite = f"client {who!r}: tensor {name!r} has values that are not finite; leave the client out or repair it"
-        require(torch.isfinite(wide).all(), finite)
+        require(torch.isfinite(double).all(), finite)
         dtype = torch.promote_types(dtype, tensor.dtype) if dtype != tensor.dtype else dtype
-        total = total + weight * wide if wide.is_complex() != total.is_complex() else total.add_(wide, alpha=weight)
+        total = (
+            total + weight * double if double.is_complex() != total.is_complex() else total.add_(double, alpha=weight)
+        )
     return (total if heaviest else total.div_(share)), dtype
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which numbers add up; whole numbers stay as they are."""
     if dtype.is_complex:
         return torch.complex128

@@ -7,7 +7,7 @@ keeps from round to round.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, cast
 
@@ -38,13 +38,15 @@ class Recorder(Wrapper):
         strategy: the strategy that aggregates; every node that it is shown must take part, as with
             `FedAvg(min_train_nodes=clients_per_round, min_available_nodes=clients_per_round)`.
         run: the run that rounds are added to; those that it holds are not run again.
-        nodes: Flower's node id -> client id (`identify_nodes`), of every client that may take part.
-        clients_per_round: participants drawn for a round, at most `len(nodes)`.
+        nodes: Flower's node id -> client id, for every client (`identify_nodes`).
+        clients_per_round: participants drawn for a round, at most as many as are not excluded.
         seed: of the draw; the participants of round t depend only on (seed, t).
         evaluate: called with the state dict of every released model; returns its evaluation on the
             server's data.
         accept_failures: record why a client failed and go on without it, instead of stopping the
             run.
+        excluded: ids of clients that never take part. Another is drawn in the place of one; the
+            others take part in the same rounds as without it.
         on_client: called with (round, client id, metrics) after every accepted update.
         on_round: called with the run after every complete round.
 
@@ -67,6 +69,7 @@ class Recorder(Wrapper):
     seed: int
     evaluate: Callable[[State], Evaluation]
     accept_failures: bool = False
+    excluded: Collection[str] = ()
     on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None
     on_round: Callable[[Run], None] = lambda _: None
 
@@ -112,7 +115,11 @@ class Recorder(Wrapper):
     def participants(self, number: int) -> list[str]:
         """The clients of round `number`, in the order of the run's clients."""
         ids = sorted(self.nodes.values(), key=lambda client: (len(client), client))  # numbers by value
-        drawn = np.random.default_rng([self.seed, number]).choice(len(ids), self.clients_per_round, replace=False)
+        rng, count = np.random.default_rng([self.seed, number]), self.clients_per_round
+        drawn = [index for index in rng.choice(len(ids), count, replace=False) if ids[index] not in self.excluded]
+        if count > len(drawn):
+            others = [k for k, who in enumerate(ids) if k not in drawn and who not in self.excluded]
+            drawn += rng.choice(others, count - len(drawn), replace=False).tolist()
         return [ids[index] for index in sorted(drawn)]
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:

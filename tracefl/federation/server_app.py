@@ -47,15 +47,15 @@ def serve(
         load_exchanged_state(model, state)
         return evaluate(model, examples)
 
-    nodes = identify_nodes(grid, config.num_clients)
     recorder = Recorder(
         build_strategy(config, frozenset(name for name, _ in model.named_buffers())),
         run,
-        {node: client for node, client in nodes.items() if int(client) not in config.exclude_clients},
+        identify_nodes(grid, config.num_clients),
         clients_per_round=config.clients_per_round,
         seed=config.seed,
         evaluate=evaluate_state,
         accept_failures=config.accept_failures,
+        excluded=frozenset(map(str, config.exclude_clients)),
         **observers,
     )
     arrays = ArrayRecord(dict(run.global_state(len(run.rounds))))
