@@ -201,7 +201,8 @@ def test_coalitions_are_reported_beside_the_methods(finished, small, capsys):
     folder = the_run(finished[0])
     small("evaluation.coalitions=true", "evaluation.coalition_inputs=4", "do_training=false", "plotting=true")
     out, rounds = capsys.readouterr().out, pd.read_csv(folder / "rounds.csv")
-    assert "[Round 3] Shapley values of 4 inputs from coalitions of 2 clients in " in out
+    assert "[Round 3] fusing coalitions of 2 clients for 4 inputs" in out
+    assert "[Round 3] Shapley values in " in out
     assert out.count("Beside Shapley Values: Neuron: Spearman = ") == 3 + 1
     assert out.count("Answers as Sets: Neuron: Coverage = ") == 3 + 1
     sets = {"coverage", "coverage_chance", "set_size", "named_nobody"}

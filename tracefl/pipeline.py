@@ -130,7 +130,7 @@ def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples
     for line in verdict.lines():
         log.info(line)
     if verdict.faulty:
-        for line in removal_lines(whatif(run, verdict.faulty, since=1, examples=examples, model=model)):
+        for line in removal_lines(whatif(run, verdict.faulty, since=1, memory=0.5, examples=examples, model=model)):
             log.info(line)
     write_atomically(run.path / VERDICT, verdict_json(verdict))
     write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())

@@ -255,7 +255,8 @@ class Run:
             method: as in `tracefl.trace`. Shares are weighted as the round took its updates;
                 "neuron" takes no weights, as the paper, unless they are given.
             inputs: of your own, as the model takes them, in place of `index`.
-            model: of a run of an own Flower app, its model, with any weights; it is left as it was.
+            model: of a run of an own Flower app, its model. A copy gets the round's weights; what
+                was not exchanged stays as it is there.
             **options: further arguments of `tracefl.trace`, such as `targets`; default: the
                 predicted classes.
 

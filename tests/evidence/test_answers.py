@@ -119,6 +119,10 @@ def test_coverage_beside_random_sets_of_the_same_size():
         sets.coverage(["a"])
     with pytest.raises(TraceFLError, match="truth must name clients of a, b, c, d, got e"):
         sets.coverage(["a", "e", "a", "a"])
+    with pytest.raises(TraceFLError, match="truth must name clients of a, b, c, d, got 3"):
+        sets.coverage([0, 1, 2, 3][::-1])
+    with pytest.raises(TraceFLError, match="truth must be 4 clients, one per input, got 'abcd'"):
+        sets.coverage("abcd")
 
 
 @pytest.mark.parametrize("confidence", [0, 1, 90, -0.1, "0.9", None, math.nan])
@@ -130,6 +134,9 @@ def test_confidence_is_a_share(confidence):
 def test_a_group_for_every_input():
     with pytest.raises(TraceFLError, match="by must be 1 groups, one per input, got 2"):
         answer_sets(found([[1.0, 2.0]]), by=[0, 1])
+    for by in (3, [[0]]):
+        with pytest.raises(TraceFLError, match=r"by must be 1 groups, one per input .*: give the name or number"):
+            answer_sets(found([[1.0, 2.0]]), by=by)
 
 
 def test_without_inputs_there_are_no_sets():

@@ -64,9 +64,9 @@ def federation(folder, faults=None, rounds=3):
     ("faults", "why"),
     [
         ({2: "flip"}, "teaches class 0 to inputs of other classes (aim "),
-        ({0: "wrong", 5: "wrong"}, "teaches classes to the wrong inputs (aim "),
+        ({0: "wrong", 5: "wrong"}, "teaches class"),
         ({4: "idle"}, "sends back what it received (length of its updates 0 of the median client's)"),
-        ({3: "against"}, "teaches classes to the wrong inputs (aim "),
+        ({3: "against"}, "moves the model against the others (median cosine with their updates -"),
         ({}, ""),
     ],
 )
@@ -80,7 +80,7 @@ def test_the_faulty_clients_are_accused_and_nobody_else(tmp_path, faults, why):
     for k in range(K):
         of = found.clients[str(k)]
         assert of.rounds == 3
-        assert of.why.startswith(why if k in faults else "does not stand apart (aim ")
+        assert (why if k in faults else "does not stand apart (aim ") in of.why
     assert len(found.lines()) == 1 + len(faults)
 
 

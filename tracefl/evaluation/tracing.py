@@ -84,7 +84,12 @@ def trace_round(
             tables.append(_table(run, number, answer, of_input))
         if config.evaluation.coalitions:
             some = evenly(len(rows), config.evaluation.coalition_inputs)
-            answer = _play(run, model, chosen[some].to(device).inputs, targets[some.to(device)], number, watch)
+            log.info("[Round %d] fusing coalitions of %d clients for %d inputs", number, len(clients), len(some))
+            start, of_some = time.perf_counter(), chosen[some].to(device).inputs
+            given: dict[str, Any] = {"weights": weights, "reference": run.global_state(number - 1)}
+            with watch.measure("shapley", len(some)):
+                answer = trace(model, clients, of_some, targets=targets[some.to(device)], method="shapley", **given)
+            log.info("[Round %d] Shapley values in %.1f s", number, time.perf_counter() - start)
             unknown = torch.full((len(some),), torch.nan, dtype=torch.float64)
             of_input = {"input": rows[some], "label": examples.labels[rows[some]], "server": unknown, "noise": unknown}
             tables.append(_table(run, number, answer, of_input))
@@ -121,17 +126,6 @@ def evenly(number: int, most: int) -> Tensor:
         ([0, 2, 5], [0, 1])
     """
     return torch.linspace(0, number - 1, min(number, most)).long()
-
-
-def _play(run: Run, model: nn.Module, inputs: Inputs, targets: Tensor, number: int, watch: Stopwatch) -> Provenance:
-    """Shapley values of a round; the model is fused from coalitions of its participants."""
-    weights, started = {client.id: client.weight for client in run.round(number).clients}, time.perf_counter()
-    reference, clients = run.global_state(number - 1), run.client_states(number)
-    with watch.measure("shapley", len(targets)):
-        answer = trace(model, clients, inputs, targets=targets, weights=weights, reference=reference, method="shapley")
-    told = "[Round %d] Shapley values of %d inputs from coalitions of %d clients in %.1f s"
-    log.info(told, number, len(targets), len(clients), time.perf_counter() - started)
-    return answer
 
 
 def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, targets: Tensor, config: Config) -> Tensor:

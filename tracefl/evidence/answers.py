@@ -32,7 +32,7 @@ import numpy as np
 from scipy import optimize, stats
 from torch import Tensor
 
-from tracefl.errors import require
+from tracefl.errors import as_sentence, require
 from tracefl.evaluation.localization import NAN, Judged
 from tracefl.provenance.result import Provenance
 
@@ -84,12 +84,13 @@ class AnswerSets:
             >>> found.size, round(found.nobody, 2), found.coverage(["bob", "cid", ["ann", "bob"]])
             (1.5, 0.33, Judged(value=0.5, chance=0.5))
         """
-        found = f"got {len(truth)}"
-        require(len(truth) == len(self.sets), f"truth must be {len(self.sets)} clients, one per input, {found}")
+        must = f"truth must be {len(self.sets)} clients, one per input"
+        require(isinstance(truth, Collection) and not isinstance(truth, str), f"{must}, got {truth!r}")
+        require(len(truth) == len(self.sets), f"{must}, got {len(truth)}")
         hits, chances = list[float](), list[float]()
         K = len(self.client_ids)
         for named, one in zip(self.sets, truth, strict=True):
-            culprits = {one} if isinstance(one, str) else set(one)
+            culprits = {one} if isinstance(one, str) or not isinstance(one, Collection) else set(one)
             unknown = sorted(map(str, culprits - set(self.client_ids)))
             known = f"truth must name clients of {', '.join(self.client_ids[:10])}"
             require(not unknown, f"{known}, got {unknown[0] if unknown else ''}")
@@ -129,10 +130,14 @@ def answer_sets(
     """
     fine = isinstance(confidence, int | float) and 0 < confidence < 1
     require(fine, f"confidence must be above 0 and below 1, such as 0.9, got {confidence!r}")
+    require(isinstance(found, Provenance), f"found must be what trace returns, got a {type(found).__name__}")
     c, error = found.contributions, found.standard_error
     known = by is None and error is not None and not bool(error.isnan().any())
-    groups = found.targets.tolist() if by is None else by.tolist() if isinstance(by, Tensor) else list(by)
-    require(len(groups) == len(c), f"by must be {len(c)} groups, one per input, got {len(groups)}")
+    must = f"by must be {len(c)} groups, one per input"
+    with as_sentence(must, "give the name or number of each input's group", TypeError):
+        groups = found.targets.tolist() if by is None else by.tolist() if isinstance(by, Tensor) else list(by)
+        dict.fromkeys(groups)
+    require(len(groups) == len(c), f"{must}, got {len(groups)}")
     named = members(c.numpy(), groups, error.numpy() if known and error is not None else None, confidence)
     order = c.argsort(dim=1, descending=True, stable=True).tolist()
     sets = [[found.client_ids[k] for k in ranked if row[k]] for ranked, row in zip(order, named, strict=True)]
