@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch import nn
 
-from tracefl import Run, trace
+from tracefl import Run
 from tracefl.flower import Examples, Recorder, evaluate, identify
 
 FOLDER, CLIENTS, ROUNDS = sys.argv[1] if len(sys.argv) > 1 else "logs/own-app", 4, 3
@@ -60,7 +60,5 @@ def serve(grid, context) -> None:
 
 if __name__ == "__main__":
     run_simulation(server_app, client_app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1}})
-    run, model = Run.open(FOLDER), new_model()
-    model.load_state_dict(dict(run.global_state(ROUNDS)))
-    states, weights = run.client_states(ROUNDS), {client.id: client.weight for client in run.round(ROUNDS).clients}
-    print(trace(model, states, torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), weights=weights, method="influence"))
+    run = Run.open(FOLDER)
+    print(run.trace(inputs=torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), model=new_model()))

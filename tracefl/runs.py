@@ -18,6 +18,7 @@ recording is never written over: `Run.create` refuses, `Run.open_or_create` goes
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -25,10 +26,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -36,6 +38,9 @@ from tracefl.data.examples import Examples, load_examples
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.states import State, StateFile
 from tracefl.training import Evaluation
+
+if TYPE_CHECKING:
+    from tracefl.provenance.result import Provenance
 
 SCHEMA = 2
 READABLE = (1, 2)  # 1: without the order of entries and metrics, always with predictions
@@ -284,7 +289,7 @@ class Run:
         return self._header[key]
 
     def __contains__(self, key: str) -> bool:
-        """Whether the header has this entry."""
+        """Whether the header has the entry."""
         return key in self._header
 
     def round(self, number: int) -> Round:
@@ -335,9 +340,51 @@ class Run:
         """The server's examples, in the order of `predictions`.
 
         Raises:
-            TraceFLError: the run is one of an own Flower app.
+            TraceFLError: the run is one of an own Flower app, or its data are gone.
         """
-        return load_examples(self.path / self["data_folder"] / "server.safetensors")
+        file = self.path / self["data_folder"] / "server.safetensors"
+        gone = f"the server's examples of {self.path} cannot be read from {file}"
+        with as_sentence(gone, "put the run where it was, or train again", OSError, SafetensorError, KeyError):
+            return load_examples(file)
+
+    def trace(
+        self,
+        index: int | Sequence[int] | None = None,
+        *,
+        round: int | None = None,
+        method: str = "influence",
+        inputs: Any = None,
+        model: nn.Module | None = None,
+        **options: Any,
+    ) -> "Provenance":
+        """Which clients are responsible for predictions of a round's global model.
+
+        Args:
+            index: the number of an example of the server, or several, from 0.
+            round: of the global model, from 1; default: the last one.
+            method: as in `tracefl.trace`. Shares are weighted as the round took its updates;
+                "neuron" takes no weights, as the paper, unless they are given.
+            inputs: of your own, as the model takes them, in place of `index`.
+            model: of a run of an own Flower app, its model. A copy gets the round's weights; what
+                was not exchanged stays as it is there.
+            **options: further arguments of `tracefl.trace`, such as `targets`; default: the
+                predicted classes.
+
+        Returns:
+            The contributions of the round's participants, see `Provenance`.
+
+        Raises:
+            TraceFLError: no such round or example, the run knows no model or no server data, a
+                file is damaged, or what `tracefl.trace` raises.
+        """
+        from tracefl.evaluation.recorded import trace_recorded  # a later room
+
+        answer = trace_recorded(self, index, round, inputs, model, method, options)
+        number = round or len(self.rounds)
+        if self.round(number).weights_from == "assumed":
+            told = "round %d: how the strategy weighed the updates is not known; shares go by num-examples"
+            logging.getLogger("tracefl").warning(told, number)
+        return answer
 
     def predictions(self, number: int) -> Tensor:
         """What round `number`'s global model predicts for the server's examples, int64 [N].

@@ -494,6 +494,10 @@ def test_where_weights_cannot_be_learnt_examples_are_assumed_and_it_is_said(tmp_
     assert shares(run) == pytest.approx({c: examples_of(c) / total for c in "abc"})
     assert "round 1: what weights Noisy gave the updates cannot be told" in caplog.text
     assert "num-examples is assumed" in caplog.text
+    caplog.clear()
+    answer = run.trace(inputs=torch.ones(1, 2), model=linear(run.global_state(1)), targets=[0])
+    assert answer.client_ids == ["a", "b", "c"]
+    assert "round 1: how the strategy weighed the updates is not known" in caplog.text
 
 
 def test_q_fedavg_weighs_by_losses(tmp_path):

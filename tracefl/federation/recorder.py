@@ -6,7 +6,7 @@ the strategy's own `start`, whose rounds are watched (`rounds`).
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Recorder:
             the strategy must take every node that it is shown, as with
             `FedAvg(min_train_nodes=n, min_available_nodes=n)`.
         seed: of the draw; the participants of round t depend only on (seed, t).
+        excluded: ids of clients that are never drawn. Another is drawn in the place of one; the
+            others take part in the same rounds as without it.
         arrayrecord_key: which ArrayRecord of a reply is the model, where there are several and the
             strategy does not say.
         node_timeout: how many seconds nodes are waited for.
@@ -77,6 +79,7 @@ class Recorder:
         accept_failures: bool = False,
         clients_per_round: int | None = None,
         seed: int = 0,
+        excluded: Collection[str] = (),
         arrayrecord_key: str | None = None,
         node_timeout: float = 300,
         on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None,
@@ -93,6 +96,7 @@ class Recorder:
             accept_failures=accept_failures,
             clients_per_round=clients_per_round,
             seed=seed,
+            excluded=excluded,
             arrayrecord_key=arrayrecord_key or getattr(innermost(strategy), "arrayrecord_key", None),
             node_timeout=node_timeout,
             on_client=on_client,
@@ -178,7 +182,7 @@ class Recorder:
 
     def participants(self, number: int) -> list[str]:
         """The clients drawn for round `number`, in the order of their ids."""
-        return draw(self.nodes, self.run, number, self.options.clients_per_round or 0, self.options.seed)
+        return draw(self.nodes, self.run, number, self.options)
 
     def _hold(self) -> None:
         """Take the folder's lock; it is given back when `start` ends."""

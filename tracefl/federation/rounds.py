@@ -7,7 +7,7 @@ recorded model and metrics are returned; so a run that goes on has true round nu
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -44,6 +44,7 @@ class Options:
     accept_failures: bool
     clients_per_round: int | None
     seed: int
+    excluded: Collection[str]
     arrayrecord_key: str | None
     node_timeout: float
     on_client: Callable[[int, str, Mapping[str, Any]], None]
@@ -142,7 +143,7 @@ class Rounds:
         self._look_for_nodes()
         absent: dict[int, str] = {}
         if self.options.clients_per_round is not None:
-            drawn = draw(self.nodes, self.run, self.index, self.options.clients_per_round, self.options.seed)
+            drawn = draw(self.nodes, self.run, self.index, self.options)
             shown = [self.nodes.node_of(client) for client in drawn]
             absent = {-1 - i: drawn[i] for i, node in enumerate(shown) if node is None}
             grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
@@ -367,11 +368,15 @@ class Rounds:
         return watched
 
 
-def draw(nodes: Nodes | KnownNodes, run: Run, number: int, count: int, seed: int) -> list[str]:
+def draw(nodes: Nodes | KnownNodes, run: Run, number: int, options: Options) -> list[str]:
     """The clients drawn for round `number`, in the order of their ids."""
     known = nodes.clients.values() if isinstance(nodes, KnownNodes) else [client.id for client in run.clients]
-    ids = sorted(known, key=by_number)
-    drawn = np.random.default_rng([seed, number]).choice(len(ids), count, replace=False)
+    ids, count = sorted(known, key=by_number), options.clients_per_round or 0
+    rng = np.random.default_rng([options.seed, number])
+    drawn = [index for index in rng.choice(len(ids), count, replace=False) if ids[index] not in options.excluded]
+    if count > len(drawn):
+        others = [k for k, who in enumerate(ids) if k not in drawn and who not in options.excluded]
+        drawn += rng.choice(others, count - len(drawn), replace=False).tolist()
     return [ids[index] for index in sorted(drawn)]
 
 

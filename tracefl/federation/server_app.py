@@ -56,6 +56,7 @@ def serve(
         seed=config.seed,
         evaluate=evaluate_state,
         accept_failures=config.accept_failures,
+        excluded=frozenset(map(str, config.exclude_clients)),
         **observers,
     )
     arrays = ArrayRecord(dict(run.global_state(0)))
