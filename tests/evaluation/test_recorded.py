@@ -61,7 +61,7 @@ def empty(run):
         ({"inputs": torch.zeros(1, 1, 2, 2), "round": "1"}, "round must be a whole number from 1 to 1, got '1'"),
         ({"inputs": torch.zeros(1, 1, 2, 2), "round": True}, "round must be a whole number from 1 to 1, got True"),
         ({"inputs": torch.zeros(1, 4), "model": "resnet18"}, "model must be a torch.nn.Module, got a str"),
-        ({"inputs": torch.zeros(1, 4), "model": nn.Linear(4, 2)}, "round 1, which has '2.bias' besides"),
+        ({"inputs": torch.zeros(1, 4), "model": nn.Linear(4, 2)}, "round 1, which has '2.weight' besides"),
         (
             {"inputs": torch.zeros(1, 1, 2, 2), "model": nn.Sequential(OneChannel(), nn.Flatten(), nn.Linear(4, 3))},
             "model does not fit the global model of round 1 .*pass the one that was trained",
