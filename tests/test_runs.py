@@ -1,6 +1,8 @@
 """The run store: what is written is what is read, damage is noticed, an interrupted round does not count."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,6 +176,28 @@ def test_a_second_writer_is_refused(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+def test_another_process_that_writes_keeps_every_writer_out(tmp_path):
+    run = one_round(tmp_path)
+    words = "import sys, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); "
+    words += "print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", words, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    for write in (
+        lambda: run.record_client(2, "0", state(9.0), 22),
+        lambda: run.record_round(2, [], state(9.0), None, {}),
+        lambda: run.record_metrics(1, "server", {"loss": 1.0}),
+        lambda: Run.create(tmp_path, initial=state(9.0), clients=[], seed=0),
+    ):
+        with pytest.raises(TraceFLError, match="is being written by another process"):
+            write()
+    other.communicate("")
+    assert len(Run.open(tmp_path).rounds) == 1
+    assert not (tmp_path / "rounds" / "0002").exists()
+    Run.open(tmp_path).record_round(2, [], state(9.0), None, {})
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path):

@@ -550,7 +550,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         TraceFLError: another process, or another part of this one, holds it; it is not waited for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with as_sentence(f"{folder} cannot be made for a run", "choose another folder", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     lock, busy = _lock(folder), f"{folder} is being written by another process"
     remedy = "wait for it, or choose another folder (exp_key)"
     require(not lock.is_locked, f"{folder} is being written by another process or recorder: {remedy}")
@@ -558,6 +559,8 @@ def locked(folder: Path) -> Iterator[None]:
         held = lock.acquire(blocking=False)
     except Timeout:
         raise TraceFLError(f"{busy}: {remedy}") from None
+    except OSError as error:
+        raise TraceFLError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from error
     with held:
         yield
 

@@ -751,6 +751,18 @@ def test_a_strategy_that_returns_no_array_record_is_named(tmp_path):
         record(tmp_path, strategy=Returns())
 
 
+def test_what_the_recorder_cannot_take_is_said(tmp_path):
+    with pytest.raises(TraceFLError, match="clients must be distinct, got 'a' more than once"):
+        record(tmp_path, clients=["a", "b", "a"])
+    with pytest.raises(TraceFLError, match=r"evaluate must return a tracefl.flower.Evaluation, got 0.9"):
+        record(tmp_path, evaluate=lambda state: 0.9)
+    with pytest.raises(TraceFLError, match="initial_arrays must be an ArrayRecord, got a dict"):
+        record(tmp_path, initial=dict(INITIAL))
+    (tmp_path / "file").touch()
+    with pytest.raises(TraceFLError, match=r"file cannot be made for a run .*: choose another folder"):
+        record(tmp_path / "file")
+
+
 def test_a_start_that_goes_through_no_round_is_named(tmp_path):
     class Elsewhere(FedAvg):
         def start(self, grid, initial_arrays, num_rounds=3, timeout=3600):

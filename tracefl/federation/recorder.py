@@ -87,6 +87,9 @@ class Recorder:
     ) -> None:
         self.strategy, self.settings = strategy, settings
         self._given = None if clients is None else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
+        ids = [client.id for client in self._given or []]
+        twice = next((client for client in ids if ids.count(client) > 1), None)
+        require(twice is None, f"clients must be distinct, got '{twice}' more than once: leave one out")
         self._held, self._holds = ExitStack(), False
         self._run: Run | None
         self._run, self.folder = (run, run.path) if isinstance(run, Run) else (None, Path(run))
@@ -109,12 +112,12 @@ class Recorder:
                 self._hold()
                 self._run = Run.open(self.folder) if (self.folder / "run.json").exists() else None
             expected = self._given if self._owned else self.run.clients
-            ids = [client.id for client in expected] if expected else None
+            wanted = [client.id for client in expected] if expected else None
             self.nodes: Nodes | KnownNodes
             if isinstance(nodes, Mapping):
                 self.nodes = KnownNodes(dict(nodes))
             else:
-                self.nodes = Nodes(nodes, node_key, ids, node_timeout)
+                self.nodes = Nodes(nodes, node_key, wanted, node_timeout)
             self.nodes.refresh()
             failed.pop_all()
 
@@ -150,6 +153,8 @@ class Recorder:
                 undo.callback(setattr, self, "_holds", False)
             else:
                 undo.enter_context(writing(self.folder))
+            kind = type(initial_arrays).__name__
+            require(isinstance(initial_arrays, ArrayRecord), f"initial_arrays must be an ArrayRecord, got a {kind}")
             own = type(self.strategy)
             call = f"{own.__name__}.start"
             with as_sentence(f"{call} does not take these arguments", "give those that it takes", TypeError):

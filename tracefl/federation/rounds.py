@@ -241,6 +241,8 @@ class Rounds:
         share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
         participants = [replace(participant, weight=share.get(participant.id, 0.0)) for _, _, participant in accepted]
         evaluation = self.options.evaluate(released) if self.options.evaluate else None
+        what = "evaluate must return a tracefl.flower.Evaluation"
+        require(evaluation is None or isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
         state, source = state_of(self.strategy), weights.source
         self._note_changes()
         self.run.record_round(number, participants, released, evaluation, self._failures, state, metrics, source)
