@@ -763,6 +763,23 @@ def test_what_the_recorder_cannot_take_is_said(tmp_path):
         record(tmp_path / "file")
 
 
+def test_a_loop_that_ends_early_ends_there_again(tmp_path):
+    class Early(FedAvg):
+        def start(self, grid, initial_arrays, num_rounds=3, timeout=3600, evaluate_fn=None):
+            current = initial_arrays
+            for number in range(1, num_rounds + 1):
+                messages = self.configure_train(number, current, ConfigRecord(), grid)
+                current, _ = self.aggregate_train(number, grid.send_and_receive(messages, timeout=timeout))
+                if evaluate_fn(number, current)["accuracy"] > 0.5:
+                    return number
+            return None
+
+    start = {"evaluate_fn": lambda number, model: MetricRecord({"accuracy": 0.2 * number})}
+    ends = [record(tmp_path, rounds=9, strategy=Early(fraction_evaluate=0.0), start=start) for _ in range(2)]
+    assert ends == [3, 3]
+    assert len(Run.open(tmp_path).rounds) == 3
+
+
 def test_a_start_that_goes_through_no_round_is_named(tmp_path):
     class Elsewhere(FedAvg):
         def start(self, grid, initial_arrays, num_rounds=3, timeout=3600):

@@ -162,7 +162,7 @@ class Recorder:
             given, (first, second, *_) = bound.arguments, bound.arguments
             train_config, evaluate_fn = given.get("train_config"), given.get("evaluate_fn")
             self._open(initial_arrays, num_rounds, train_config)
-            before, initial = len(self.run.rounds), self.run.global_state(0)
+            initial = self.run.global_state(0)
             unknown = evaluate_fn is not None and any("server" not in record.metrics for record in self.run.rounds)
             rounds = Rounds(
                 self.strategy,
@@ -181,7 +181,7 @@ class Recorder:
                 given["evaluate_fn"] = rounds.watched_evaluate_fn(evaluate_fn)
             rounds.watch(undo)
             result = self.strategy.start(*bound.args, **bound.kwargs)
-            went = rounds.index >= min(num_rounds, before + 1)  # through the recorded ones and a new one
+            went = rounds.index > 0 or num_rounds < 1
             require(went, f"{call} went through no round: it must call its configure_train and aggregate_train")
             return result
 
