@@ -62,13 +62,27 @@ def test_it_leaves_what_the_readme_lists(finished):
     states = {f"rounds/{t:04d}/{name}.safetensors" for t in (1, 2, 3) for name in ("global", "predictions")}
     states |= {f"rounds/{r.number:04d}/{c.file}" for r in run.rounds for c in r.clients}
     (events,) = [name for name in left if name.startswith("tensorboard/events.out.tfevents")]
-    plots = {f"plots/{name}.{kind}" for name in ("rounds", "labels", "contributions") for kind in ("png", "pdf")}
+    names = ("rounds", "labels", "contributions", "class_by_client")
+    plots = {f"plots/{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert left == states | plots | {
         "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
         "provenance.csv", "TraceFL_clients_contributions.log", events,
+        "audit.parquet", "verdict.json", "class_by_client.csv",
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
     assert [len(record.clients) for record in run.rounds] == [2, 2, 2]
+
+
+def test_the_verdict_comes_first(finished):
+    folder, out = the_run(finished[0]), finished[1]
+    assert out.index("INFO - Verdict: none of the ") < out.index("Input Label: ")
+    verdict, audited = json.loads((folder / "verdict.json").read_text()), pd.read_parquet(folder / "audit.parquet")
+    assert verdict["faulty"] == []
+    assert set(verdict["clients"]) == set(audited["client"])
+    assert all(of["rounds"] == (audited["client"] == who).sum() for who, of in verdict["clients"].items())
+    by_class = pd.read_csv(folder / "class_by_client.csv", dtype={"client": str}).set_index("client")
+    mean = audited.groupby("client")["value"].mean()
+    assert by_class["all"].to_dict() == pytest.approx(mean.to_dict(), nan_ok=True)
 
 
 def test_tables_hold_both_methods_and_every_chance_level(finished):
