@@ -4,8 +4,9 @@ Nobody says who might be faulty or how many; the answer may be nobody. Every rou
 the server's labelled examples, and over the rounds a client is accused that
 
 - sends back what it received: its updates are shorter than a tenth of the median client's,
-- moves the model against the others: the median cosine of its update with theirs is negative,
-- teaches classes to the wrong inputs: its aim (`updates`) is low, far below the median client's,
+- moves the model against the others: the median cosine of its update with theirs is negative, and
+  its aim (`updates`) is below the median client's,
+- teaches classes to the wrong inputs: its aim is low, far below the median client's,
   and leaving it out would not cost more than leaving out others.
 
 All three compare with the median client: they hold while more than half of the clients are honest.
@@ -32,12 +33,11 @@ from tracefl.runs import Run
 MOST_EXAMPLES = 1000  # of the server's, drawn evenly from the classes
 FEWEST_CLIENTS = 4  # in a round, to say what is usual
 SILENT = 0.1  # length of an update over that of the median client
-AGAINST = -0.05  # median cosine with the others' updates
+AGAINST, AGAINST_APART = -0.05, 0.2  # median cosine with the others' updates; of an aim so far below the median's
 LOW_AIM, LOW_AIM_OF_ONE_CLASS = 0.3, -0.25
 ONE_CLASS = 1.5  # effective number of classes that are taught
 APART = 0.4  # below the median client's aim
-USEFUL = -2.0  # z of a client that the model would miss
-HARMFUL = 4.0  # z of one that it would not
+USEFUL, HARMFUL = -0.9, 2.0  # mean z of a client that the model would miss, and of one that it would not
 MOST_Z = 5.0  # of one round, so that none decides alone
 
 # One row per (round, client); `value_0`, `value_1`, ... by class follow: see `Audit`. `teaches` is
@@ -143,6 +143,7 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
             "length": by_client["length"].median(),
             **{name: by_client[name].mean() for name in ("agreement", "aim", "taught_classes")},
             "teaches": by_client["teaches"].agg(lambda classes: int(classes.mode()[0])),
+            "mean_z": by_client["z"].mean(),
             "z": by_client["z"].sum() / np.sqrt(by_client["z"].count().clip(lower=1)),
             "rounds": by_client["round"].count(),
         }
@@ -156,8 +157,8 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
             continue
         of = judged[who]
         alone = of["taught_classes"] < ONE_CLASS
-        low = LOW_AIM_OF_ONE_CLASS if alone and of["z"] <= HARMFUL else LOW_AIM
-        misled = of["aim"] < low and middle - of["aim"] > APART and of["z"] > USEFUL
+        low = LOW_AIM_OF_ONE_CLASS if alone and of["mean_z"] <= HARMFUL else LOW_AIM
+        misled = of["aim"] < low and middle - of["aim"] > APART and of["mean_z"] > USEFUL
         name = str(of["teaches"]) if class_names is None else class_names[int(of["teaches"])]
         beside = f"(aim {of['aim']:.2f}, the median client's {middle:.2f})"
         reasons = []
@@ -167,7 +168,7 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
         if misled:
             what = f"class {name} to inputs of other classes" if alone else "classes to the wrong inputs"
             reasons.append(f"teaches {what} {beside}")
-        if of["agreement"] < AGAINST:
+        if of["agreement"] < AGAINST and middle - of["aim"] > AGAINST_APART:
             cosine = f"median cosine with their updates {of['agreement']:.2f}"
             reasons.append(f"moves the model against the others ({cosine})")
         if reasons:
