@@ -8,12 +8,13 @@ from tracefl.errors import TraceFLError
 
 if TYPE_CHECKING:
     from tracefl.evidence.audit import Audit, audit
+    from tracefl.evidence.whole_run import trace_run
     from tracefl.provenance.result import Provenance
     from tracefl.provenance.trace import trace
     from tracefl.runs import Run
 
-__all__ = ["Audit", "Provenance", "Run", "TraceFLError", "__version__", "audit", "trace"]
-_HOMES = {"Run": "tracefl.runs", "Audit": "tracefl.evidence", "audit": "tracefl.evidence"}
+__all__ = ["Audit", "Provenance", "Run", "TraceFLError", "__version__", "audit", "trace", "trace_run"]
+_HOMES = {"Run": "tracefl.runs", "Audit": "tracefl.evidence", "audit": "tracefl.evidence", "trace_run": "tracefl.evidence.whole_run"}
 __version__ = version("tracefl")
 
 
