@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from tracefl.runs import Run
 
 __all__ = ["Audit", "Provenance", "Run", "TraceFLError", "__version__", "audit", "trace", "trace_run"]
-_HOMES = {"Run": "tracefl.runs", "Audit": "tracefl.evidence", "audit": "tracefl.evidence", "trace_run": "tracefl.evidence.whole_run"}
+_HOMES = {
+    "Run": "tracefl.runs",
+    "Audit": "tracefl.evidence",
+    "audit": "tracefl.evidence",
+    "trace_run": "tracefl.evidence.whole_run",
+}
 __version__ = version("tracefl")
 
 

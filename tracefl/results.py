@@ -1,4 +1,4 @@
-"""The tables beside a recorded run: rounds.csv, timings.csv, and two Parquet files of answers."""
+"""The tables beside a recorded run: rounds.csv, timings.csv, and Parquet files of answers."""
 
 import shutil
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from tracefl.runs import Run, write_atomically
 from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
+WHOLE_RUN = "whole_run.parquet"
 
 
 def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame], *, reuse: bool = True) -> pd.DataFrame:

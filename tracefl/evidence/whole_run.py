@@ -17,7 +17,7 @@ round stays. A running variance of W + d is at least a tenth of W's.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +41,8 @@ METHODS = ("replay", "sum")
 MEMORY = 0.5  # where there is nothing to train a proxy on
 LEAST_VARIANCE = 0.1  # of a running variance, in units of the model's own
 
+# How a client trains, and the settings of a run of TraceFL's that say so.
+_TRAINING = {"epochs": "client.epochs", "lr": "client.lr", "batch_size": "batch_size"}
 Difference = dict[str, Tensor]  # traced tensor -> what it differs by
 
 
@@ -95,8 +97,8 @@ def trace_run(
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> initial, clients = {"weight": torch.zeros(2, 1)}, [ClientInfo(who, {}) for who in "ab"]
         >>> run = Run.create(tempfile.mkdtemp(), initial=initial, clients=clients)
-        >>> sent = {who: {"weight": torch.tensor([[w], [0.0]])} for who, w in [("a", 3.0), ("b", 1.0)]}
-        >>> parts = [run.record_client(1, who, state, 5, 0.5) for who, state in sent.items()]
+        >>> sent = {"a": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([[1.0], [0.0]])}
+        >>> parts = [run.record_client(1, who, {"weight": w}, 5, 0.5) for who, w in sent.items()]
         >>> evaluation = Evaluation(0.5, 1.0, torch.tensor([0]))
         >>> run.record_round(1, parts, {"weight": torch.tensor([[2.0], [0.0]])}, evaluation, {})
         >>> trace_run(run, torch.ones(1, 1), model=model).contributions.tolist()
@@ -110,7 +112,9 @@ def trace_run(
     fine = round is None or (isinstance(round, int) and not isinstance(round, bool))
     require(fine, f"round must be a whole number from 1 to {len(run.rounds)}, got {round!r}")
     last = run.round(len(run.rounds) if round is None else round).number
-    fine = memory in (None, "proxy") or (isinstance(memory, int | float) and 0 <= memory <= 1)
+    fine = memory in (None, "proxy") or (
+        isinstance(memory, int | float) and not isinstance(memory, bool) and 0 <= memory <= 1
+    )
     require(fine, f"memory must be a number from 0 to 1, or 'proxy', got {memory!r}")
     model = _model_of(run, last) if model is None else copied(model)
     require(isinstance(model, nn.Module), f"model must be a torch.nn.Module, got a {type(model).__name__}")
@@ -214,10 +218,6 @@ def _weights(record: Round) -> dict[str, float]:
     return dict(zip(used, normalised(used, list(used)).tolist(), strict=True)) if used else {}
 
 
-# (t, of the clients whose differences are followed those that answer, W_{t-1}) -> nothing; d is changed in place.
-React = Callable[[int, dict[str, Difference], dict[str, Tensor]], None]
-
-
 @dataclass
 class _Memory:
     """R(d) = c d on what the round's clients send."""
@@ -237,8 +237,11 @@ class _Memory:
 
 @dataclass
 class _Proxy:
-    """R(d) = F(W + d) - F(W): F trains on the server's examples, of whom each class is drawn as often as the round's
-    other clients hold it, and as many as one of them has."""
+    """R(d) = F(W + d) - F(W), F the training of one client on the server's examples.
+
+    Each class is drawn as often as the round's other clients hold it, and of examples as many as
+    one of them has on average.
+    """
 
     examples: Examples
     training: Mapping[str, Any]
@@ -304,8 +307,9 @@ def _reaction(
     known = f"memory='proxy' needs labelled examples and how clients train, which {run.path} does not hold"
     if examples is None or training is None:
         raise TraceFLError(f"{known}: pass examples= and training=, or memory as a number")
-    expected = {"epochs", "lr", "batch_size"}
-    require(set(training) == expected, f"training must have epochs, lr and batch_size, got {', '.join(training)}")
+    kind = ", ".join(training) if isinstance(training, Mapping) else f"a {type(training).__name__}"
+    fits = isinstance(training, Mapping) and set(training) == set(_TRAINING)
+    require(fits, f"training must be a dict of {', '.join(_TRAINING)}, got {kind}")
     if not isinstance(examples, Examples):
         examples = Examples(*examples)  # type: ignore[arg-type]
     fits = len(examples) > 0 and batch_size(examples.inputs) == len(examples)
@@ -320,16 +324,10 @@ def _training_of(run: Run) -> dict[str, Any] | None:
     file = run.path / "config.yaml"
     if not file.exists():
         return None
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    from tracefl.checks import load
-
-    loaded = OmegaConf.load(file)
-    assert isinstance(loaded, DictConfig)
-    config = load(loaded)
-    if config.client.lr is None:
-        return None
-    return {"epochs": config.client.epochs, "lr": config.client.lr, "batch_size": config.batch_size}
+    found = {name: OmegaConf.select(OmegaConf.load(file), key) for name, key in _TRAINING.items()}
+    return None if None in found.values() else found
 
 
 def _replay(recorded: Recorded, at: Explained, react: _Memory | _Proxy, scratch_bytes: int) -> Provenance:
@@ -373,7 +371,7 @@ def _differences(recorded: Recorded, ids: Sequence[str], react: _Memory | _Proxy
 
 @torch.no_grad()
 def _sum(recorded: Recorded, at: Explained, scratch_bytes: int) -> Provenance:
-    """The sum over rounds: a layer for each. Of several clients as many are fused as fit, in one read."""
+    """The sum over rounds, a layer for each; in one read as many clients are left out as fit."""
     recorded.load(recorded.last)
     y_T, ids, check = at.of_model(), recorded.ids, partial(_check, recorded)
     by_round = torch.zeros(recorded.last, at.N, len(ids), dtype=torch.float64)
