@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from tracefl import trace_run
 from tracefl.classifier import log_odds
 from tracefl.data.examples import Examples, count_labels
+from tracefl.evaluation.localization import spearman
 from tracefl.models import exchanged_state
 from tracefl.runs import ClientInfo, Run
 from tracefl.training import evaluate, train
@@ -130,6 +132,36 @@ def prepared(folder: Path, norm: bool, clients: int, a_round: int, seed: int, R:
     return {"run": run, "model": model, "parts": parts, "server": server, **of}
 
 
+def judged(found: Tensor, truth: Tensor) -> tuple[float, float]:
+    """rho and first, of values [N, K]."""
+    first = found.argmax(1) == truth.argmax(1)
+    return float(np.nanmean(spearman(found.numpy(), truth.numpy()))), first.double().mean().item()
+
+
+def estimates(of: dict, took_part: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Name of each row, and its values [N, K] of the clients that took part."""
+    given = {"targets": of["targets"], "model": of["model"], "examples": of["server"], "training": TRAINING}
+    rows = {f"replay, memory {c:g}": {"memory": c} for c in (0.3, 0.5, 0.7, 0.9, 1.0)}
+    rows = {"last round": {"memory": 0.0}, "sum over rounds": {"method": "sum"}, **rows}
+    rows |= {"replay, by proxy": {"memory": "proxy"}, "replay, default (mixed)": {}}
+    for name, row in rows.items():
+        found = trace_run(of["run"], of["x"], **given, **row)
+        yield name, found.contributions[:, [found.client_ids.index(k) for k in took_part]]
+    held = [[count_labels(of["parts"][k].labels).get(c, 0) for k in took_part] for c in of["targets"].tolist()]
+    yield "label counts", torch.tensor(held, dtype=torch.float64)
+
+
+def judge(of: dict) -> dict[str, tuple[float, float]]:
+    """rho and first of every row, and the ceiling."""
+    took_part = {client.id for record in of["run"].rounds for client in record.clients}
+    kept = [k for k, who in enumerate(of["parts"]) if who in took_part]
+    truths = -of["without"][:, kept].transpose(1, 2)  # [R, N, K]
+    names = [who for who in of["parts"] if who in took_part]
+    rows = {name: judged(found, truths.mean(0)) for name, found in estimates(of, names)}
+    against = [judged(one, torch.cat([truths[:r], truths[r + 1 :]]).mean(0)) for r, one in enumerate(truths)]
+    return {**rows, "ceiling": tuple(np.mean(against, 0).tolist())}
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--seeds", type=int, default=3)
@@ -138,13 +170,21 @@ def main() -> None:
     arguments.add_argument("--clients", type=int, nargs="+", default=[10, 12, 20], help="which federations")
     options = arguments.parse_args()
     torch.set_num_threads(1)
+    tables: dict[str, list[dict[str, tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for seed in range(options.seeds):
             for clients, a_round in [(K, some) for K, some in FEDERATIONS if K in options.clients]:
                 for norm in (True, False):
                     of = prepared(folder, norm, clients, a_round, seed, options.retrainings)
-                    print(norm, clients, a_round, seed, round(of["accuracy"], 3), flush=True)
+                    title = f"{a_round} of {clients}, CNN {'with' if norm else 'without'} BatchNorm"
+                    print(f"{title}, seed {seed}: accuracy {of['accuracy']:.2f}", flush=True)
+                    tables.setdefault(title, []).append(judge(of))
+    for title, found in tables.items():
+        print(f"\n{title}, {len(found)} seeds{'rho':>{46 - len(title)}}{'first':>8}")
+        for name in found[0]:
+            rho, first = np.mean([row[name] for row in found], 0)
+            print(f"  {name:42}{rho:12.2f}{first:8.2f}")
 
 
 if __name__ == "__main__":
