@@ -32,8 +32,9 @@ from tracefl.runs import ClientInfo, Run
 from tracefl.training import evaluate, train
 
 FEDERATIONS = ((10, 10), (12, 4), (20, 5))  # clients, of whom in a round
-ROUNDS, INPUTS = 6, 24
-TRAINING = {"epochs": 3, "lr": 0.003, "batch_size": 16}
+INPUTS = 24
+ROUNDS = {True: 6, False: 8}  # with BatchNorm, without, which learns more slowly
+TRAINING = {norm: {"epochs": 3, "lr": lr, "batch_size": 16} for norm, lr in ((True, 0.003), (False, 0.006))}
 
 
 def small_cnn(norm: bool) -> nn.Module:
@@ -43,6 +44,10 @@ def small_cnn(norm: bool) -> nn.Module:
         between = [nn.BatchNorm2d(width)] if norm else []
         layers += [nn.Conv2d(channels, width, 3, padding=1), *between, nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24 * 4, 10))
+
+
+def has_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def digits(clients: int, seed: int) -> tuple[dict[str, Examples], Examples, Examples]:
@@ -69,7 +74,8 @@ def one_round(
     weights, sent = {k: n[k] / sum(n.values()) for k in who}, {}
     for k in who:
         model.load_state_dict(start, strict=False)
-        train(model, parts[k], seed=int(np.random.default_rng([*seed, int(k)]).integers(2**31)), **TRAINING)
+        drawn = int(np.random.default_rng([*seed, int(k)]).integers(2**31))
+        train(model, parts[k], seed=drawn, **TRAINING[has_norm(model)])
         sent[k] = {name: w.clone() for name, w in exchanged_state(model).items()}
     mean = {name: sum(weights[k] * sent[k][name] for k in who) for name in start} if who else dict(start)
     return sent, mean, weights
@@ -82,8 +88,8 @@ def recorded(folder: Path, norm: bool, clients: int, a_round: int, seed: int) ->
     model, random = small_cnn(norm), np.random.default_rng([seed, 1])
     state = {name: w.clone() for name, w in exchanged_state(model).items()}
     known = [ClientInfo(k, count_labels(part.labels)) for k, part in parts.items()]
-    run = Run.create(folder, initial=state, clients=known, seed=seed, training=TRAINING)
-    for number in range(1, ROUNDS + 1):
+    run = Run.create(folder, initial=state, clients=known, seed=seed)
+    for number in range(1, ROUNDS[norm] + 1):
         who = [str(k) for k in sorted(random.choice(clients, a_round, replace=False))]
         sent, state, weights = one_round(model, state, parts, who, [seed, 2, number])
         took_part = [run.record_client(number, k, sent[k], len(parts[k]), weights[k]) for k in who]
@@ -119,7 +125,7 @@ def prepared(folder: Path, norm: bool, clients: int, a_round: int, seed: int, R:
         run, model = Run.open(folder), small_cnn(norm)
         return {"run": run, "model": model, "parts": parts, "server": server, **torch.load(truth)}
     run, model, parts, test = recorded(folder, norm, clients, a_round, seed)
-    model.load_state_dict(dict(run.global_state(ROUNDS)), strict=False)
+    model.load_state_dict(dict(run.global_state(len(run.rounds))), strict=False)
     found = evaluate(model, test)
     wrong = torch.nonzero(found.predictions != test.labels)[: INPUTS // 4, 0]
     right = torch.nonzero(found.predictions == test.labels)[: INPUTS - len(wrong), 0]
@@ -140,7 +146,12 @@ def judged(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def estimates(of: dict, took_part: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Name of each row, and its values [N, K] of the clients that took part."""
-    given = {"targets": of["targets"], "model": of["model"], "examples": of["server"], "training": TRAINING}
+    given = {
+        "targets": of["targets"],
+        "model": of["model"],
+        "examples": of["server"],
+        "training": TRAINING[has_norm(of["model"])],
+    }
     rows = {f"replay, memory {c:g}": {"memory": c} for c in (0.3, 0.5, 0.7, 0.9, 1.0)}
     rows = {"last round": {"memory": 0.0}, "sum over rounds": {"method": "sum"}, **rows}
     rows |= {"replay, by proxy": {"memory": "proxy"}, "replay, default (mixed)": {}}

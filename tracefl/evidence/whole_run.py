@@ -73,10 +73,10 @@ def trace_run(
         memory: of "replay", what the clients who train on leave of a difference: from 0, the last
             round alone, to 1, everything; "proxy", found by training on `examples` from both
             models, about two trainings of a client's per client and round; or "mixed", the mean of
-            this and of memory 0.5. Default: "mixed" where examples and training are known, else 0.5.
+            this and of memory 0.5. Default: "mixed" where examples and training are known, or 0.5.
         model: of the run's architecture; its weights do not matter, and it is left as it was.
             Default: built from the run, which can do so unless it is an own Flower app's.
-        examples: labelled examples of the server's for the proxy, as `Examples` or (inputs, labels),
+        examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels),
             none of them among `inputs`. They are drawn as often as the label counts of a round's
             clients say. Default: the run's.
         training: `epochs`, `lr` and `batch_size` of a client's training. Default: the run's.
