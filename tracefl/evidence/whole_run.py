@@ -306,8 +306,8 @@ def _reaction(
         return _Memory(float(memory), recorded)
     if training is None:
         training = _training_of(run)
-    if examples is None and (run.path / "config.yaml").exists():
-        examples = run.server_examples()
+    if examples is None:
+        examples = _examples_of(run)
     if memory is None and (examples is None or training is None):
         return _Memory(MEMORY, recorded)
     memory = memory or "mixed"
@@ -335,6 +335,14 @@ def _training_of(run: Run) -> dict[str, Any] | None:
 
     found = {name: OmegaConf.select(OmegaConf.load(file), key) for name, key in _TRAINING.items()}
     return None if None in found.values() else found
+
+
+def _examples_of(run: Run) -> Examples | None:
+    """The server's examples of a run of TraceFL's, unless its prepared data are gone."""
+    try:
+        return run.server_examples()
+    except (TraceFLError, FileNotFoundError):
+        return None
 
 
 def _replay(recorded: Recorded, at: Explained, react: _Memory | _Proxy, scratch_bytes: int) -> Provenance:
