@@ -75,7 +75,9 @@ def test_it_leaves_what_the_readme_lists(finished):
 
 def test_the_verdict_comes_first(finished):
     folder, out = the_run(finished[0]), finished[1]
-    assert out.index("INFO - Verdict: none of the ") < out.index("Input Label: ")
+    assert out.index("INFO - Verdict: the clients cannot be judged: a round needs at least 4 clients") < out.index(
+        "Input Label: "
+    )
     verdict, audited = json.loads((folder / "verdict.json").read_text()), pd.read_parquet(folder / "audit.parquet")
     assert verdict["faulty"] == []
     assert set(verdict["clients"]) == set(audited["client"])

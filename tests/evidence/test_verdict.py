@@ -134,6 +134,7 @@ def test_three_clients_cannot_be_judged():
     found = judge(three[three["client"].isin(["a", "b", "c"])])
     assert found.faulty == []
     assert found.clients["a"].why == "cannot be judged: a round needs at least 4 clients to say what is usual"
+    assert found.lines() == [f"Verdict: the clients {found.clients['a'].why}"]
 
 
 def test_class_by_client():

@@ -33,6 +33,7 @@ from tracefl.runs import Run
 
 MOST_EXAMPLES = 1000  # of the server's, drawn evenly from the classes
 FEWEST_CLIENTS = 4  # in a round, to say what is usual
+UNKNOWN = f"cannot be judged: a round needs at least {FEWEST_CLIENTS} clients to say what is usual"
 SILENT = 0.1  # length of an update over that of the median client
 AGAINST, AGAINST_APART = -0.05, 0.2  # median cosine with the others' updates; of an aim so far below the median's
 LOW_AIM, LOW_AIM_OF_ONE_CLASS = 0.3, -0.25
@@ -81,6 +82,8 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """The verdict for people to read: one line, and one for each faulty client."""
+        if all(found.why == UNKNOWN for found in self.clients.values()):
+            return [f"Verdict: the clients {UNKNOWN}"]
         if not self.faulty:
             return [f"Verdict: none of the {len(self.clients)} clients stands apart"]
         names = ", ".join(f"c{who}" for who in self.faulty)
@@ -141,9 +144,8 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
             faulty.append(str(who))
         usual = f"does not stand apart (aim {of['aim']:.2f}, agreement {of['agreement']:.2f})"
         clients[str(who)] = Judgement(float(of["z"]), int(of["rounds"]), ", and ".join(reasons) or usual)
-    unknown = f"cannot be judged: a round needs at least {FEWEST_CLIENTS} clients to say what is usual"
     for who, rounds in took_part.items():
-        clients.setdefault(str(who), Judgement(float("nan"), int(rounds), unknown))
+        clients.setdefault(str(who), Judgement(float("nan"), int(rounds), UNKNOWN))
     return Verdict(faulty, clients)
 
 
