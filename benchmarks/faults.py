@@ -199,19 +199,22 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--faults", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.3, 0.7])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--clean", type=int, help="clean runs of each alpha; default: twice the seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="how many; two clean runs for each")
+    parser.add_argument("--first-seed", type=int, default=10, help="the limits of the verdict were set on seeds 0 to 2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--verbose", action="store_true", help="print why each faulty client was accused, or not")
     args = parser.parse_args()
-    jobs = [(args, "clean", 0, alpha, s) for alpha in args.alphas for s in range(args.clean or 2 * args.seeds)]
-    jobs += [(args, *case) for case in product(args.kinds, args.faults, args.alphas, range(args.seeds))]
+    rows: list[dict[str, object]] = []
     with ProcessPoolExecutor(args.jobs) as pool:
-        rows = [row for rows in pool.map(one, jobs) for row in rows]
-    print(*shown(pd.DataFrame(rows)), sep="\n")
+        for number in range(args.seeds):
+            seeds = args.first_seed + 1000 * number, args.first_seed + 1000 * number + 1  # of the clean runs
+            jobs = [(args, "clean", 0, alpha, seed) for alpha in args.alphas for seed in seeds]
+            jobs += [(args, *case, seeds[0]) for case in product(args.kinds, args.faults, args.alphas)]
+            rows += [row for found in pool.map(one, jobs) for row in found]
+            print(f"\nafter {number + 1} of {args.seeds} seeds", *shown(pd.DataFrame(rows)), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

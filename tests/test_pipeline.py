@@ -62,13 +62,29 @@ def test_it_leaves_what_the_readme_lists(finished):
     states = {f"rounds/{t:04d}/{name}.safetensors" for t in (1, 2, 3) for name in ("global", "predictions")}
     states |= {f"rounds/{r.number:04d}/{c.file}" for r in run.rounds for c in r.clients}
     (events,) = [name for name in left if name.startswith("tensorboard/events.out.tfevents")]
-    plots = {f"plots/{name}.{kind}" for name in ("rounds", "labels", "contributions") for kind in ("png", "pdf")}
+    names = ("rounds", "labels", "contributions", "class_by_client")
+    plots = {f"plots/{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert left == states | plots | {
         "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
         "provenance.csv", "TraceFL_clients_contributions.log", events,
+        "audit.parquet", "verdict.json", "class_by_client.csv",
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
     assert [len(record.clients) for record in run.rounds] == [2, 2, 2]
+
+
+def test_the_verdict_comes_first(finished):
+    folder, out = the_run(finished[0]), finished[1]
+    assert out.index("INFO - Verdict: the clients cannot be judged: a round needs at least 4 clients") < out.index(
+        "Input Label: "
+    )
+    verdict, audited = json.loads((folder / "verdict.json").read_text()), pd.read_parquet(folder / "audit.parquet")
+    assert verdict["faulty"] == []
+    assert set(verdict["clients"]) == set(audited["client"])
+    assert all(of["rounds"] == (audited["client"] == who).sum() for who, of in verdict["clients"].items())
+    by_class = pd.read_csv(folder / "class_by_client.csv", dtype={"client": str}).set_index("client")
+    mean = audited.groupby("client")["value"].mean()
+    assert by_class["all"].to_dict() == pytest.approx(mean.to_dict(), nan_ok=True)
 
 
 def test_tables_hold_both_methods_and_every_chance_level(finished):
@@ -211,6 +227,26 @@ def test_coalitions_are_reported_beside_the_methods(finished, small, capsys):
     assert rounds["shapley_first_influence"].between(0, 1).all()
     rows = pd.read_parquet(folder / "provenance.parquet")
     assert rows[rows["method"] == "shapley"].groupby("round")["input"].nunique().tolist() == [4, 4, 4]
+
+
+def test_the_whole_run_is_traced_beside_the_rounds(finished, small, capsys):
+    folder = the_run(finished[0])
+    small()
+    rounds = (folder / "provenance.parquet").read_bytes()
+    capsys.readouterr()
+    small("provenance.scope=run")
+    shown = capsys.readouterr().out
+    assert shown.index("The whole run") < shown.index("Accuracy of the global model")
+    assert (folder / "provenance.parquet").read_bytes() == rounds  # not traced again
+    whole = pd.read_parquet(folder / "whole_run.parquet")
+    assert list(whole.columns) == list(pd.read_parquet(folder / "provenance.parquet").columns)
+    run = Run.open(folder)
+    assert set(whole["client"]) == {client.id for record in run.rounds for client in record.clients}
+    assert set(whole["round"]) == {3}
+    assert set(whole["method"]) == {"replay"}
+    of_round = pd.read_parquet(folder / "provenance.parquet").query("round == 3")
+    assert set(whole["input"]) == set(of_round["input"])
+    (folder / "whole_run.parquet").unlink()
 
 
 def test_other_data_under_the_same_settings_are_refused(finished, small):

@@ -21,9 +21,9 @@ TRAINS = {key: field.metadata["trains"] for key, field in leaves()}
 NOT_TRAINING = {
     *("exp_key", "storage.dir", "total_cpus", "total_gpus", "client_gpu", "round_timeout", "accept_failures"),
     *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv", "model.arch"),
-    *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug"),
+    *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug", "do_audit"),
     *("enable_beta", "client_weights_normalization", "parallel_processes", "neuron_activation_threshold"),
-    *("provenance.methods", "provenance.inputs_per_label", "provenance.max_mispredictions"),
+    *("provenance.scope", "provenance.methods", "provenance.inputs_per_label", "provenance.max_mispredictions"),
     *("evaluation.coalitions", "evaluation.coalition_inputs", "faster_input_generation"),
 }
 # Of these every setting counts: texts, spread by Dirichlet, with faulty clients.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tracefl.evidence.fusion import fuse
     from tracefl.evidence.verdict import Verdict, audit_run, judge
     from tracefl.evidence.whatif import WhatIf, whatif
+    from tracefl.evidence.whole_run import trace_run
     from tracefl.provenance.result import Provenance
     from tracefl.provenance.trace import trace
     from tracefl.runs import Run
@@ -31,6 +32,7 @@ __all__ = [
     "fuse",
     "judge",
     "trace",
+    "trace_run",
     "whatif",
 ]
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     **dict.fromkeys(("AnswerSets", "Audit", "answer_sets", "audit", "fuse"), "tracefl.evidence"),
     **dict.fromkeys(("Verdict", "audit_run", "judge"), "tracefl.evidence.verdict"),
     **dict.fromkeys(("WhatIf", "whatif"), "tracefl.evidence.whatif"),
+    "trace_run": "tracefl.evidence.whole_run",
 }
 __version__ = version("tracefl")
 

@@ -31,6 +31,7 @@ from tracefl.rules import (
 IMAGE_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
 FAULTS = ("label_flip", "random_labels", "backdoor", "free_rider", "sign_flip")
 TRACED_METHODS = ("neuron", "influence")  # in this order, the paper's first
+SCOPES = ("round", "run")
 DIST_TYPES = (
     "non_iid_dirichlet",
     *(f"{kind}-{n}" for kind in ("PathologicalPartitioner", "sharded-non-iid") for n in (1, 2, 3)),
@@ -180,6 +181,9 @@ class Fault:
 class ProvenanceConfig:
     """What is traced"""
 
+    scope: str = setting(
+        "round", "run: trace the last round's inputs over all rounds too", one_of(SCOPES), trains=False
+    )
     methods: list[str] = setting([*TRACED_METHODS], "the paper's and ours", some_of(TRACED_METHODS), trains=False)
     inputs_per_label: int = setting(2, "correct predictions per label, at least 10 in all", at_least(1), trains=False)
     max_mispredictions: int = setting(10, "of a round, where clients are faulty", at_least(1), trains=False)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,6 +33,7 @@ from tracefl.results import (
     PROVENANCE,
     ROUNDS,
     VERDICT,
+    WHOLE_RUN,
     cached,
     read_timings,
     update_timings,
@@ -81,10 +83,13 @@ def run_experiment(config: Config, resolved: str) -> None:
         train(config, data, run, model, examples)
         audited = audit(config, run, model, examples)
         answers = trace(config, run, model, examples)
+        whole = trace_whole(config, run, model, examples)
         votes = debug(config, run, model)
         metrics = judge(config, run, answers, votes)
         if audited is not None:
             accuse(run, audited, model, examples)
+        if whole is not None and len(whole):
+            tables.print_whole_run(whole)
         report(config, run, answers, metrics)
     tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
@@ -150,9 +155,27 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers
 
-    settings = [vars(config.provenance), config.enable_beta, config.client_weights_normalization]
+    settings = [_of_rounds(config), config.enable_beta, config.client_weights_normalization]
     settings += [vars(config.evaluation)] if config.evaluation.coalitions else []
     return cached(run, PROVENANCE, settings, make, reuse=config.check_prov_cache)
+
+
+def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
+    """The answers over all rounds (`tracing.COLUMNS`); None unless provenance.scope=run."""
+    if not (config.do_provenance and config.provenance.scope == "run"):
+        return None
+
+    def make() -> pd.DataFrame:
+        answers, memory = tracing.trace_whole_run(config, run, model, examples)
+        log.info("traced %d inputs over all %d rounds: %s", answers["input"].nunique(), len(run.rounds), memory)
+        return answers
+
+    return cached(run, WHOLE_RUN, [_of_rounds(config)], make, reuse=config.check_prov_cache)
+
+
+def _of_rounds(config: Config) -> dict[str, Any]:
+    """What the answers depend on, whether the whole run is traced or not."""
+    return {name: value for name, value in vars(config.provenance).items() if name != "scope"}
 
 
 def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:

@@ -13,6 +13,7 @@ from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
 AUDIT, VERDICT, CLASS_BY_CLIENT = "audit.parquet", "verdict.json", "class_by_client.csv"
+WHOLE_RUN = "whole_run.parquet"
 
 
 def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame], *, reuse: bool = True) -> pd.DataFrame:

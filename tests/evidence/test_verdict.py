@@ -102,8 +102,9 @@ def test_limits_of_the_verdict():
     assert accused() == []
     assert accused(norm=[0.05, 1, 1, 1, 1, 1]) == ["a"]
     assert accused(norm=[0.0] * 6) == []  # nobody trains: nobody stands apart
-    assert accused(agreement=[-0.1, 0.2, 0.2, 0.2, 0.2, 0.2]) == ["a"]
-    against = judge(table(agreement=[-0.1, 0.2, 0.2, 0.2, 0.2, 0.2])).clients["a"].why
+    against = [-0.1, 0.2, 0.2, 0.2, 0.2, 0.2]
+    assert accused(agreement=against) == []  # it aims as well as the others
+    against = judge(table(agreement=against, aim=[0.5, 0.8, 0.8, 0.8, 0.8, 0.8])).clients["a"].why
     assert against == "moves the model against the others (median cosine with their updates -0.10)"
     low = [-0.1, 0.8, 0.8, 0.8, 0.8, 0.8]
     assert accused(aim=low) == ["a"]
@@ -133,6 +134,7 @@ def test_three_clients_cannot_be_judged():
     found = judge(three[three["client"].isin(["a", "b", "c"])])
     assert found.faulty == []
     assert found.clients["a"].why == "cannot be judged: a round needs at least 4 clients to say what is usual"
+    assert found.lines() == [f"Verdict: the clients {found.clients['a'].why}"]
 
 
 def test_class_by_client():

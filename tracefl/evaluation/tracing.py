@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from tracefl.classifier import take
 from tracefl.config import Config
 from tracefl.data.examples import Examples, Inputs
 from tracefl.errors import TraceFLError
@@ -20,6 +21,7 @@ from tracefl.evaluation.selection import (
     with_trigger,
 )
 from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.evidence.whole_run import trace_run
 from tracefl.federation.noise import gaussian_noise, noise_std
 from tracefl.models import load_exchanged_state
 from tracefl.provenance import Provenance, trace
@@ -58,7 +60,7 @@ def trace_round(
     Raises:
         TraceFLError: the round cannot be traced, for example because a client's file is damaged.
     """
-    device, watch = next(model.parameters()).device, watch or Stopwatch()
+    watch = watch or Stopwatch()
     weights = {client.id: client.weight for client in run.round(number).clients}
     paper = {"layers": "paper", "layer_decay": 0.9 if config.enable_beta else 1.0}
     paper["weights"] = weights if config.client_weights_normalization else None
@@ -66,13 +68,9 @@ def trace_round(
     tables = []
     try:
         load_exchanged_state(model, dict(run.global_state(number)))
-        rows = _select(config, run, model, examples, number)
+        rows, inputs, targets = _chosen(config, run, model, examples, number)
         if len(rows) == 0:
             return pd.DataFrame(columns=COLUMNS)
-        chosen, predicted = examples[rows], run.predictions(number)[rows]
-        if config.faulty_clients_ids and config.fault.kind == "backdoor":
-            chosen, predicted = with_trigger(chosen), torch.full_like(predicted, config.fault.target)
-        inputs, targets = chosen.to(device).inputs, predicted.to(device)
         clients = run.client_states(number)  # checked before the clock runs
         for method in config.provenance.methods:
             with watch.measure(method, len(rows)):
@@ -85,10 +83,12 @@ def trace_round(
         if config.evaluation.coalitions:
             some = evenly(len(rows), config.evaluation.coalition_inputs)
             log.info("[Round %d] fusing coalitions of %d clients for %d inputs", number, len(clients), len(some))
-            start, of_some = time.perf_counter(), chosen[some].to(device).inputs
+            start, of_some = time.perf_counter(), take(inputs, some.tolist())
             given: dict[str, Any] = {"weights": weights, "reference": run.global_state(number - 1)}
             with watch.measure("shapley", len(some)):
-                answer = trace(model, clients, of_some, targets=targets[some.to(device)], method="shapley", **given)
+                answer = trace(
+                    model, clients, of_some, targets=targets[some.to(targets.device)], method="shapley", **given
+                )
             log.info("[Round %d] Shapley values in %.1f s", number, time.perf_counter() - start)
             unknown = torch.full((len(some),), torch.nan, dtype=torch.float64)
             of_input = {"input": rows[some], "label": examples.labels[rows[some]], "server": unknown, "noise": unknown}
@@ -96,6 +96,49 @@ def trace_round(
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be traced: {error}") from error
     return pd.concat(tables, ignore_index=True)
+
+
+def trace_whole_run(config: Config, run: Run, model: nn.Module, examples: Examples) -> tuple[pd.DataFrame, str]:
+    """Trace the inputs of the last round over all rounds, by `trace_run`.
+
+    Arguments as of `trace_round`.
+
+    Returns:
+        A table with `COLUMNS`, of method "replay", and by what memory. The proxy trains on the
+        server's other examples.
+
+    Raises:
+        TraceFLError: the run cannot be traced.
+    """
+    number = len(run.rounds)
+    try:
+        load_exchanged_state(model, dict(run.global_state(number)))
+        rows, inputs, targets = _chosen(config, run, model, examples, number)
+        if len(rows) == 0:
+            return pd.DataFrame(columns=COLUMNS), "nothing to trace"
+        others = torch.ones(len(examples), dtype=torch.bool)
+        others[rows] = False
+        rest = examples[torch.nonzero(others)[:, 0]] if others.any() else None
+        answer = trace_run(run, inputs, targets=targets, model=model, examples=rest)
+    except TraceFLError as error:
+        raise TraceFLError(f"the whole run cannot be traced: {error}") from error
+    unknown = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    of_input = {"input": rows, "label": examples.labels[rows], "server": unknown, "noise": unknown}
+    return _table(run, number, answer, of_input), answer.layers[0]
+
+
+def _chosen(
+    config: Config, run: Run, model: nn.Module, examples: Examples, number: int
+) -> tuple[Tensor, Inputs, Tensor]:
+    """Rows to trace, and their inputs and predictions, on the model's device.
+
+    With a backdoor, its trigger is on them.
+    """
+    device, rows = next(model.parameters()).device, _select(config, run, model, examples, number)
+    chosen, predicted = examples[rows], run.predictions(number)[rows]
+    if len(rows) and config.faulty_clients_ids and config.fault.kind == "backdoor":
+        chosen, predicted = with_trigger(chosen), torch.full_like(predicted, config.fault.target)
+    return rows, chosen.to(device).inputs, predicted.to(device)
 
 
 def _select(config: Config, run: Run, model: nn.Module, examples: Examples, number: int) -> Tensor:

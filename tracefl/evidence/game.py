@@ -26,7 +26,45 @@ ROWS = 1 << 15  # numbers that are worked on at a time in double precision, for 
 FUSED_AT_ONCE = 16  # from states in memory; more at a time save nothing
 
 
-class Game:
+class Explained:
+    """A model whose weights change, and the inputs that are explained; use it within `exact(work)`.
+
+    Args:
+        work: the model, in full precision.
+        inputs: N inputs, as the model takes them.
+        targets: explained classes [N]; None: those of the first model that is evaluated.
+        output: "logit" or "log_odds".
+        scratch_bytes: memory, of which activations take an eighth.
+    """
+
+    def __init__(self, work: nn.Module, inputs: Batch, targets: Tensor | None, output: str, scratch_bytes: int):
+        self.work, self.inputs, self.targets, self.output = work, inputs, targets, output
+        self.N, self.scratch_bytes, self.at_once = batch_size(inputs), scratch_bytes, 0
+
+    @torch.no_grad()
+    def of_model(self) -> Tensor:
+        """y of the model itself, [N]; its predictions are the targets if there are none yet."""
+        self.at_once = _inputs_at_once(self.work, self.inputs, self.output, self.scratch_bytes // 8)
+        return self.y("the model", lambda: None)
+
+    @torch.no_grad()
+    def y(self, whose: str, check: Callable[[], None]) -> Tensor:
+        """y [N], float64, of the model as it is now; `check` is asked why, if one is not finite."""
+        ys, classes = list[Tensor](), list[Tensor]()
+        for first in range(0, self.N, self.at_once):
+            some = slice(first, first + self.at_once)
+            targets = None if self.targets is None else self.targets[some]
+            y, found = explained(output_of(self.work, take(self.inputs, some)).double(), targets, self.output)
+            ys.append(y.cpu())
+            classes.append(found)
+        y, self.targets = torch.cat(ys), torch.cat(classes)
+        for n in torch.nonzero(~torch.isfinite(y)).flatten().tolist():
+            check()
+            raise TraceFLError(f"the output of {whose} for input {n} is not finite; check the states and the input")
+        return y
+
+
+class Game(Explained):
     """Plays coalitions on a copy of the model; use it within `exact(game.work)`.
 
     Args:
@@ -48,8 +86,8 @@ class Game:
         self, model: nn.Module, clients: Mapping[str, State], p: Tensor, reference: State, inputs: Batch,
         targets: Tensor | None, output: str, layers: str | Sequence[str], scratch_bytes: int,
     ):  # fmt: skip
-        self.work, self.p, self.inputs, self.targets, self.output = copied(model), p, inputs, targets, output
-        self.ids, self.N, self.scratch_bytes, self.at_once = list(clients), batch_size(inputs), scratch_bytes, 0
+        super().__init__(copied(model), inputs, targets, output, scratch_bytes)
+        self.ids, self.p = list(clients), p
         sent, entries = frozenset[str]().union(*clients.values()), model.state_dict()
         state = traced_state(self.work, layers, True, sent)
         self.states = States({f"client {who!r}": of for who, of in clients.items()}, entries, state.aliases)
@@ -59,17 +97,11 @@ class Game:
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
     @torch.no_grad()
-    def of_model(self) -> Tensor:
-        """y of the model itself, [N]; its predictions are the targets if there are none yet."""
-        self.at_once = _inputs_at_once(self.work, self.inputs, self.output, self.scratch_bytes // 8)
-        return self._y("the model", lambda: None)
-
-    @torch.no_grad()
     def of_nobody(self) -> Tensor:
         """v(∅) [N]."""
         for name, tensor in self.tensors.items():
             as_real(tensor).copy_(self.reference.tensors([name], 0, 1)[0])
-        return self._y("the reference", self.reference.check_finite)
+        return self.y("the reference", self.reference.check_finite)
 
     @torch.no_grad()
     def ends(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,15 +116,15 @@ class Game:
         total = {name: self._sum(name) for name in self.tensors}
         for name, tensor in self.tensors.items():
             as_real(tensor).copy_(total[name])
-        everyone = self._y("the model fused from all clients", self.states.check_finite)
+        everyone = self.y("the model fused from all clients", self.states.check_finite)
         alone, without = torch.empty(2, len(self.ids), self.N, dtype=torch.float64)
         for k, who in enumerate(self.ids):
             for name, tensor in self.tensors.items():
                 as_real(tensor).copy_(self._read(name, k))
-            alone[k] = self._y(f"the model of client {who!r}", self.states.check_finite)
+            alone[k] = self.y(f"the model of client {who!r}", self.states.check_finite)
             for name, tensor in self.tensors.items():
                 _take_out(as_real(tensor), total[name], float(self.p[k]))
-            without[k] = self._y(f"the model fused without client {who!r}", self.states.check_finite)
+            without[k] = self.y(f"the model fused without client {who!r}", self.states.check_finite)
         return everyone, alone, without
 
     @torch.no_grad()
@@ -124,7 +156,7 @@ class Game:
                     of_set = fused[name][row]  # to copy it would take half as long as to fuse it
                     tensor.data = torch.view_as_complex(of_set) if tensor.is_complex() else of_set
                 members = [who for who, takes_part in zip(self.ids, sets[i].tolist(), strict=True) if takes_part]
-                v[i] = self._y(f"the model fused from {', '.join(members)}", self.states.check_finite)
+                v[i] = self.y(f"the model fused from {', '.join(members)}", self.states.check_finite)
         return v
 
     def _read(self, name: str, k: int) -> Tensor:
@@ -156,21 +188,6 @@ class Game:
                     tile = torch.stack([theta[part] for theta in thetas], out=room_of_tile[:, : into.shape[1]])
                     torch.addmm(into, c, tile, beta=min(first, 1), out=into)  # with 0, whatever was there
         return room
-
-    def _y(self, whose: str, check: Callable[[], None]) -> Tensor:
-        """y [N], float64, of the model as it is now; `check` is asked why, if one is not finite."""
-        ys, classes = list[Tensor](), list[Tensor]()
-        for first in range(0, self.N, self.at_once):
-            some = slice(first, first + self.at_once)
-            targets = None if self.targets is None else self.targets[some]
-            y, found = explained(output_of(self.work, take(self.inputs, some)).double(), targets, self.output)
-            ys.append(y.cpu())
-            classes.append(found)
-        y, self.targets = torch.cat(ys), torch.cat(classes)
-        for n in torch.nonzero(~torch.isfinite(y)).flatten().tolist():
-            check()
-            raise TraceFLError(f"the output of {whose} for input {n} is not finite; check the states and the input")
-        return y
 
 
 def _take_out(theta: Tensor, total: Tensor, p: float) -> None:

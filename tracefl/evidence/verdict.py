@@ -4,8 +4,9 @@ Nobody says who might be faulty or how many; the answer may be nobody. Every rou
 the server's labelled examples, and over the rounds a client is accused that
 
 - sends back what it received: its updates are shorter than a tenth of the median client's,
-- moves the model against the others: the median cosine of its update with theirs is negative,
-- teaches classes to the wrong inputs: its aim (`updates`) is low, far below the median client's,
+- moves the model against the others: the median cosine of its update with theirs is negative, and
+  its aim (`updates`) is below the median client's,
+- teaches classes to the wrong inputs: its aim is low, far below the median client's,
   and leaving it out would not cost more than leaving out others.
 
 All three compare with the median client: they hold while more than half of the clients are honest.
@@ -15,8 +16,9 @@ close to 0.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,13 +33,13 @@ from tracefl.runs import Run
 
 MOST_EXAMPLES = 1000  # of the server's, drawn evenly from the classes
 FEWEST_CLIENTS = 4  # in a round, to say what is usual
+UNKNOWN = f"cannot be judged: a round needs at least {FEWEST_CLIENTS} clients to say what is usual"
 SILENT = 0.1  # length of an update over that of the median client
-AGAINST = -0.05  # median cosine with the others' updates
+AGAINST, AGAINST_APART = -0.05, 0.2  # median cosine with the others' updates; of an aim so far below the median's
 LOW_AIM, LOW_AIM_OF_ONE_CLASS = 0.3, -0.25
 ONE_CLASS = 1.5  # effective number of classes that are taught
 APART = 0.4  # below the median client's aim
-USEFUL = -2.0  # z of a client that the model would miss
-HARMFUL = 4.0  # z of one that it would not
+USEFUL, HARMFUL = -0.9, 2.0  # mean z of a client that the model would miss, and of one that it would not
 MOST_Z = 5.0  # of one round, so that none decides alone
 
 # One row per (round, client); `value_0`, `value_1`, ... by class follow: see `Audit`. `teaches` is
@@ -80,6 +82,8 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """The verdict for people to read: one line, and one for each faulty client."""
+        if all(found.why == UNKNOWN for found in self.clients.values()):
+            return [f"Verdict: the clients {UNKNOWN}"]
         if not self.faulty:
             return [f"Verdict: none of the {len(self.clients)} clients stands apart"]
         names = ", ".join(f"c{who}" for who in self.faulty)
@@ -129,52 +133,54 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
         table: of `audit_run`.
         class_names: how to call the classes; default: by their numbers.
     """
-    rounds = table.groupby("round")
-    table = table.assign(
-        length=table["norm"] / rounds["norm"].transform("median"),
-        z=table["z"].clip(-MOST_Z, MOST_Z),
-        among=rounds["client"].transform("count"),
-    )
-    everyone = table.groupby("client", sort=False)["round"].count()
-    table = table[table["among"] >= FEWEST_CLIENTS]
-    by_client = table.groupby("client", sort=False)
-    seen = pd.DataFrame(
-        {
-            "length": by_client["length"].median(),
-            **{name: by_client[name].mean() for name in ("agreement", "aim", "taught_classes")},
-            "teaches": by_client["teaches"].agg(lambda classes: int(classes.mode()[0])),
-            "z": by_client["z"].sum() / np.sqrt(by_client["z"].count().clip(lower=1)),
-            "rounds": by_client["round"].count(),
-        }
-    )
+    took_part = table.groupby("client", sort=False)["round"].count()
+    seen = _over_the_rounds(table)
     middle = seen["aim"].median()
-    clients, faulty, judged = {}, [], seen.to_dict("index")
-    for who, count in everyone.items():
-        if who not in judged or len(judged) < FEWEST_CLIENTS:
-            why = f"cannot be judged: a round needs at least {FEWEST_CLIENTS} clients to say what is usual"
-            clients[str(who)] = Judgement(float("nan"), int(count), why)
-            continue
-        of = judged[who]
-        alone = of["taught_classes"] < ONE_CLASS
-        low = LOW_AIM_OF_ONE_CLASS if alone and of["z"] <= HARMFUL else LOW_AIM
-        misled = of["aim"] < low and middle - of["aim"] > APART and of["z"] > USEFUL
-        name = str(of["teaches"]) if class_names is None else class_names[int(of["teaches"])]
-        beside = f"(aim {of['aim']:.2f}, the median client's {middle:.2f})"
-        reasons = []
-        if of["length"] < SILENT:
-            share = f"length of its updates {of['length']:.2g} of the median client's"
-            reasons.append(f"sends back what it received ({share})")
-        if misled:
-            what = f"class {name} to inputs of other classes" if alone else "classes to the wrong inputs"
-            reasons.append(f"teaches {what} {beside}")
-        if of["agreement"] < AGAINST:
-            cosine = f"median cosine with their updates {of['agreement']:.2f}"
-            reasons.append(f"moves the model against the others ({cosine})")
+    clients, faulty, enough = {}, [], len(seen) >= FEWEST_CLIENTS
+    for who, of in seen.to_dict("index").items() if enough else ():
+        name = str(of["teaches"]) if class_names is None else class_names[of["teaches"]]
+        reasons = list(_reasons(of, middle, name))
         if reasons:
             faulty.append(str(who))
         usual = f"does not stand apart (aim {of['aim']:.2f}, agreement {of['agreement']:.2f})"
         clients[str(who)] = Judgement(float(of["z"]), int(of["rounds"]), ", and ".join(reasons) or usual)
+    for who, rounds in took_part.items():
+        clients.setdefault(str(who), Judgement(float("nan"), int(rounds), UNKNOWN))
     return Verdict(faulty, clients)
+
+
+def _over_the_rounds(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per client, of the rounds that have enough clients to say what is usual."""
+    rounds = table.groupby("round")
+    table = table.assign(length=table["norm"] / rounds["norm"].transform("median"), z=table["z"].clip(-MOST_Z, MOST_Z))
+    clients = table[rounds["client"].transform("count") >= FEWEST_CLIENTS].groupby("client", sort=False)
+    z = clients["z"]
+    return pd.DataFrame(
+        {
+            "length": clients["length"].median(),
+            **{name: clients[name].mean() for name in ("agreement", "aim", "taught_classes")},
+            "teaches": clients["teaches"].agg(lambda classes: int(classes.mode()[0])),
+            "z": z.sum() / np.sqrt(z.count().clip(lower=1)),
+            "mean_z": z.mean(),
+            "rounds": clients["round"].count(),
+        }
+    )
+
+
+def _reasons(of: Mapping[Hashable, Any], middle: float, taught: str) -> Iterator[str]:
+    """What speaks against a client, of whom `of` is a row of `_over_the_rounds`; may be nothing."""
+    below = middle - of["aim"]
+    if of["length"] < SILENT:
+        share = f"length of its updates {of['length']:.2g} of the median client's"
+        yield f"sends back what it received ({share})"
+    alone = of["taught_classes"] < ONE_CLASS
+    low = LOW_AIM_OF_ONE_CLASS if alone and of["mean_z"] <= HARMFUL else LOW_AIM
+    if of["aim"] < low and below > APART and of["mean_z"] > USEFUL:
+        what = f"class {taught} to inputs of other classes" if alone else "classes to the wrong inputs"
+        yield f"teaches {what} (aim {of['aim']:.2f}, the median client's {middle:.2f})"
+    if of["agreement"] < AGAINST and below > AGAINST_APART:
+        cosine = f"median cosine with their updates {of['agreement']:.2f}"
+        yield f"moves the model against the others ({cosine})"
 
 
 def verdict_json(verdict: Verdict) -> bytes:

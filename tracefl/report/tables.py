@@ -35,6 +35,24 @@ def print_summary(metrics: pd.DataFrame, methods: list[str]) -> None:
     _print(table)
 
 
+def print_whole_run(answers: pd.DataFrame) -> None:
+    """One line per client that ever took part: its mean contribution, and how often it was first.
+
+    A contribution is what the log-odds of the prediction would lose without the client.
+
+    Args:
+        answers: of the last model's predictions (see `evaluation.tracing`).
+    """
+    inputs = answers["input"].nunique()
+    table = Table(title=f"The whole run, {inputs} predictions")
+    for header in ("client", "mean contribution", "first"):
+        table.add_column(header, justify="right")
+    of_client = answers.groupby("client").agg(mean=("contribution", "mean"), first=("rank", lambda r: (r == 1).sum()))
+    for client, row in of_client.sort_values("mean", ascending=False).iterrows():
+        table.add_row(str(client), f"{row['mean']:+.3g}", f"{row['first']:.0f} of {inputs}")
+    _print(table)
+
+
 def print_faulty(metrics: pd.DataFrame, methods: list[str], faulty: set[str]) -> None:
     """One line per method that looked for the faulty clients: means over its rounds.
 
