@@ -213,6 +213,7 @@ def test_other_tracing_settings_trace_the_recorded_run_anew(finished, small):
     assert not (merged["contribution_x"] == merged["contribution_y"]).any()
 
 
+@pytest.mark.slow
 def test_coalitions_are_reported_beside_the_methods(finished, small, capsys):
     folder = the_run(finished[0])
     small("evaluation.coalitions=true", "evaluation.coalition_inputs=4", "do_training=false", "plotting=true")
@@ -229,6 +230,7 @@ def test_coalitions_are_reported_beside_the_methods(finished, small, capsys):
     assert rows[rows["method"] == "shapley"].groupby("round")["input"].nunique().tolist() == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_the_whole_run_is_traced_beside_the_rounds(finished, small, capsys):
     folder = the_run(finished[0])
     small()
@@ -377,6 +379,7 @@ def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_e
     assert stamps()[1] > before[1]
 
 
+@pytest.mark.slow
 def test_excluded_clients_never_train_and_keep_their_data(config, tmp_path, in_process, capsys):
     words = [*SMALL, "num_clients=4", f"storage.dir={tmp_path}/logs", "exp_key=out", "faulty_clients_ids=[1,2]"]
     settings = config(*words, "fault.kind=random_labels", "exclude_clients=[2,0]", "do_feddebug=false", "num_rounds=1")
