@@ -84,13 +84,13 @@ def test_the_faulty_clients_are_accused_and_nobody_else(tmp_path, faults, why):
     assert len(found.lines()) == 1 + len(faults)
 
 
-def table(**columns):
-    """Six clients, two rounds, nobody apart; columns are values by client."""
+def table(rounds=3, **columns):
+    """Six clients, three rounds, nobody apart; columns are values by client."""
     plain = {
         "weight": 1 / K, "value": 0.0, "z": 0.0, "norm": 1.0, "cosine": 0.5, "agreement": 0.2, "aim": 0.8,
         "teaches": 1, "taught_classes": 3.0,
     }  # fmt: skip
-    rows = [pd.DataFrame({"round": t, "client": list("abcdef"), **plain, **columns}) for t in (1, 2)]
+    rows = [pd.DataFrame({"round": t, "client": list("abcdef"), **plain, **columns}) for t in range(1, rounds + 1)]
     return pd.concat(rows, ignore_index=True)
 
 
@@ -108,12 +108,20 @@ def test_limits_of_the_verdict():
     assert against == "moves the model against the others (median cosine with their updates -0.10)"
     low = [-0.1, 0.8, 0.8, 0.8, 0.8, 0.8]
     assert accused(aim=low) == ["a"]
+    assert accused(aim=low, rounds=2) == []  # the first rounds say too little
     assert accused(aim=low, z=[-3.0, 0, 0, 0, 0, 0]) == []  # the model would miss it
     assert accused(aim=low, taught_classes=1.0) == []  # too near to an honest client of one class
     assert accused(aim=[-0.4, *low[1:]], taught_classes=1.0) == ["a"]
     assert accused(aim=low, taught_classes=1.0, z=[5.0, 0, 0, 0, 0, 0]) == ["a"]
     assert accused(aim=[0.1, 0.4, 0.4, 0.4, 0.4, 0.4]) == []  # nobody's aim is good
     assert accused(aim=[np.nan] * 6) == []
+
+
+def test_good_rounds_speak_for_a_client():
+    rounds = table(aim=[-0.4, *[0.8] * 5], rounds=4)
+    for good, faulty in ((2, ["a"]), (3, [])):
+        rounds.loc[(rounds["client"] == "a") & (rounds["round"] == good), "aim"] = 0.9
+        assert judge(rounds).faulty == faulty
 
 
 def test_the_class_is_named():
@@ -124,8 +132,8 @@ def test_the_class_is_named():
 def test_z_adds_up_over_rounds_and_none_decides_alone():
     found = judge(table(z=[4.0, -np.inf, np.nan, 0, 0, 0]))
     of = {who: one.z for who, one in found.clients.items()}
-    assert of["a"] == pytest.approx(8 / 2**0.5)
-    assert of["b"] == pytest.approx(-10 / 2**0.5)
+    assert of["a"] == pytest.approx(12 / 3**0.5)
+    assert of["b"] == pytest.approx(-15 / 3**0.5)
     assert json.loads(verdict_json(found))["clients"]["c"]["z"] == 0
 
 
@@ -138,7 +146,7 @@ def test_three_clients_cannot_be_judged():
 
 
 def test_class_by_client():
-    values = table(value=1.0).assign(value_0=[1.0] * 6 + [3.0] * 6, value_1=-1.0)
+    values = table(value=1.0).assign(value_0=[1.0] * 6 + [2.0] * 6 + [3.0] * 6, value_1=-1.0)
     found = class_by_client(values, ["cat", "dog"])
     assert list(found.columns) == ["all", "cat", "dog"]
     assert found.loc["a"].tolist() == [1.0, 2.0, -1.0]

@@ -6,8 +6,8 @@ the server's labelled examples, and over the rounds a client is accused that
 - sends back what it received: its updates are shorter than a tenth of the median client's,
 - moves the model against the others: the median cosine of its update with theirs is negative, and
   its aim (`updates`) is below the median client's,
-- teaches classes to the wrong inputs: its aim is low, far below the median client's,
-  and leaving it out would not cost more than leaving out others.
+- teaches classes to the wrong inputs: its aim is low in three rounds of four, far below the median
+  client's, and leaving it out would not cost more than leaving out others.
 
 All three compare with the median client: they hold while more than half of the clients are honest.
 A client that teaches a single class is accused of the third only where its aim is clearly negative,
@@ -39,6 +39,7 @@ AGAINST, AGAINST_APART = -0.05, 0.2  # median cosine with the others' updates; o
 LOW_AIM, LOW_AIM_OF_ONE_CLASS = 0.3, -0.25
 ONE_CLASS = 1.5  # effective number of classes that are taught
 APART = 0.4  # below the median client's aim
+LOW_QUARTILE, FEWEST_ROUNDS = 0.4, 3  # upper quartile of a client's aims, over so many rounds at least
 USEFUL, HARMFUL = -0.9, 2.0  # mean z of a client that the model would miss, and of one that it would not
 MOST_Z = 5.0  # of one round, so that none decides alone
 
@@ -159,6 +160,7 @@ def _over_the_rounds(table: pd.DataFrame) -> pd.DataFrame:
         {
             "length": clients["length"].median(),
             **{name: clients[name].mean() for name in ("agreement", "aim", "taught_classes")},
+            "best_aim": clients["aim"].quantile(0.75),
             "teaches": clients["teaches"].agg(lambda classes: int(classes.mode()[0])),
             "z": z.sum() / np.sqrt(z.count().clip(lower=1)),
             "mean_z": z.mean(),
@@ -175,7 +177,8 @@ def _reasons(of: Mapping[Hashable, Any], middle: float, taught: str) -> Iterator
         yield f"sends back what it received ({share})"
     alone = of["taught_classes"] < ONE_CLASS
     low = LOW_AIM_OF_ONE_CLASS if alone and of["mean_z"] <= HARMFUL else LOW_AIM
-    if of["aim"] < low and below > APART and of["mean_z"] > USEFUL:
+    always = of["best_aim"] < LOW_QUARTILE and of["rounds"] >= FEWEST_ROUNDS
+    if always and of["aim"] < low and below > APART and of["mean_z"] > USEFUL:
         what = f"class {taught} to inputs of other classes" if alone else "classes to the wrong inputs"
         yield f"teaches {what} (aim {of['aim']:.2f}, the median client's {middle:.2f})"
     if of["agreement"] < AGAINST and below > AGAINST_APART:
