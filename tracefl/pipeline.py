@@ -111,7 +111,6 @@ def train(
         return
     require(config.do_training, f"do_training=false needs {wanted} recorded rounds, got {done}: set do_training=true")
     from tracefl.federation.server_app import serve  # brings Flower and Ray
-
     from tracefl.federation.simulation import simulate as simulate_here
 
     count = config.num_clients - len(config.exclude_clients)
