@@ -6,9 +6,12 @@ The folder app/ is the Flower app; its run configuration holds TraceFL's setting
 """
 
 import logging
+import os
 import shlex
 from pathlib import Path
 from typing import Any, cast
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as in tracefl.main
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
