@@ -1,4 +1,7 @@
-"""The client, with torch and Flower. A process is started for each message, so torch waits until one is to train."""
+"""The client, with torch and Flower.
+
+A process is started for each message, so torch waits until one is to train.
+"""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp

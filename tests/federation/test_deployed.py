@@ -1,4 +1,4 @@
-"""The same app by Flower's own commands: built, in its simulation, deployed with TLS and node keys, and on a Ray cluster."""
+"""The same app by Flower's own commands: built, simulated, deployed with TLS and node keys, and on a Ray cluster."""
 
 import hashlib
 import json
@@ -138,14 +138,17 @@ def test_nobody_answers_at_the_address_of_a_cluster():
 
 ALONE = """
 import json, sys
+from importlib.machinery import PathFinder
 BLOCKED = {"filelock", "flwr_datasets", "datasets", "hydra", "omegaconf", "matplotlib", "medmnist", "pandas", "ray",
            "safetensors", "sklearn", "scipy", "transformers", "huggingface_hub"}
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in BLOCKED:
-            raise ImportError(f"the client must not import {name}")
-sys.meta_path.insert(0, Blocker())
+class Absent(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *more):
+        return None if name.split(".")[0] in BLOCKED else super().find_spec(name, *more)
+sys.meta_path[:] = [Absent if finder is PathFinder else finder for finder in sys.meta_path]
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = 1  # otherwise Flower builds no messages
 from tracefl.federation.client_app import train_round
 from tracefl.models import build_model, exchanged_state
 task, file = json.loads(sys.argv[1]), sys.argv[2]
