@@ -224,7 +224,7 @@ def test_a_deployment_goes_on_after_its_server_was_killed_and_turns_strangers_aw
         (data,) = (out / "server" / "data").iterdir()
         assert {file.name for file in data.iterdir()} == {"data.json", "server.safetensors"}  # the clients' went away
         with started([out / "run.sh", "num_rounds=3"], tmp_path / "first.log"):
-            until(lambda: any(len(Run.open(file.parent).rounds) == 2 for file in out.glob(RUNS)), 120, "two rounds")
+            until(lambda: any(len(Run.open(file.parent).rounds) == 2 for file in out.glob(RUNS)), 160, "two rounds")
             family = psutil.Process(deployment.pid).children(recursive=True)
             (server,) = [p for p in family if any("flwr-serverapp" in word for word in p.cmdline())]
             server.kill()
@@ -238,7 +238,7 @@ def test_a_deployment_goes_on_after_its_server_was_killed_and_turns_strangers_aw
             assert node.wait(timeout=40) == 1, turned.read_text()
         assert "could not establish a connection" in turned.read_text()
         with started([out / "run.sh", "num_rounds=3"], tmp_path / "second.log") as second:
-            second.wait(timeout=120)
+            second.wait(timeout=160)
     (folder,) = out.glob("server/tracefl-*")
     assert "training rounds 3 to 3" in (tmp_path / "second.log").read_text()
     run = Run.open(folder)
