@@ -226,7 +226,8 @@ def test_a_deployment_goes_on_after_its_server_was_killed_and_turns_strangers_aw
         with started([out / "run.sh", "num_rounds=3"], tmp_path / "first.log"):
             until(lambda: any(len(Run.open(file.parent).rounds) == 2 for file in out.glob(RUNS)), 160, "two rounds")
             family = psutil.Process(deployment.pid).children(recursive=True)
-            (server,) = [p for p in family if any("flwr-serverapp" in word for word in p.cmdline())]
+            living = [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
+            (server,) = [p for p in living if any("flwr-serverapp" in word for word in p.cmdline())]
             server.kill()
         stranger = ["--auth-supernode-private-key", out / "stranger", "--port", port + 9]
         subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", out / "stranger"], check=True)
