@@ -5,9 +5,10 @@ import math
 import pytest
 
 from tracefl.errors import TraceFLError
-from tracefl.rules import FOLDER, POSITIVE, SHARE, at_least, between, integer, matches, one_of, some_of
+from tracefl.rules import FOLDER, HOST_PORT, POSITIVE, SHARE, at_least, between, integer, matches, one_of, some_of
 
 ONE_OR_ALL = at_least(1).or_value(-1, "all")
+NO_ADDRESSES = ["", "a", ":1", "a:", "a:b", "a:0", "a:65536", "ray://a:1", "a b:1", "a:1\n", "::1:1", 6379, None]
 NAME = matches("[a-z]+", "be in small letters")
 
 
@@ -23,6 +24,7 @@ NAME = matches("[a-z]+", "be in small letters")
         (some_of(("a", "b")), "name one or more of a, b", [["a"], ["b", "a"]], [[], ["c"], ["a", "c"], [["a"]]]),
         (NAME, "be in small letters", ["abc"], ["", "a1", "abc\n"]),
         (FOLDER, "be a folder that exists", ["."], ["no/such/folder", __file__]),
+        (HOST_PORT, "be HOST:PORT, as 10.0.0.1:6379", ["10.0.0.1:6379", "a-b.c:1", "[::1]:65535"], NO_ADDRESSES),
         (ONE_OR_ALL, "be at least 1, or -1 for all", [-1, 1, 5], [0, -2]),
         (at_least(2).or_null(), "be at least 2, or null", [None, 2], [1]),
     ],

@@ -172,7 +172,10 @@ def _check_federation(c: Config) -> None:
     _require(c, "clients_per_round", c.clients_per_round <= left, at_most, f"set clients_per_round={left} or less")
     if c.data_dist.dist_type == "non_iid_dirichlet":
         POSITIVE.check("dirichlet_alpha", c.dirichlet_alpha)
-    enough = c.client_cpus <= cpus or "RAY_ADDRESS" in os.environ
+    here = not c.ray.address
+    _require(c, "ray.address", here or c.total_cpus is None, "be null where total_cpus is set", "leave one of them out")
+    _require(c, "ray.address", here or c.total_gpus is None, "be null where total_gpus is set", "leave one of them out")
+    enough = c.client_cpus <= cpus or not here or "RAY_ADDRESS" in os.environ
     _require(c, "client_cpus", enough, f"be at most total_cpus={cpus}", "lower it or raise total_cpus")
 
 

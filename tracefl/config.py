@@ -16,6 +16,7 @@ from typing import Any
 
 from tracefl.rules import (
     FOLDER,
+    HOST_PORT,
     MODEL_FOLDER,
     POSITIVE,
     Rule,
@@ -205,6 +206,13 @@ class Storage:
 
 
 @dataclass
+class Ray:
+    """An existing Ray cluster"""
+
+    address: str | None = setting(None, "HOST:PORT of its head; null: start Ray here", HOST_PORT, trains=False)
+
+
+@dataclass
 class Config:
     """All settings."""
 
@@ -225,6 +233,7 @@ class Config:
     client_cpus: float = setting(1, "of one client; it uses one torch thread per CPU", POSITIVE)
     client_gpu: float = setting(1, "share of a GPU of one client, with device=cuda", at_least(0), trains=False)
     device: str = setting("cpu", "what training and tracing run on", DEVICE)
+    ray: Ray = field(default_factory=Ray)
 
     client: Client = field(default_factory=Client)
     model: Model = field(default_factory=Model)

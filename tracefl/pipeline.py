@@ -46,14 +46,17 @@ from tracefl.training import keep_freed_memory
 
 LOG_FILE = "TraceFL_clients_contributions.log"
 log = logging.getLogger("tracefl")
+Simulate = Callable[[Config, Callable[[Any], None]], None]
 
 
-def run_experiment(config: Config, resolved: str) -> None:
+def run_experiment(config: Config, resolved: str, simulate: Simulate | None = None) -> None:
     """Run one configuration; what is already recorded is not computed again.
 
     Args:
         config: the checked configuration.
         resolved: the same as YAML, kept as config.yaml.
+        simulate: called with the configuration and what is to be done with a grid, where rounds are
+            to be trained; None: Flower's simulation here.
 
     Raises:
         TraceFLError: something that the user can correct; what was recorded before is kept.
@@ -80,7 +83,7 @@ def run_experiment(config: Config, resolved: str) -> None:
         run = open_or_create(config, data, folder, initial)
         write_atomically(folder / "config.yaml", resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
-        train(config, data, run, model, examples)
+        train(config, data, run, model, examples, simulate)
         audited = audit(config, run, model, examples)
         answers = trace(config, run, model, examples)
         whole = trace_whole(config, run, model, examples)
@@ -97,21 +100,28 @@ def run_experiment(config: Config, resolved: str) -> None:
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
-def train(config: Config, data: PreparedData, run: Run, model: nn.Module, examples: Examples) -> None:
-    """Train the rounds that the run lacks. Arguments as of `server_app.serve`."""
+def train(
+    config: Config,
+    data: PreparedData,
+    run: Run,
+    model: nn.Module,
+    examples: Examples,
+    simulate: Simulate | None = None,
+) -> None:
+    """Train the rounds that the run lacks. Arguments as of `serve` and `run_experiment`."""
     wanted, done = config.num_rounds, len(run.rounds)
     if done == wanted:
         log.info("%s: all %d rounds are recorded, nothing is trained", run.path, done)
         return
     require(config.do_training, f"do_training=false needs {wanted} recorded rounds, got {done}: set do_training=true")
     from tracefl.federation.server_app import serve  # brings Flower and Ray
-    from tracefl.federation.simulation import simulate
+    from tracefl.federation.simulation import simulate as simulate_here
 
     count = config.num_clients - len(config.exclude_clients)
     log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, count)
     with progress.TrainingProgress(wanted, config.clients_per_round, done) as shown:
         observers = {"on_client": shown.on_client, "on_round": shown.on_round}
-        simulate(config, lambda grid: serve(grid, config, data, run, model, examples, **observers))
+        (simulate or simulate_here)(config, lambda grid: serve(grid, config, data, run, model, examples, **observers))
 
 
 def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:

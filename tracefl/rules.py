@@ -96,6 +96,13 @@ def _names_a_model(file: Path) -> bool:
         return False
 
 
+def _is_host_port(value: Any) -> bool:
+    host, _, port = str(value).rpartition(":")
+    named = re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\]", host)
+    return bool(named and re.fullmatch("[0-9]{1,5}", port)) and 0 < int(port) < 2**16
+
+
+HOST_PORT = Rule("be HOST:PORT, as 10.0.0.1:6379", _is_host_port)
 POSITIVE = Rule("be above 0", lambda v: is_number(v) and v > 0)
 SHARE = Rule("be a share from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
 FOLDER = Rule("be a folder that exists", lambda v: not v or Path(v).is_dir())

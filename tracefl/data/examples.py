@@ -5,22 +5,23 @@ Texts are stored as token ids [N, T] with their lengths; loading adds the attent
 client process imports this module, so its imports are few.
 """
 
+import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 IMAGE_SIZE = 32
 # ImageNet's channel statistics: what torchvision's pretrained weights expect.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
+DTYPES = {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # of what prepare.py writes
 
 Inputs = Tensor | dict[str, Tensor]
 
@@ -81,7 +82,7 @@ def count_labels(labels: Tensor | np.ndarray) -> dict[int, int]:
 
 def load_examples(file: Path) -> Examples:
     """Read one of the files that prepare.py writes."""
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     if "input_ids" in tensors:
         ids, lengths = tensors["input_ids"].long(), tensors["lengths"]
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -89,8 +90,37 @@ def load_examples(file: Path) -> Examples:
     return Examples(normalize(tensors["pixels"]), tensors["labels"])
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, read without that library, which a client need not have.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no safetensors file, or holds other types than prepared data have.
+    """
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    if not 8 < start <= len(content):
+        raise ValueError("it is no safetensors file, or not a whole one")
+    header: dict[str, Any] = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is {entry['dtype']}, must be one of {', '.join(DTYPES)}")
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
+        if end > len(content) or end - begin != count * dtype.itemsize:
+            raise ValueError(f"{name} is cut off")
+        tensors[name] = torch.empty(entry["shape"], dtype=dtype)
+        if count:
+            tensors[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=begin).view(entry["shape"])
+    return tensors
+
+
 def longest_text(files: Iterable[Path]) -> tuple[int, Inputs]:
     """Of the texts in these files the one with most tokens, and how many; few others are read."""
+    from safetensors import safe_open
+
     longest, place = -1, (Path(), 0)
     for file in files:
         with safe_open(file, "pt") as tensors:

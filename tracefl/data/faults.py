@@ -10,16 +10,18 @@ A faulty client does the same in every round: its seed depends on the run's seed
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracefl.config import Config
 from tracefl.data.examples import MEAN, STD, Examples, Inputs, count_labels
-from tracefl.data.prepare import PreparedData
+
+if TYPE_CHECKING:
+    from tracefl.config import Config
+    from tracefl.data.prepare import PreparedData
 
 PATCH = 4  # pixels: the trigger is a white square of 4 x 4 in the lower right corner
 TRIGGER_TOKEN, TRIGGER_PLACE = 5, 1  # id of an ordinary token, and its position: after [CLS]
@@ -40,7 +42,7 @@ def client_seed(seed: int, server_round: int, partition: int) -> int:
     return int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
 
 
-def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
+def fault_settings(config: "Config", num_classes: int) -> dict[str, Any]:
     """What a faulty client must know of its fault, as JSON; flips are (label, target, share)."""
     rate = config.noise_rate
     rates = rate if isinstance(rate, dict) else dict.fromkeys(config.label2flip, rate)
@@ -48,7 +50,7 @@ def fault_settings(config: Config, num_classes: int) -> dict[str, Any]:
     return {**vars(config.fault), "share": config.noise_rate, "num_classes": num_classes, "flips": flips}
 
 
-def flipped_label_counts(config: Config, data: PreparedData, client: str) -> dict[int, int] | None:
+def flipped_label_counts(config: "Config", data: "PreparedData", client: str) -> dict[int, int] | None:
     """How many examples of each label a faulty client trains on, by label.
 
     Returns:
@@ -61,7 +63,7 @@ def flipped_label_counts(config: Config, data: PreparedData, client: str) -> dic
     return count_labels(faulty.labels)
 
 
-def unchanged(config: Config, data: PreparedData) -> list[str]:
+def unchanged(config: "Config", data: "PreparedData") -> list[str]:
     """The faulty clients that hold nothing that their fault changes."""
     if config.fault.kind in ("free_rider", "sign_flip"):
         return []

@@ -26,7 +26,7 @@ from safetensors.torch import save
 
 from tracefl.config import Config
 from tracefl.data.examples import Examples, count_labels, load_examples
-from tracefl.errors import as_sentence
+from tracefl.errors import as_sentence, require
 from tracefl.settings import data_settings, file_stamps, fingerprint
 
 SCHEMA = 4
@@ -41,6 +41,7 @@ class PreparedData:
         class_names: Of the labels 0, 1, ...
         label_counts: Number of training examples by client and label.
         digest: SHA-256 over the SHA-256 of every file.
+        sha256: Of every file, by its path in the folder.
         text_model: Of texts, the spec of the model that the tokens are for.
         left_out: Number of training examples that no client holds, by reason and label
             (`Partition.left_out`).
@@ -54,6 +55,7 @@ class PreparedData:
     text_model: dict[str, Any] | None = None
     left_out: dict[str, dict[int, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -61,8 +63,15 @@ class PreparedData:
         return len(self.class_names)
 
     def client(self, client_id: str) -> Examples:
-        """The training examples of a client."""
-        return load_examples(self.folder / "clients" / f"{client_id}.safetensors")
+        """The training examples of a client.
+
+        Raises:
+            TraceFLError: They are on the client's own machine only.
+        """
+        file = self.folder / "clients" / f"{client_id}.safetensors"
+        away = f"client {client_id}'s examples are not in {self.folder}, but on its own machine"
+        require(file.exists(), f"{away}: leave out faulty_clients_ids, whose clients are chosen by their examples")
+        return load_examples(file)
 
     def server(self) -> Examples:
         """The test examples of the server."""
@@ -87,7 +96,7 @@ def prepare(config: Config) -> PreparedData:
     )
     digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
     text_model, notes = info["text_model"], tuple(info["notes"])
-    return PreparedData(folder, info["class_names"], label_counts, digest, text_model, left_out, notes)
+    return PreparedData(folder, info["class_names"], label_counts, digest, text_model, left_out, notes, info["sha256"])
 
 
 def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:

@@ -68,13 +68,26 @@ def client_task(config: Config, data: PreparedData) -> dict[str, Any]:
     """The settings that a client needs, as plain JSON."""
     return {
         "seed": config.seed,
-        "data": str(data.folder.resolve()),
+        **where_data_are(data),
         "model": model_spec(config, data),
         "training": {"epochs": config.client.epochs, "lr": config.client.lr, "batch_size": config.batch_size},
         "device": config.device,
         "threads": client_threads(config),
         "faulty_clients_ids": config.faulty_clients_ids,
         "fault": fault_settings(config, data.num_classes),
+    }
+
+
+def where_data_are(data: PreparedData) -> dict[str, Any]:
+    """The folder of the prepared data; or, where the clients' files are not in it, their SHA-256.
+
+    Then every node has its own file, which must be the one that the run is recorded with.
+    """
+    if (data.folder / "clients").is_dir():
+        return {"data": str(data.folder.resolve())}
+    return {
+        "data": None,
+        "sha256": {client: data.sha256[f"clients/{client}.safetensors"] for client in data.label_counts},
     }
 
 

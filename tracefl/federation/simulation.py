@@ -7,20 +7,25 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import grpc
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tracefl.config import Config
 from tracefl.errors import TraceFLError
 from tracefl.federation.client_app import app as client_app
 from tracefl.federation.grid import GridView
+
+ANSWER_S = 15.0  # a cluster's head answers within
 
 
 def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientApp = client_app) -> None:
@@ -34,9 +39,12 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
         client_app: what every node runs.
 
     Raises:
-        TraceFLError: `serve` raised it, or the resources are not enough for one client.
+        TraceFLError: `serve` raised it, the resources are not enough for one client, or no Ray
+            answers at `ray.address`.
         KeyboardInterrupt: after Ctrl-C.
     """
+    if config.ray.address:
+        check_cluster(config.ray.address)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # our own errors say what matters
     app, raised, stop = ServerApp(), list[Exception](), threading.Event()
 
@@ -58,8 +66,29 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
         stop.set()  # otherwise the server's thread would wait for clients that never start
         if raised:
             raise raised[0] from None
-        settings = [f"{k}={getattr(config, k)}" for k in ("total_cpus", "client_cpus", "total_gpus", "client_gpu")]
+        keys = ("ray.address", "total_cpus", "client_cpus", "total_gpus", "client_gpu")
+        settings = [f"{key}={attrgetter(key)(config)}" for key in keys]
         raise TraceFLError(f"the simulation could not run ({error}): check {', '.join(settings)}.") from error
+
+
+def check_cluster(address: str, seconds: float = ANSWER_S) -> None:
+    """See that the head of a Ray cluster answers: Ray itself would try for minutes, or for ever.
+
+    Args:
+        address: its HOST:PORT.
+        seconds: how long it is waited for.
+
+    Raises:
+        TraceFLError: nobody answers there, or somebody else.
+    """
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            request = health_pb2.HealthCheckRequest()
+            health_pb2_grpc.HealthStub(channel).Check(request, timeout=seconds)
+        except grpc.RpcError as error:
+            reason = error.details() if isinstance(error, grpc.Call) else error
+            remedy = "start one there with ray start --head --port=PORT, or leave ray.address out"
+            raise TraceFLError(f"no Ray cluster answers at ray.address={address} ({reason}): {remedy}.") from None
 
 
 @contextmanager
@@ -75,7 +104,9 @@ def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
 def _backend(config: Config) -> dict[str, Any]:
     on_gpu = config.device.startswith("cuda")
     init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    if "RAY_ADDRESS" not in os.environ:
+    if config.ray.address:
+        init["address"] = config.ray.address
+    elif "RAY_ADDRESS" not in os.environ:
         init |= {"num_cpus": config.total_cpus} if config.total_cpus else {}
         init |= {"num_gpus": config.total_gpus} if on_gpu and config.total_gpus is not None else {}
     # a killed actor is replaced, its client counts as failed

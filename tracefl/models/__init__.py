@@ -5,22 +5,24 @@ builds its model from the spec alone, and imports only the library of that kind 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tracefl.classifier import logits_of
-from tracefl.config import Config
 from tracefl.data.examples import longest_text
-from tracefl.data.prepare import PreparedData
 from tracefl.errors import as_sentence, require
 from tracefl.models.text import build_text_model, pretrained_text_model
 from tracefl.models.vision import build_image_model, pretrained_image_model
 
+if TYPE_CHECKING:
+    from tracefl.config import Config
+    from tracefl.data.prepare import PreparedData
 
-def model_spec(config: Config, data: PreparedData) -> dict[str, Any]:
+
+def model_spec(config: "Config", data: "PreparedData") -> dict[str, Any]:
     """What `build_model` needs to know, as plain JSON.
 
     Returns:
@@ -50,7 +52,7 @@ class NothingDrawn(TorchFunctionMode):
         return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
 
 
-def initial_model(config: Config, data: PreparedData) -> nn.Module:
+def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
     """The model that a run starts from: with published weights if the configuration asks for them.
 
     Random weights are drawn from torch's global generator; seed it first.
@@ -67,7 +69,7 @@ def initial_model(config: Config, data: PreparedData) -> nn.Module:
     return model
 
 
-def _try_longest(model: nn.Module, config: Config, data: PreparedData) -> None:
+def _try_longest(model: nn.Module, config: "Config", data: "PreparedData") -> None:
     """Not every model says how long a text may be; otherwise clients would fail on it."""
     length, inputs = longest_text(data.folder.rglob("*.safetensors"))
     named = f"model.path={config.model.path}" if config.model.path else f"model.name={config.model.name}"

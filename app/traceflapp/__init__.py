@@ -1,0 +1,1 @@
+"""TraceFL as a Flower app; the code is in the installed package."""
