@@ -177,6 +177,26 @@ def test_other_tracing_settings_trace_the_recorded_run_anew(finished, small):
     assert not (merged["contribution_x"] == merged["contribution_y"]).any()
 
 
+def test_the_whole_run_is_traced_beside_the_rounds(finished, small, capsys):
+    folder = the_run(finished[0])
+    small()
+    rounds = (folder / "provenance.parquet").read_bytes()
+    capsys.readouterr()
+    small("provenance.scope=run")
+    shown = capsys.readouterr().out
+    assert shown.index("The whole run") < shown.index("Accuracy of the global model")
+    assert (folder / "provenance.parquet").read_bytes() == rounds  # not traced again
+    whole = pd.read_parquet(folder / "whole_run.parquet")
+    assert list(whole.columns) == list(pd.read_parquet(folder / "provenance.parquet").columns)
+    run = Run.open(folder)
+    assert set(whole["client"]) == {client.id for record in run.rounds for client in record.clients}
+    assert set(whole["round"]) == {3}
+    assert set(whole["method"]) == {"replay"}
+    of_round = pd.read_parquet(folder / "provenance.parquet").query("round == 3")
+    assert set(whole["input"]) == set(of_round["input"])
+    (folder / "whole_run.parquet").unlink()
+
+
 def test_other_data_under_the_same_settings_are_refused(finished, small):
     header = the_run(finished[0]) / "run.json"
     original = header.read_text()

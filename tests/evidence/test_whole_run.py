@@ -135,6 +135,17 @@ def test_a_client_whose_update_was_not_used_has_no_share_and_is_not_read(tmp_pat
         assert explained(run, method=method).contributions[:, 2].tolist() == [0] * 5
 
 
+def test_the_mixture_is_the_mean_of_memory_and_proxy(tmp_path):
+    """Two rounds, a client in the first alone: its share is linear in the one answer that there is."""
+    random = torch.Generator().manual_seed(3)
+    examples = Examples(torch.randn(30, 3, generator=random).double(), torch.arange(30) % 2)
+    run = recorded(tmp_path, [{"a": 0.5, "b": 0.5}, {"b": 0.5, "c": 0.5}], binary())
+    given = {"examples": examples, "training": {"epochs": 1, "lr": 0.1, "batch_size": 8}}
+    half, proxy, mixed = (explained(run, memory=m, **given).contributions[:, 0] for m in (0.5, "proxy", "mixed"))
+    assert mixed.tolist() == pytest.approx(((half + proxy) / 2).tolist(), abs=1e-9)
+    assert (half - proxy).abs().min() > 1e-6
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
@@ -197,6 +208,9 @@ def test_a_proxy_answers_a_difference_by_training_from_both_models(tmp_path):
     again = explained(run, **given, scratch_bytes=1)
     assert torch.equal(found.contributions, again.contributions)
     assert found.layers == ["the whole run, memory by proxy"]
+    mixed = explained(run, **{**given, "memory": None})
+    assert mixed.layers == ["the whole run, half memory 0.5, half by proxy"]
+    assert (mixed.contributions - found.contributions).abs()[:, 1].min() > 1e-6
     assert (found.contributions - explained(run, memory=1).contributions).abs()[:, 1].min() > 1e-6
 
 
@@ -207,9 +221,9 @@ def test_a_proxy_answers_a_difference_by_training_from_both_models(tmp_path):
         ({"round": 0}, "round 0 is not recorded"),
         ({"round": 1.5}, "round must be a whole number from 1 to 3, got 1.5"),
         ({"method": "shapley"}, "method must be one of replay, sum, got 'shapley'"),
-        ({"memory": 1.5}, "memory must be a number from 0 to 1, or 'proxy', got 1.5"),
-        ({"memory": float("nan")}, "memory must be a number from 0 to 1, or 'proxy', got nan"),
-        ({"memory": True}, "memory must be a number from 0 to 1, or 'proxy', got True"),
+        ({"memory": 1.5}, "memory must be a number from 0 to 1, 'proxy' or 'mixed', got 1.5"),
+        ({"memory": float("nan")}, "memory must be a number from 0 to 1, 'proxy' or 'mixed', got nan"),
+        ({"memory": True}, "memory must be a number from 0 to 1, 'proxy' or 'mixed', got True"),
         ({"scratch_bytes": 0}, "scratch_bytes must be a number of at least 1, got 0"),
         ({"memory": "proxy"}, "memory='proxy' needs labelled examples and how clients train"),
         (

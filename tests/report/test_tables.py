@@ -1,7 +1,9 @@
 """The closing tables: every accuracy beside its chance."""
 
+import pandas as pd
+
 from tests.report.metrics import NAN, table, tidy
-from tracefl.report.tables import print_faulty, print_summary
+from tracefl.report.tables import print_faulty, print_summary, print_whole_run
 
 METRICS = table(
     tidy(
@@ -70,3 +72,18 @@ def test_the_summary_has_a_line_per_round_and_their_mean(capsys):
 def test_without_traced_inputs_the_summary_is_the_models(capsys):
     print_summary(table(tidy(1, model={"loss": 2.0, "accuracy": 0.5})), ["neuron"])
     assert cells(capsys.readouterr().out, "1") == ["1", "50.0"]
+
+
+def test_the_whole_run_has_a_line_per_client_the_most_responsible_first(capsys):
+    shares = {"0": (1.0, -1.0), "7": (3.0, 2.0)}
+    rows = [
+        {"client": who, "input": n, "contribution": share, "rank": 1 if who == "7" else 2}
+        for who, of in shares.items()
+        for n, share in enumerate(of)
+    ]
+    print_whole_run(pd.DataFrame(rows))
+    shown = capsys.readouterr().out
+    assert "2 predictions" in shown
+    assert shown.index("+2.5") < shown.index("+0")
+    assert "2 of 2" in shown
+    assert "0 of 2" in shown

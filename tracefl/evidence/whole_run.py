@@ -8,7 +8,9 @@ the global model would differ by without k,
     k's contribution:  y(W_T) - y(W_T + d_k),
 
 and R_t is how the clients of round t, who train on from another model, answer it: a memory,
-R(d) = c d, or a proxy, R(d) = F(W + d) - F(W), with the training F on examples of the server's.
+R(d) = c d; a proxy, R(d) = F(W + d) - F(W), with the training F on examples of the server's; or
+both, (c d + F(W + d) - F(W)) / 2 with c = 1/2: the proxy knows which directions last, but not these
+clients, and the memory keeps its errors from growing.
 The other method is the sum over rounds of y(W_t) - y(W_t without k in round t).
 
 What the server did beyond averaging (noise, an optimizer), the released model - Σ p W, stays as it
@@ -69,12 +71,12 @@ def trace_run(
         method: "replay" (default), what the model would be without the client; or "sum", over the
             rounds, of what leaving the client out of that round alone would do to y.
         memory: of "replay", what the clients who train on leave of a difference: from 0, the last
-            round alone, to 1, everything; or "proxy", found by training on `examples` from both
-            models, about one short training per client and round. Default: "proxy" where examples
-            and training are known, else 0.5.
+            round alone, to 1, everything; "proxy", found by training on `examples` from both
+            models, about two trainings of a client's per client and round; or "mixed", the mean of
+            this and of memory 0.5. Default: "mixed" where examples and training are known, or 0.5.
         model: of the run's architecture; its weights do not matter, and it is left as it was.
             Default: built from the run, which can do so unless it is an own Flower app's.
-        examples: labelled examples of the server's for "proxy", as `Examples` or (inputs, labels),
+        examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels),
             none of them among `inputs`. They are drawn as often as the label counts of a round's
             clients say. Default: the run's.
         training: `epochs`, `lr` and `batch_size` of a client's training. Default: the run's.
@@ -112,10 +114,12 @@ def trace_run(
     fine = round is None or (isinstance(round, int) and not isinstance(round, bool))
     require(fine, f"round must be a whole number from 1 to {len(run.rounds)}, got {round!r}")
     last = run.round(len(run.rounds) if round is None else round).number
-    fine = memory in (None, "proxy") or (
-        isinstance(memory, int | float) and not isinstance(memory, bool) and 0 <= memory <= 1
+    fine = (
+        memory is None
+        or memory in ("proxy", "mixed")
+        or (isinstance(memory, int | float) and not isinstance(memory, bool) and 0 <= memory <= 1)
     )
-    require(fine, f"memory must be a number from 0 to 1, or 'proxy', got {memory!r}")
+    require(fine, f"memory must be a number from 0 to 1, 'proxy' or 'mixed', got {memory!r}")
     model = _model_of(run, last) if model is None else copied(model)
     require(isinstance(model, nn.Module), f"model must be a torch.nn.Module, got a {type(model).__name__}")
     model, inputs = full_precision(model, inputs)
@@ -237,7 +241,7 @@ class _Memory:
 
 @dataclass
 class _Proxy:
-    """R(d) = F(W + d) - F(W), F the training of one client on the server's examples.
+    """R(d) = s (F(W + d) - F(W)) + (1 - s) c d, F the training of one client on server's examples.
 
     Each class is drawn as often as the round's other clients hold it, and of examples as many as
     one of them has on average.
@@ -246,13 +250,15 @@ class _Proxy:
     examples: Examples
     training: Mapping[str, Any]
     recorded: Recorded
-    name: str = "the whole run, memory by proxy"
+    share: float  # s
     trained: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         self.trained = copied(self.recorded.model)
         state = traced_state(self.trained, "all", True, frozenset(self.recorded.aliases))
         self.tensors = {name: as_real(w) for name, w in state.tensors.items()}
+        half = f"half memory {MEMORY:g}, half by proxy"
+        self.name = f"the whole run, {half if self.share < 1 else 'memory by proxy'}"
         self.counts = {client.id: client.trained_label_counts for client in self.recorded.run.clients}
 
     def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
@@ -267,7 +273,7 @@ class _Proxy:
                 trained_from_W = start = trained_from_W or self._train(W, None, rows, t)
             end = self._train(W, d, rows, t)
             for name in names:
-                d[name].copy_(end[name] - start[name])
+                d[name].mul_((1 - self.share) * MEMORY).add_(end[name] - start[name], alpha=self.share)
 
     def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, t: int) -> dict[str, Tensor]:
         self.recorded.put(W, d)
@@ -300,11 +306,12 @@ def _reaction(
         return _Memory(float(memory), recorded)
     if training is None:
         training = _training_of(run)
-    if examples is None and (run.path / "config.yaml").exists():
-        examples = run.server_examples()
+    if examples is None:
+        examples = _examples_of(run)
     if memory is None and (examples is None or training is None):
         return _Memory(MEMORY, recorded)
-    known = f"memory='proxy' needs labelled examples and how clients train, which {run.path} does not hold"
+    memory = memory or "mixed"
+    known = f"memory={memory!r} needs labelled examples and how clients train, which {run.path} does not hold"
     if examples is None or training is None:
         raise TraceFLError(f"{known}: pass examples= and training=, or memory as a number")
     kind = ", ".join(training) if isinstance(training, Mapping) else f"a {type(training).__name__}"
@@ -316,7 +323,7 @@ def _reaction(
     require(fits, f"examples must have a label for each input, got {len(examples)} labels: correct them")
     padded = isinstance(examples.inputs, Tensor) or "attention_mask" in examples.inputs
     require(padded, "examples must be a Tensor, or texts with an attention_mask: add it, or pass memory as a number")
-    return _Proxy(examples, training, recorded)
+    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else 0.5)
 
 
 def _training_of(run: Run) -> dict[str, Any] | None:
@@ -328,6 +335,14 @@ def _training_of(run: Run) -> dict[str, Any] | None:
 
     found = {name: OmegaConf.select(OmegaConf.load(file), key) for name, key in _TRAINING.items()}
     return None if None in found.values() else found
+
+
+def _examples_of(run: Run) -> Examples | None:
+    """The server's examples of a run of TraceFL's, unless its prepared data are gone."""
+    try:
+        return run.server_examples()
+    except (TraceFLError, FileNotFoundError):
+        return None
 
 
 def _replay(recorded: Recorded, at: Explained, react: _Memory | _Proxy, scratch_bytes: int) -> Provenance:

@@ -38,12 +38,13 @@ def print_summary(metrics: pd.DataFrame, methods: list[str]) -> None:
 def print_whole_run(answers: pd.DataFrame) -> None:
     """One line per client that ever took part: its mean contribution, and how often it was first.
 
+    A contribution is what the log-odds of the prediction would lose without the client.
+
     Args:
         answers: of the last model's predictions (see `evaluation.tracing`).
     """
     inputs = answers["input"].nunique()
-    title = f"The whole run: who is responsible for {inputs} predictions of the last model"
-    table = Table(title=title, caption="contribution: what the target's log-odds would lose without the client")
+    table = Table(title=f"The whole run, {inputs} predictions")
     for header in ("client", "mean contribution", "first"):
         table.add_column(header, justify="right")
     of_client = answers.groupby("client").agg(mean=("contribution", "mean"), first=("rank", lambda r: (r == 1).sum()))
