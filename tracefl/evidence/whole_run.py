@@ -18,7 +18,6 @@ was. Without its only client there is no round, and W_{t-1} + d_k stays. What no
 round stays. A running variance of W + d is at least a tenth of W's.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +58,7 @@ def trace_run(
     model: nn.Module | None = None,
     examples: Examples | tuple[Batch, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
+    proxies: int | None = None,
     scratch_bytes: int = 1 << 30,
 ) -> Provenance:
     """Explain predictions of a global model by all clients that took part up to its round.
@@ -113,6 +113,8 @@ def trace_run(
     require(fine, f"scratch_bytes must be a number of at least 1, got {scratch_bytes!r}")
     fine = round is None or (isinstance(round, int) and not isinstance(round, bool))
     require(fine, f"round must be a whole number from 1 to {len(run.rounds)}, got {round!r}")
+    fine = proxies is None or (isinstance(proxies, int) and not isinstance(proxies, bool) and proxies >= 1)
+    require(fine, f"proxies must be a whole number of at least 1, got {proxies!r}")
     last = run.round(len(run.rounds) if round is None else round).number
     fine = (
         memory is None
@@ -129,7 +131,7 @@ def trace_run(
     if method == "sum":
         with exact(model):
             return _sum(recorded, at, int(scratch_bytes))
-    react = _reaction(run, recorded, memory, examples, training)
+    react = _reaction(run, recorded, memory, examples, training, proxies)
     with exact(model):
         return _replay(recorded, at, react, int(scratch_bytes))
 
@@ -241,16 +243,17 @@ class _Memory:
 
 @dataclass
 class _Proxy:
-    """R(d) = s (F(W + d) - F(W)) + (1 - s) c d, F the training of one client on server's examples.
+    """R(d) = s Σ_j p'_j (F_j(W + d) - F_j(W)) + (1 - s) c d, over the round's clients but k.
 
-    Each class is drawn as often as the round's other clients hold it, and of examples as many as
-    one of them has on average.
+    F_j is client j's training on server's examples: as many as it has, each class drawn as often
+    as it holds it.
     """
 
     examples: Examples
     training: Mapping[str, Any]
     recorded: Recorded
     share: float  # s
+    most: int | None  # how many of a round's clients are stood for
     trained: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -262,45 +265,52 @@ class _Proxy:
         self.counts = {client.id: client.trained_label_counts for client in self.recorded.run.clients}
 
     def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
+        if not differences:
+            return
         p, names = self.recorded.p[t], self.recorded.aliases_of(t)
-        of_all, trained_from_W = [*p], None
+        order = torch.randperm(len(p), generator=torch.Generator().manual_seed(t)).tolist()
+        drawn = [list(p)[i] for i in order]
+        others = {k: [j for j in drawn if j != k][: self.most] for k in differences}
+        answers = {k: {name: torch.zeros_like(d[name]) for name in names} for k, d in differences.items()}
+        for j in drawn:
+            answering = [k for k in differences if j in others[k]]
+            if not answering:
+                continue
+            rows, seed = self._drawn(t, j), 1000 * t + drawn.index(j)
+            start = self._train(W, None, rows, seed)
+            for k in answering:
+                end, share = self._train(W, differences[k], rows, seed), p[j] / sum(p[i] for i in others[k])
+                for name, answer in answers[k].items():
+                    answer.add_(end[name] - start[name], alpha=share)
         for k, d in differences.items():
-            if k in p:
-                rows = self._drawn(t, [j for j in of_all if j != k])
-                start = self._train(W, None, rows, t)
-            else:
-                rows = self._drawn(t, of_all)
-                trained_from_W = start = trained_from_W or self._train(W, None, rows, t)
-            end = self._train(W, d, rows, t)
             for name in names:
-                d[name].mul_((1 - self.share) * MEMORY).add_(end[name] - start[name], alpha=self.share)
+                d[name].mul_((1 - self.share) * MEMORY).add_(answers[k][name], alpha=self.share)
 
-    def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, t: int) -> dict[str, Tensor]:
+    def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, seed: int) -> dict[str, Tensor]:
         self.recorded.put(W, d)
         self.trained.load_state_dict(self.recorded.model.state_dict())
         with torch.random.fork_rng(), torch.enable_grad():
-            train(self.trained, self.examples[rows], seed=t, **self.training)
+            train(self.trained, self.examples[rows], seed=seed, **self.training)
         return {name: w.detach().clone() for name, w in self.tensors.items()}
 
-    def _drawn(self, t: int, clients: list[str]) -> Tensor:
+    def _drawn(self, t: int, client: str) -> Tensor:
         """Rows of the server's examples, with replacement."""
-        of_round = {client.id: client.num_examples for client in self.recorded.run.round(t).clients}
         labels = self.examples.labels
         held = labels.bincount().double()
         wanted = torch.zeros_like(held)
-        for client in clients:
-            for label, count in self.counts.get(client, {}).items():
-                if label < len(wanted):
-                    wanted[label] += count
+        for label, count in self.counts.get(client, {}).items():
+            if label < len(wanted):
+                wanted[label] += count
         chance = (wanted / held.clamp_min(1))[labels]
-        chance = chance if chance.any() else torch.ones_like(chance)  # what they hold is not known
-        number = max(2, math.ceil(sum(of_round[j] for j in clients) / len(clients)))
-        return torch.multinomial(chance, number, replacement=True, generator=torch.Generator().manual_seed(t))
+        chance = chance if chance.any() else torch.ones_like(chance)  # what it holds is not known
+        number = next(of.num_examples for of in self.recorded.run.round(t).clients if of.id == client)
+        generator = torch.Generator().manual_seed(1000 * t + self.recorded.ids.index(client))
+        return torch.multinomial(chance, max(2, number), replacement=True, generator=generator)
 
 
 def _reaction(
     run: Run, recorded: Recorded, memory: float | str | None,
-    examples: Examples | tuple[Batch, Tensor] | None, training: Mapping[str, Any] | None,
+    examples: Examples | tuple[Batch, Tensor] | None, training: Mapping[str, Any] | None, proxies: int | None,
 ) -> _Memory | _Proxy:  # fmt: skip
     if isinstance(memory, int | float):
         return _Memory(float(memory), recorded)
@@ -323,7 +333,7 @@ def _reaction(
     require(fits, f"examples must have a label for each input, got {len(examples)} labels: correct them")
     padded = isinstance(examples.inputs, Tensor) or "attention_mask" in examples.inputs
     require(padded, "examples must be a Tensor, or texts with an attention_mask: add it, or pass memory as a number")
-    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else 0.5)
+    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else 0.5, proxies)
 
 
 def _training_of(run: Run) -> dict[str, Any] | None:
@@ -349,7 +359,8 @@ def _replay(recorded: Recorded, at: Explained, react: _Memory | _Proxy, scratch_
     W_T, ids = recorded.load(recorded.last), recorded.ids
     y = at.of_model()
     share = torch.zeros(at.N, len(ids), dtype=torch.float64)
-    some = max(1, scratch_bytes // 4 * 3 // recorded.nbytes)
+    copies = 1 if isinstance(react, _Memory) else 2  # with a proxy, differences before and after a round
+    some = max(1, scratch_bytes // 4 * 3 // (copies * recorded.nbytes))
     for first in range(0, len(ids), some):
         followed = ids[first : first + some]
         for k, d in _differences(recorded, followed, react).items():
