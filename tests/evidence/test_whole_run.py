@@ -10,7 +10,7 @@ from tests.evidence.small import log_odds_of
 from tracefl import Run, TraceFLError, trace_run
 from tracefl.data.examples import Examples
 from tracefl.runs import ClientInfo
-from tracefl.training import Evaluation
+from tracefl.training import Evaluation, train
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double()
 JUDGED = Evaluation(0.5, 1.0, torch.tensor([0]))
@@ -29,12 +29,12 @@ def drawn(random, model):
     return {n: torch.randn(w.shape, generator=random).to(w.dtype) for n, w in model.state_dict().items()}
 
 
-def recorded(folder, rounds, model, train=None, server=None, failed=()):
+def recorded(folder, rounds, model, train=None, server=None, labels=None):
     """A run of these rounds, {client: weight} each; clients send `train(W, k)` or anything."""
     random = torch.Generator().manual_seed(0)
     W = drawn(random, model)
     ids = sorted({k for p in rounds for k in p})
-    run = Run.create(folder, initial=W, clients=[ClientInfo(k, {}) for k in ids])
+    run = Run.create(folder, initial=W, clients=[ClientInfo(k, (labels or {}).get(k, {})) for k in ids])
     for t, p in enumerate(rounds, 1):
         sent = {k: train(W, k) if train else drawn(random, model) for k in p}
         parts = [run.record_client(t, k, sent[k], 4, w) for k, w in p.items()]
@@ -214,6 +214,40 @@ def test_a_proxy_answers_a_difference_by_training_from_both_models(tmp_path):
     assert (found.contributions - explained(run, memory=1).contributions).abs()[:, 1].min() > 1e-6
 
 
+@pytest.mark.parametrize(("given", "of_b"), [({}, 0.5 / 0.8), ({"proxies": 1}, None)])
+def test_a_proxy_stands_for_every_client_by_its_labels_and_weight(tmp_path, given, of_b):
+    """One example of each class, b holds one and c the other: what they are trained on is known."""
+    x, training = torch.tensor([[1.0, 0, 2], [0, -1, 1]]).double(), {"epochs": 4, "lr": 0.5, "batch_size": 4}
+    rounds, labels = [{"a": 0.2, "b": 0.8}, {"a": 0.2, "b": 0.5, "c": 0.3}], {"b": {0: 4}, "c": {1: 4}}
+    run = recorded(tmp_path, rounds, binary(), labels=labels)
+    W = dict(run.global_state(1))
+    d = {n: run.round(1).client_state("b")[n] - w for n, w in W.items()}
+
+    def answer(label):
+        """What a client's training on four times this example makes of d."""
+        ends = []
+        for start in ({n: w + d[n] for n, w in W.items()}, W):
+            model = binary()
+            model.load_state_dict(start)
+            train(model, Examples(x[[label] * 4], torch.tensor([label] * 4)), seed=0, **training)
+            ends.append(model.state_dict())
+        return {n: ends[0][n] - ends[1][n] for n in W}
+
+    sent = {k: run.round(2).client_state(k) for k in "abc"}
+    without = {n: (0.5 * sent["b"][n] + 0.3 * sent["c"][n]) / 0.8 for n in W}
+    of_class = [answer(0), answer(1)]
+    of_example = {"examples": (x, torch.tensor([0, 1])), "training": training}
+    for memory, share in (("proxy", 1.0), ("mixed", 0.5)):
+        found = explained(run, memory=memory, **of_example, **given).contributions[:, 0]
+        expected = []
+        for b in (0, 1) if of_b is None else (of_b,):
+            R = {n: b * of_class[0][n] + (1 - b) * of_class[1][n] for n in W}
+            moved = {n: without[n] + share * R[n] + (1 - share) * 0.5 * d[n] for n in W}
+            expected.append(y(run.global_state(2)) - y(moved))
+        assert min((found - of_one).abs().max() for of_one in expected) < 1e-6
+        assert (expected[0] - expected[-1]).abs().max() > 1e-3 or len(expected) == 1
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
@@ -225,6 +259,7 @@ def test_a_proxy_answers_a_difference_by_training_from_both_models(tmp_path):
         ({"memory": float("nan")}, "memory must be a number from 0 to 1, 'proxy' or 'mixed', got nan"),
         ({"memory": True}, "memory must be a number from 0 to 1, 'proxy' or 'mixed', got True"),
         ({"scratch_bytes": 0}, "scratch_bytes must be a number of at least 1, got 0"),
+        ({"proxies": 0}, "proxies must be a whole number of at least 1, got 0"),
         ({"memory": "proxy"}, "memory='proxy' needs labelled examples and how clients train"),
         (
             {"memory": "proxy", "examples": (X, torch.ones(5).long()), "training": {"lr": 1}},

@@ -8,9 +8,9 @@ the global model would differ by without k,
     k's contribution:  y(W_T) - y(W_T + d_k),
 
 and R_t is how the clients of round t, who train on from another model, answer it: a memory,
-R(d) = c d; a proxy, R(d) = F(W + d) - F(W), with the training F on examples of the server's; or
-both, (c d + F(W + d) - F(W)) / 2 with c = 1/2: the proxy knows which directions last, but not these
-clients, and the memory keeps its errors from growing.
+R(d) = c d; a proxy, R(d) = Σ_j p'_j (F_j(W + d) - F_j(W)), with F_j a training on examples of the
+server's whose labels are as client j's; or both, half of each with c = 1/2: the proxy knows which
+directions last, but not these clients, and the memory keeps its errors from growing.
 The other method is the sum over rounds of y(W_t) - y(W_t without k in round t).
 
 What the server did beyond averaging (noise, an optimizer), the released model - Σ p W, stays as it
@@ -71,15 +71,18 @@ def trace_run(
         method: "replay" (default), what the model would be without the client; or "sum", over the
             rounds, of what leaving the client out of that round alone would do to y.
         memory: of "replay", what the clients who train on leave of a difference: from 0, the last
-            round alone, to 1, everything; "proxy", found by training on `examples` from both
-            models, about two trainings of a client's per client and round; or "mixed", the mean of
-            this and of memory 0.5. Default: "mixed" where examples and training are known, or 0.5.
+            round alone, to 1, everything; "proxy", found by training on `examples` from the model
+            with the difference and from that without it, once for every other client of the round;
+            or "mixed", the mean of this and of memory 0.5. Default: "mixed" where examples and
+            training are known, or 0.5.
         model: of the run's architecture; its weights do not matter, and it is left as it was.
             Default: built from the run, which can do so unless it is an own Flower app's.
         examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels),
-            none of them among `inputs`. They are drawn as often as the label counts of a round's
-            clients say. Default: the run's.
+            none of them among `inputs`. Each class is drawn as often as a client holds it. Default: the run's.
         training: `epochs`, `lr` and `batch_size` of a client's training. Default: the run's.
+        proxies: for how many clients of a round, drawn at random, the proxy trains; default: all.
+            A run of T rounds with n clients in each takes about T * n trainings for each of the K
+            clients, and with proxies=2 T * 2.
         scratch_bytes: memory to take beside the model (default 1 GiB). Differences that do not fit
             take more passes over the recorded states.
 
