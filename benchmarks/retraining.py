@@ -152,7 +152,8 @@ def recorded(folder: Path, model: nn.Module, digits_of: tuple, a_round: int, rou
     run = Run.create(folder, initial=state, clients=known, seed=seed)
     for number in range(1, rounds + 1):
         who = [str(k) for k in sorted(random.choice(len(parts), a_round, replace=False))]
-        sent, means, weights = one_round(model, {n: w[None] for n, w in state.items()}, parts, [who], everything, random)
+        one = {n: w[None] for n, w in state.items()}
+        sent, means, weights = one_round(model, one, parts, [who], everything, random)
         state = {n: w[0] for n, w in means.items()}
         took_part = [run.record_client(number, k, sent[0][k], len(parts[k]), weights[0][k]) for k in who]
         model.load_state_dict(state, strict=False)
@@ -214,10 +215,8 @@ ESTIMATES: dict[str, Callable[[Federation], Tensor]] = {
     "label counts": by_label_counts,
     "last round": by_trace_run(memory=0),
     "sum over rounds": by_trace_run(method="sum"),
-    "replay, memory 0.5": by_trace_run(memory=0.5),
-    "replay, memory 0.7": by_trace_run(memory=0.7),
-    "replay, memory 1": by_trace_run(memory=1),
-    "replay, by proxy": by_trace_run(memory="proxy"),
+    **{f"replay, memory {c:g}": by_trace_run(memory=c) for c in (0.3, 0.5, 0.7, 1)},
+    "default, proxies=2": by_trace_run(proxies=2),
     "replay, default": by_trace_run(),
 }
 
@@ -243,7 +242,7 @@ def judged(of: Federation, found: dict[str, Tensor]) -> dict[str, tuple[float, f
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--seeds", type=int, default=3)
-    arguments.add_argument("--retrainings", type=int, default=4)
+    arguments.add_argument("--retrainings", type=int, default=3)
     arguments.add_argument("--folder", type=Path, help="where runs and retrained outputs are kept (default: nowhere)")
     arguments.add_argument("--clients", type=int, nargs="+", default=[10, 12, 20], help="which federations")
     arguments.add_argument("--prepare", action="store_true", help="train and retrain into --folder, and stop")
@@ -251,11 +250,12 @@ def main() -> None:
     torch.set_num_threads(1)
     table: dict[str, dict[str, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
         for seed in range(options.seeds):
             for clients, a_round in [(K, some) for K, some in FEDERATIONS if K in options.clients]:
                 for norm in (True, False):
                     column = f"{a_round} of {clients}, {'BatchNorm' if norm else 'plain'}"
-                    of = federation(options.folder or Path(temporary), norm, clients, a_round, seed, options.retrainings)
+                    of = federation(folder, norm, clients, a_round, seed, options.retrainings)
                     print(f"{column}, seed {seed}: accuracy {of.accuracy:.2f}", flush=True)
                     if options.prepare:
                         continue

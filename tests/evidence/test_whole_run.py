@@ -237,12 +237,12 @@ def test_a_proxy_stands_for_every_client_by_its_labels_and_weight(tmp_path, give
     without = {n: (0.5 * sent["b"][n] + 0.3 * sent["c"][n]) / 0.8 for n in W}
     of_class = [answer(0), answer(1)]
     of_example = {"examples": (x, torch.tensor([0, 1])), "training": training}
-    for memory, share in (("proxy", 1.0), ("mixed", 0.5)):
+    for memory, share in (("proxy", 1.0), ("mixed", 0.7)):
         found = explained(run, memory=memory, **of_example, **given).contributions[:, 0]
         expected = []
         for b in (0, 1) if of_b is None else (of_b,):
             R = {n: b * of_class[0][n] + (1 - b) * of_class[1][n] for n in W}
-            moved = {n: without[n] + share * R[n] + (1 - share) * 0.5 * d[n] for n in W}
+            moved = {n: without[n] + share * R[n] + (1 - share) * 0.3 * d[n] for n in W}
             expected.append(y(run.global_state(2)) - y(moved))
         assert min((found - of_one).abs().max() for of_one in expected) < 1e-6
         assert (expected[0] - expected[-1]).abs().max() > 1e-3 or len(expected) == 1

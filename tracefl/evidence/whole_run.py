@@ -9,8 +9,8 @@ the global model would differ by without k,
 
 and R_t is how the clients of round t, who train on from another model, answer it: a memory,
 R(d) = c d; a proxy, R(d) = Σ_j p'_j (F_j(W + d) - F_j(W)), with F_j a training on examples of the
-server's whose labels are as client j's; or both, half of each with c = 1/2: the proxy knows which
-directions last, but not these clients, and the memory keeps its errors from growing.
+server's whose labels are as client j's; or both, 0.7 of the proxy's and 0.3 of memory 0.3's: the
+proxy knows which directions last, but what it errs would grow from round to round if all was kept.
 The other method is the sum over rounds of y(W_t) - y(W_t without k in round t).
 
 What the server did beyond averaging (noise, an optimizer), the released model - Σ p W, stays as it
@@ -40,6 +40,7 @@ from tracefl.training import train
 
 METHODS = ("replay", "sum")
 MEMORY = 0.5  # where there is nothing to train a proxy on
+PROXY, FADING = 0.7, 0.3  # "mixed": R(d) = 0.7 of the proxy's + 0.3 of memory 0.3's
 LEAST_VARIANCE = 0.1  # of a running variance, in units of the model's own
 
 # How a client trains, and the settings of a run of TraceFL's that say so.
@@ -73,7 +74,7 @@ def trace_run(
         memory: of "replay", what the clients who train on leave of a difference: from 0, the last
             round alone, to 1, everything; "proxy", found by training on `examples` from the model
             with the difference and from that without it, once for every other client of the round;
-            or "mixed", the mean of this and of memory 0.5. Default: "mixed" where examples and
+            or "mixed", 0.7 of this and 0.3 of memory 0.3. Default: "mixed" where examples and
             training are known, or 0.5.
         model: of the run's architecture; its weights do not matter, and it is left as it was.
             Default: built from the run, which can do so unless it is an own Flower app's.
@@ -263,8 +264,8 @@ class _Proxy:
         self.trained = copied(self.recorded.model)
         state = traced_state(self.trained, "all", True, frozenset(self.recorded.aliases))
         self.tensors = {name: as_real(w) for name, w in state.tensors.items()}
-        half = f"half memory {MEMORY:g}, half by proxy"
-        self.name = f"the whole run, {half if self.share < 1 else 'memory by proxy'}"
+        mixed = f"{self.share:g} by proxy, {1 - self.share:g} by memory {FADING:g}"
+        self.name = f"the whole run, {mixed if self.share < 1 else 'memory by proxy'}"
         self.counts = {client.id: client.trained_label_counts for client in self.recorded.run.clients}
 
     def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
@@ -287,7 +288,7 @@ class _Proxy:
                     answer.add_(end[name] - start[name], alpha=share)
         for k, d in differences.items():
             for name in names:
-                d[name].mul_((1 - self.share) * MEMORY).add_(answers[k][name], alpha=self.share)
+                d[name].mul_((1 - self.share) * FADING).add_(answers[k][name], alpha=self.share)
 
     def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, seed: int) -> dict[str, Tensor]:
         self.recorded.put(W, d)
@@ -336,7 +337,7 @@ def _reaction(
     require(fits, f"examples must have a label for each input, got {len(examples)} labels: correct them")
     padded = isinstance(examples.inputs, Tensor) or "attention_mask" in examples.inputs
     require(padded, "examples must be a Tensor, or texts with an attention_mask: add it, or pass memory as a number")
-    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else 0.5, proxies)
+    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else PROXY, proxies)
 
 
 def _training_of(run: Run) -> dict[str, Any] | None:
