@@ -259,8 +259,10 @@ def main() -> None:
                     print(f"{column}, seed {seed}: accuracy {of.accuracy:.2f}", flush=True)
                     if options.prepare:
                         continue
-                    for name, pair in judged(of, {name: make(of) for name, make in ESTIMATES.items()}).items():
-                        table.setdefault(name, {}).setdefault(column, []).append(pair)
+                    pairs = judged(of, {name: make(of) for name, make in ESTIMATES.items()})
+                    for name, (rho, first) in pairs.items():
+                        print(f"    {name:20} {rho:.2f} / {first:.2f}", flush=True)
+                        table.setdefault(name, {}).setdefault(column, []).append((rho, first))
     for name, columns in table.items():
         means = [np.mean(pairs, 0) for pairs in columns.values()]
         print(f"{name:20}", *(f"{rho:6.2f} /{first:5.2f}" for rho, first in means))

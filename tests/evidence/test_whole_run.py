@@ -135,17 +135,6 @@ def test_a_client_whose_update_was_not_used_has_no_share_and_is_not_read(tmp_pat
         assert explained(run, method=method).contributions[:, 2].tolist() == [0] * 5
 
 
-def test_the_mixture_is_the_mean_of_memory_and_proxy(tmp_path):
-    """Two rounds, a client in the first alone: its share is linear in the one answer that there is."""
-    random = torch.Generator().manual_seed(3)
-    examples = Examples(torch.randn(30, 3, generator=random).double(), torch.arange(30) % 2)
-    run = recorded(tmp_path, [{"a": 0.5, "b": 0.5}, {"b": 0.5, "c": 0.5}], binary())
-    given = {"examples": examples, "training": {"epochs": 1, "lr": 0.1, "batch_size": 8}}
-    half, proxy, mixed = (explained(run, memory=m, **given).contributions[:, 0] for m in (0.5, "proxy", "mixed"))
-    assert mixed.tolist() == pytest.approx(((half + proxy) / 2).tolist(), abs=1e-9)
-    assert (half - proxy).abs().min() > 1e-6
-
-
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()

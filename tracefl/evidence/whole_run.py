@@ -79,7 +79,8 @@ def trace_run(
         model: of the run's architecture; its weights do not matter, and it is left as it was.
             Default: built from the run, which can do so unless it is an own Flower app's.
         examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels),
-            none of them among `inputs`. Each class is drawn as often as a client holds it. Default: the run's.
+            none of them among `inputs`. Each class is drawn as often as a client holds it. Default:
+            the run's.
         training: `epochs`, `lr` and `batch_size` of a client's training. Default: the run's.
         proxies: for how many clients of a round, drawn at random, the proxy trains; default: all.
             A run of T rounds with n clients in each takes about T * n trainings for each of the K
