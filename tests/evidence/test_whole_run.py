@@ -198,7 +198,7 @@ def test_a_proxy_answers_a_difference_by_training_from_both_models(tmp_path):
     assert torch.equal(found.contributions, again.contributions)
     assert found.layers == ["the whole run, memory by proxy"]
     mixed = explained(run, **{**given, "memory": None})
-    assert mixed.layers == ["the whole run, half memory 0.5, half by proxy"]
+    assert mixed.layers == ["the whole run, 0.7 by proxy, 0.3 by memory 0.3"]
     assert (mixed.contributions - found.contributions).abs()[:, 1].min() > 1e-6
     assert (found.contributions - explained(run, memory=1).contributions).abs()[:, 1].min() > 1e-6
 
