@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from tracefl.runs import ClientInfo
 from tracefl.training import Evaluation, train
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double()
+TRAINING = {"epochs": 1, "lr": 0.1, "batch_size": 4}
 JUDGED = Evaluation(0.5, 1.0, torch.tensor([0]))
 
 
@@ -183,6 +186,14 @@ def test_what_no_client_sends_is_the_models_own(tmp_path):
     assert found.contributions.tolist() == [[0, 0]] * 5  # both sent the same of these
 
 
+def test_a_proxy_does_not_train_on_what_is_explained(tmp_path):
+    run = recorded(tmp_path, ROUNDS, binary())
+    others, labels = 2 * X, torch.arange(5) % 2
+    alone = explained(run, examples=(others, labels), training=TRAINING)
+    beside = explained(run, examples=(torch.cat([others, X]), torch.cat([labels, labels])), training=TRAINING)
+    assert torch.equal(alone.contributions, beside.contributions)
+
+
 def test_a_proxy_answers_a_difference_by_training_from_both_models(tmp_path):
     """Without later rounds there is nothing to answer; with them a client's share is not that of full memory."""
     random = torch.Generator().manual_seed(3)
@@ -254,10 +265,18 @@ def test_a_proxy_stands_for_every_client_by_its_labels_and_weight(tmp_path, give
             {"memory": "proxy", "examples": (X, torch.ones(5).long()), "training": {"lr": 1}},
             "training must be a dict of epochs, lr, batch_size, got lr",
         ),
+        ({"training": TRAINING}, "pass examples= and training="),
+        ({"examples": X}, "pass examples= and training="),
+        ({"examples": X, "training": TRAINING}, "examples must be (inputs, labels), got a Tensor"),
+        ({"examples": (2 * X, [0, 1, 2, 0, 0]), "training": TRAINING}, "labels of examples must be 0 to 1, got 2"),
+        ({"examples": (2 * X, [0, 1]), "training": TRAINING}, "labels of examples must be 5 integers"),
+        ({"examples": (X, [0, 1, 0, 1, 0]), "training": TRAINING}, "others than the inputs that are explained"),
+        ({"examples": (2 * X, [0] * 5), "training": {**TRAINING, "epochs": 0}}, "epochs must be a whole number"),
+        ({"examples": (2 * X, [0] * 5), "training": {**TRAINING, "lr": "1"}}, "lr must be a number above 0, got '1'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_refused_in_one_sentence(tmp_path, given, sentence):
-    with pytest.raises(TraceFLError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(TraceFLError, match=re.escape(sentence)):
         explained(recorded(tmp_path, ROUNDS, binary()), **given)
 
 

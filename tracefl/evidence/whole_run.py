@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import Batch, batch_size, copied, exact, full_precision
+from tracefl.classifier import Batch, batch_size, copied, exact, full_precision, logits_of, take
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
 from tracefl.evidence.game import Explained
@@ -78,9 +78,9 @@ def trace_run(
             training are known, or 0.5.
         model: of the run's architecture; its weights do not matter, and it is left as it was.
             Default: built from the run, which can do so unless it is an own Flower app's.
-        examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels),
-            none of them among `inputs`. Each class is drawn as often as a client holds it. Default:
-            the run's.
+        examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels);
+            those among `inputs` are left out. Each class is drawn as often as a client holds it, by
+            the run's label counts. Default: the run's.
         training: `epochs`, `lr` and `batch_size` of a client's training. Default: the run's.
         proxies: for how many clients of a round, drawn at random, the proxy trains; default: all.
             A run of T rounds with n clients in each takes about T * n trainings for each of the K
@@ -136,7 +136,7 @@ def trace_run(
     if method == "sum":
         with exact(model):
             return _sum(recorded, at, int(scratch_bytes))
-    react = _reaction(run, recorded, memory, examples, training, proxies)
+    react = _reaction(run, recorded, at, memory, examples, training, proxies)
     with exact(model):
         return _replay(recorded, at, react, int(scratch_bytes))
 
@@ -314,31 +314,62 @@ class _Proxy:
 
 
 def _reaction(
-    run: Run, recorded: Recorded, memory: float | str | None,
+    run: Run, recorded: Recorded, at: Explained, memory: float | str | None,
     examples: Examples | tuple[Batch, Tensor] | None, training: Mapping[str, Any] | None, proxies: int | None,
 ) -> _Memory | _Proxy:  # fmt: skip
     if isinstance(memory, int | float):
         return _Memory(float(memory), recorded)
-    if training is None:
-        training = _training_of(run)
-    if examples is None:
-        examples = _examples_of(run)
-    if memory is None and (examples is None or training is None):
+    given = training is not None or examples is not None
+    training = _training_of(run) if training is None else training
+    examples = _examples_of(run) if examples is None else examples
+    if memory is None and (examples is None or training is None) and not given:
         return _Memory(MEMORY, recorded)
     memory = memory or "mixed"
     known = f"memory={memory!r} needs labelled examples and how clients train, which {run.path} does not hold"
     if examples is None or training is None:
         raise TraceFLError(f"{known}: pass examples= and training=, or memory as a number")
-    kind = ", ".join(training) if isinstance(training, Mapping) else f"a {type(training).__name__}"
+    training, examples = _checked(training), _usable(examples, at)
+    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else PROXY, proxies)
+
+
+def _checked(training: Mapping[str, Any]) -> dict[str, Any]:
+    kind = ", ".join(map(str, training)) if isinstance(training, Mapping) else f"a {type(training).__name__}"
     fits = isinstance(training, Mapping) and set(training) == set(_TRAINING)
     require(fits, f"training must be a dict of {', '.join(_TRAINING)}, got {kind}")
+    for name, value in training.items():
+        numbers = int if name != "lr" else int | float
+        fine = isinstance(value, numbers) and not isinstance(value, bool) and 0 < value < float("inf")
+        must = "a number" if name == "lr" else "a whole number"
+        require(fine, f"training's {name} must be {must} above 0, got {value!r}")
+    return dict(training)
+
+
+def _usable(examples: Examples | tuple[Batch, Tensor], at: Explained) -> Examples:
+    """Labelled examples to train on, without those that are explained."""
     if not isinstance(examples, Examples):
-        examples = Examples(*examples)  # type: ignore[arg-type]
-    fits = len(examples) > 0 and batch_size(examples.inputs) == len(examples)
-    require(fits, f"examples must have a label for each input, got {len(examples)} labels: correct them")
+        pair = isinstance(examples, tuple | list) and len(examples) == 2
+        require(pair, f"examples must be (inputs, labels), got a {type(examples).__name__}: correct them")
+        inputs, labels = examples
+        examples = Examples(inputs, as_classes(labels, batch_size(inputs), "the labels of examples"))  # type: ignore[arg-type]
     padded = isinstance(examples.inputs, Tensor) or "attention_mask" in examples.inputs
     require(padded, "examples must be a Tensor, or texts with an attention_mask: add it, or pass memory as a number")
-    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else PROXY, proxies)
+    with exact(at.work), torch.no_grad():
+        C = logits_of(at.work, take(at.inputs, slice(0, 1))).shape[1]
+    for label in examples.labels[(examples.labels < 0) | (examples.labels >= C)].tolist():
+        require(False, f"the labels of examples must be 0 to {C - 1}, got {label}: leave such examples out")
+    explained = {_content(at.inputs, i) for i in range(at.N)}
+    rest = [i for i in range(len(examples)) if _content(examples.inputs, i) not in explained]
+    require(rest, "examples must hold others than the inputs that are explained: pass more, or memory as a number")
+    return examples[torch.tensor(rest)]
+
+
+def _content(inputs: Batch, i: int) -> bytes:
+    """What tells one input from another; of a text the tokens, not the padding."""
+    if isinstance(inputs, Tensor):
+        return inputs[i].detach().double().cpu().numpy().tobytes()
+    tokens = inputs.get("input_ids", next(iter(inputs.values())))[i]
+    mask = inputs.get("attention_mask")
+    return (tokens if mask is None else tokens[mask[i].bool()]).detach().double().cpu().numpy().tobytes()
 
 
 def _training_of(run: Run) -> dict[str, Any] | None:
