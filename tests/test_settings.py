@@ -23,7 +23,7 @@ NOT_TRAINING = {
     *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv", "model.arch"),
     *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug"),
     *("enable_beta", "client_weights_normalization", "parallel_processes", "neuron_activation_threshold"),
-    *("provenance.scope", "provenance.methods"),
+    *("provenance.scope", "provenance.proxies", "provenance.methods"),
     *("provenance.inputs_per_label", "provenance.max_mispredictions"),
     "faster_input_generation",
 }

@@ -324,11 +324,17 @@ def _reaction(
     examples = _examples_of(run) if examples is None else examples
     if memory is None and (examples is None or training is None) and not given:
         return _Memory(MEMORY, recorded)
-    memory = memory or "mixed"
-    known = f"memory={memory!r} needs labelled examples and how clients train, which {run.path} does not hold"
+    known = (
+        f"memory={memory or 'mixed'!r} needs labelled examples and how clients train, which {run.path} does not hold"
+    )
     if examples is None or training is None:
         raise TraceFLError(f"{known}: pass examples= and training=, or memory as a number")
     training, examples = _checked(training), _usable(examples, at)
+    if memory is None and not given and len(examples) == 0:
+        return _Memory(MEMORY, recorded)
+    must = "examples must hold others than the inputs that are explained"
+    require(len(examples), f"{must}: pass more, or memory as a number")
+    memory = memory or "mixed"
     return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else PROXY, proxies)
 
 
@@ -359,8 +365,7 @@ def _usable(examples: Examples | tuple[Batch, Tensor], at: Explained) -> Example
         require(False, f"the labels of examples must be 0 to {C - 1}, got {label}: leave such examples out")
     explained = {_content(at.inputs, i) for i in range(at.N)}
     rest = [i for i in range(len(examples)) if _content(examples.inputs, i) not in explained]
-    require(rest, "examples must hold others than the inputs that are explained: pass more, or memory as a number")
-    return examples[torch.tensor(rest)]
+    return examples[torch.tensor(rest, dtype=torch.int64)]
 
 
 def _content(inputs: Batch, i: int) -> bytes:
