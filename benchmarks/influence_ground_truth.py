@@ -13,6 +13,8 @@ Without a recorded run, trains by plain FedAvg (clients by Dirichlet, Adam at 1e
   rho nudge    with what the log-odds lose when W_g goes a hundredth of the way that leaving a client out would take it:
                where this is 1 and rho loo is not, the rest is the curvature that first-order scores cannot see
   top holder   how often the best score is that of the client with the most examples of the label (chance: 1 / K)
+The last two rows are a sanity check: the numbers of every tensor in another order, the same for all models or for each
+its own; what then still agrees with the truth was not learned.
 """
 
 from __future__ import annotations
@@ -107,6 +109,28 @@ def trained(model: nn.Module, inputs: Inputs, labels: Tensor, seed: int) -> dict
     return model.state_dict()
 
 
+def shuffled(states: list[dict[str, Tensor]], alike: bool, seed: int = 0) -> list[dict[str, Tensor]]:
+    """The numbers of every tensor in another order: the same for all states, or for each its own."""
+    generator, found = torch.Generator(), []
+    for number, state in enumerate(states):
+        generator.manual_seed(seed if alike else 1000 * seed + number)
+        order = {name: torch.randperm(w.numel(), generator=generator) for name, w in state.items()}
+        found.append({name: w.flatten()[order[name]].view(w.shape) for name, w in state.items()})
+    return found
+
+
+def with_shuffled_weights(
+    model: nn.Module, states: dict, incoming: dict, x: Inputs, alike: bool, seed: int = 0, **given: Any
+) -> Tensor:
+    """`trace` of a round whose models have lost what they know: contributions [N, K]."""
+    model = copy.deepcopy(model)
+    of_model, of_incoming, *of_clients = shuffled([model.state_dict(), incoming, *states.values()], alike, seed)
+    model.load_state_dict(of_model, strict=False)
+    clients = dict(zip(states, of_clients, strict=True))
+    reference = {"reference": of_incoming} if given["method"] == "shapley" else {}
+    return trace(model, clients, x, **reference, **given).contributions
+
+
 @torch.no_grad()
 def nudge(model: nn.Module, states: dict, weights: dict, x: Inputs, y: Tensor, way: float = 0.01) -> Tensor:
     """[N, K] log-odds at W_g less those at W_g - way * p_k / (1 - p_k) (W_k - W_g), in float64."""
@@ -141,6 +165,12 @@ def judge(
         "p_k * update, no decay": trace(model, states, x, reference=incoming, layer_decay=1, **given).contributions,
         "influence": influence,
         **exact,
+        **{
+            f"influence, weights shuffled {how}": with_shuffled_weights(
+                model, states, incoming, x, how == "alike", method="influence", **given
+            )
+            for how in ("alike", "apart")
+        },
     }
     lines = [
         f"played {len(v)} coalitions in {played:.0f} s, influence in {traced:.2f} s; integrated in {along:.1f} s, "

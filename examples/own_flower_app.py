@@ -3,19 +3,19 @@
 import sys
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch import nn
 
-from tracefl import Run, trace
-from tracefl.flower import ClientInfo, Examples, Recorder, evaluate, identify, identify_nodes
+from tracefl import Run
+from tracefl.flower import Examples, Recorder, evaluate, identify
 
 FOLDER, CLIENTS, ROUNDS = sys.argv[1] if len(sys.argv) > 1 else "logs/own-app", 4, 3
 client_app, server_app = ClientApp(), ServerApp()
-client_app.query()(identify)  # so that the server learns once which node is which client
+client_app.query("identify")(identify)  # so that the server learns which node is which client
 
 
 def new_model() -> nn.Module:
@@ -44,7 +44,7 @@ def train(message: Message, context) -> Message:
 
 @server_app.main()
 def serve(grid, context) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # a run that goes on must start from the same model
     model, test = new_model(), [blob(label) for label in range(CLIENTS)]
     test = Examples(torch.cat([part.inputs for part in test]), torch.cat([part.labels for part in test]))
 
@@ -52,17 +52,13 @@ def serve(grid, context) -> None:
         model.load_state_dict(state)
         return evaluate(model, test)
 
-    nodes = identify_nodes(grid, CLIENTS)
-    clients = [ClientInfo(client, {int(client): 50}) for client in sorted(nodes.values())]
-    run = Run.create(FOLDER, initial=model.state_dict(), clients=clients, seed=0)
+    arrays = ArrayRecord(model.state_dict())
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=CLIENTS, min_available_nodes=CLIENTS)
-    recorder = Recorder(strategy, run, nodes, clients_per_round=CLIENTS, seed=0, evaluate=score)
-    recorder.start(grid, ArrayRecord(model.state_dict()), ROUNDS, train_config=ConfigRecord())
+    recorder = Recorder(strategy, FOLDER, grid, evaluate=score)  # evaluate where the server has data
+    recorder.start(grid, arrays, num_rounds=ROUNDS)  # as strategy.start before
 
 
 if __name__ == "__main__":
     run_simulation(server_app, client_app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1}})
-    run, model = Run.open(FOLDER), new_model()
-    model.load_state_dict(dict(run.global_state(ROUNDS)))
-    states, weights = run.client_states(ROUNDS), {client.id: client.weight for client in run.round(ROUNDS).clients}
-    print(trace(model, states, torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), weights=weights, method="influence"))
+    run = Run.open(FOLDER)
+    print(run.trace(inputs=torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), model=new_model()))

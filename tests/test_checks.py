@@ -97,6 +97,13 @@ CASES = [  # overrides, how the sentence starts, the value that it quotes, a wor
     (["strategy.name=fedprox"], "strategy.name=fedprox", "fedprox", "proximal_mu: set it above 0"),
     (["strategy.name=fedprox", "strategy.options={proximal_mu: 0}"], "strategy.name=fedprox", "fedprox", "proximal_mu"),
     (["strategy.name=fedavgm"], "strategy.name=fedavgm", "fedavgm", "server_momentum or server_learning_rate"),
+    # clients that are left out
+    (["exclude_clients=[10]"], "exclude_clients must be 0 to 9", "got [10]", "num_clients"),
+    (["exclude_clients=[-1]"], "exclude_clients must be 0 to 9", "got [-1]", "num_clients"),
+    (["exclude_clients=[a]"], "exclude_clients must", "got ['a']", "be a list"),
+    (["exclude_clients=[0,1,1]", "num_clients=2", "clients_per_round=1"],
+     "exclude_clients must leave one of num_clients=2", "got [0, 1]", "name fewer"),
+    (["exclude_clients=[3,3,1]"], "clients_per_round must be at most 8", "got 10", "set clients_per_round=8 or less"),
     # privacy
     (["noise_multiplier=0.1"], "noise_multiplier and clipping_norm must", "got 0.1 and -1", "set both or neither"),
     (["clipping_norm=15"], "noise_multiplier and clipping_norm must", "got -1.0 and 15", "set both or neither"),
@@ -332,3 +339,13 @@ def test_faults_name_labels_as_the_data_write_them(config):
     )
     backdoor = config("faulty_clients_ids=[0]", "fault.kind=backdoor", "fault.target=3")
     assert numbered_labels(backdoor, ["2", "3"])[0].fault.target == 1
+
+
+def test_who_never_trains_is_not_faulty(config):
+    nine = ("num_clients=11", "clients_per_round=9")
+    some = config(*nine, "faulty_clients_ids=[9,3]", "label2flip={1:0}", "exclude_clients=[3,3]")
+    assert (some.faulty_clients_ids, some.exclude_clients, some.label2flip) == ([9], [3], {1: 0})
+    for faults in (FLIP, [*FLIP, "noise_rate={1:0.5}"], BACKDOOR):
+        left = config(*nine, *faults, "exclude_clients=[1]")
+        assert (left.faulty_clients_ids, left.label2flip, left.fault.kind) == ([], {}, "label_flip")
+        assert load(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(left)))) == left  # as config.yaml has it

@@ -23,6 +23,11 @@ def test_it_runs_and_ends_with_the_closing_lines(tmp_path, monkeypatch):
     outputs = [cell.get("outputs", []) for cell in notebook.cells]
     pictures = [o for cell in outputs for o in cell if "image/png" in o.get("data", {})]
     assert len(pictures) == 3
+    asked = outputs[-4][0]["text"].splitlines()
+    assert [line.split(",")[0] for line in asked if "(method" in line] == [
+        "Provenance(method='influence'", "Provenance(method='shapley'",
+    ]  # fmt: skip
+    assert asked[-1].startswith("cannot be told from the first: ['")
     closing = outputs[-2][0]["text"].splitlines()
     assert closing[0] == "INFO - Total Rounds: 5"
     assert closing[1].startswith("INFO - TraceFL Average Localization Accuracy: ")

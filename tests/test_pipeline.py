@@ -19,7 +19,8 @@ from PIL import Image
 from tests.data.tables import encoded, write
 from tests.federation import local
 from tests.test_main import process
-from tracefl import Run
+from tracefl import Run, whatif
+from tracefl.data.prepare import prepare
 from tracefl.errors import TraceFLError
 from tracefl.pipeline import run_experiment
 
@@ -61,13 +62,29 @@ def test_it_leaves_what_the_readme_lists(finished):
     states = {f"rounds/{t:04d}/{name}.safetensors" for t in (1, 2, 3) for name in ("global", "predictions")}
     states |= {f"rounds/{r.number:04d}/{c.file}" for r in run.rounds for c in r.clients}
     (events,) = [name for name in left if name.startswith("tensorboard/events.out.tfevents")]
-    plots = {f"plots/{name}.{kind}" for name in ("rounds", "labels", "contributions") for kind in ("png", "pdf")}
+    names = ("rounds", "labels", "contributions", "class_by_client")
+    plots = {f"plots/{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert left == states | plots | {
         "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
         "provenance.csv", "TraceFL_clients_contributions.log", events,
+        "audit.parquet", "verdict.json", "class_by_client.csv",
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
     assert [len(record.clients) for record in run.rounds] == [2, 2, 2]
+
+
+def test_the_verdict_comes_first(finished):
+    folder, out = the_run(finished[0]), finished[1]
+    assert out.index("INFO - Verdict: the clients cannot be judged: a round needs at least 4 clients") < out.index(
+        "Input Label: "
+    )
+    verdict, audited = json.loads((folder / "verdict.json").read_text()), pd.read_parquet(folder / "audit.parquet")
+    assert verdict["faulty"] == []
+    assert set(verdict["clients"]) == set(audited["client"])
+    assert all(of["rounds"] == (audited["client"] == who).sum() for who, of in verdict["clients"].items())
+    by_class = pd.read_csv(folder / "class_by_client.csv", dtype={"client": str}).set_index("client")
+    mean = audited.groupby("client")["value"].mean()
+    assert by_class["all"].to_dict() == pytest.approx(mean.to_dict(), nan_ok=True)
 
 
 def test_tables_hold_both_methods_and_every_chance_level(finished):
@@ -100,6 +117,25 @@ def test_the_run_gives_its_models_and_the_servers_examples(finished):
             predictions = run.model(number)(examples.inputs).argmax(1)
         assert torch.equal(predictions, run.predictions(number))
     assert run.model(0).fc.out_features == 10
+
+
+def test_the_run_answers_for_a_prediction(finished):
+    run = Run.open(the_run(finished[0]))
+    rows = pd.read_parquet(run.path / "provenance.parquet")
+    rows = rows[(rows["round"] == 2) & (rows["method"] == "influence")]
+    first = rows["input"].unique()[:2]
+    found = run.trace(first, round=2)
+    assert found.contributions.flatten().tolist() == pytest.approx(
+        rows[rows["input"].isin(first)]["contribution"].tolist(), rel=1e-3
+    )
+    assert found.client_ids == [client.id for client in run.round(2).clients]
+    one = run.trace(index=int(first[1]), round=2)
+    assert one.contributions[0].tolist() == pytest.approx(found.contributions[1].tolist(), rel=1e-3)
+    for index in (60, -1, "3", 1.0, True, [0, 60]):
+        with pytest.raises(TraceFLError, match="index must be one or more whole numbers from 0 to 59, of the server's"):
+            run.trace(index)
+    with pytest.raises(TraceFLError, match="got none"):
+        run.trace([])
 
 
 def test_it_prints_the_lines_that_people_grep_for_and_logs_them(finished):
@@ -177,6 +213,24 @@ def test_other_tracing_settings_trace_the_recorded_run_anew(finished, small):
     assert not (merged["contribution_x"] == merged["contribution_y"]).any()
 
 
+@pytest.mark.slow
+def test_coalitions_are_reported_beside_the_methods(finished, small, capsys):
+    folder = the_run(finished[0])
+    small("evaluation.coalitions=true", "evaluation.coalition_inputs=4", "do_training=false", "plotting=true")
+    out, rounds = capsys.readouterr().out, pd.read_csv(folder / "rounds.csv")
+    assert "[Round 3] fusing coalitions of 2 clients for 4 inputs" in out
+    assert "[Round 3] Shapley values in " in out
+    assert out.count("Beside Shapley Values: Neuron: Spearman = ") == 3 + 1
+    assert out.count("Answers as Sets: Neuron: Coverage = ") == 3 + 1
+    sets = {"coverage", "coverage_chance", "set_size", "named_nobody"}
+    assert {f"{name}{method}" for name in sets for method in ("", "_influence", "_shapley")} <= set(rounds)
+    assert (rounds["shapley_first_chance"] == 0.5).all()
+    assert rounds["shapley_first_influence"].between(0, 1).all()
+    rows = pd.read_parquet(folder / "provenance.parquet")
+    assert rows[rows["method"] == "shapley"].groupby("round")["input"].nunique().tolist() == [4, 4, 4]
+
+
+@pytest.mark.slow
 def test_the_whole_run_is_traced_beside_the_rounds(finished, small, capsys):
     folder = the_run(finished[0])
     small()
@@ -323,6 +377,25 @@ def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_e
     run("neuron_activation_threshold=0.1")
     assert stamps()[0] == before[0]
     assert stamps()[1] > before[1]
+
+
+@pytest.mark.slow
+def test_excluded_clients_never_train_and_keep_their_data(config, tmp_path, in_process, capsys):
+    words = [*SMALL, "num_clients=4", f"storage.dir={tmp_path}/logs", "exp_key=out", "faulty_clients_ids=[1,2]"]
+    settings = config(*words, "fault.kind=random_labels", "exclude_clients=[2,0]", "do_feddebug=false", "num_rounds=1")
+    run_experiment(settings, OmegaConf.to_yaml(OmegaConf.structured(settings)))
+    out = capsys.readouterr().out
+    (folder,) = (tmp_path / "logs").glob("out-*")
+    run, data = Run.open(folder), prepare(config(*words[:-1]))
+    assert [[client.id for client in record.clients] for record in run.rounds] == [["1", "3"]]
+    assert {client.id: client.label_counts for client in run.clients} == data.label_counts
+    assert [client.fault for client in run.clients] == [None, "random_labels", None, None]
+    assert run["data_sha256"] == data.digest
+    assert "exclude_clients: c0, c2 never train, with " in out
+    assert "training rounds 1 to 1 with 2 clients" in out
+    judged = pd.read_csv(folder / "rounds.csv").columns
+    assert ("rank_of_c1" in judged, "rank_of_c2" in judged) == (True, False)
+    assert repr(whatif(folder, [1])).startswith("Without c1 in round 1: accuracy ")
 
 
 def test_a_private_run_says_what_it_spent_and_whose_the_noise_is(config, tmp_path, in_process, capsys):

@@ -1,6 +1,8 @@
 """The run store: what is written is what is read, damage is noticed, an interrupted round does not count."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,8 +97,78 @@ def test_what_is_no_run_is_said_so(tmp_path):
     with pytest.raises(TraceFLError, match="no JSON"):
         Run.open(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(TraceFLError, match="must be 1, got 99"):
+    with pytest.raises(TraceFLError, match="must be 1 or 2, got 99"):
         Run.open(tmp_path)
+
+
+def test_a_recording_is_never_written_over(tmp_path):
+    one_round(tmp_path)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(TraceFLError, match=r"holds a recorded run, which is not written over: .*open_or_create"):
+        Run.create(tmp_path, initial=state(0.0), clients=[], seed=1)
+    assert (tmp_path / "run.json").read_bytes() == before
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(TraceFLError, match=r"holds rounds but no run\.json: restore it"):
+        Run.create(tmp_path, initial=state(0.0), clients=[], seed=1)
+
+
+def test_opening_or_creating_goes_on_with_the_same_and_refuses_another(tmp_path):
+    clients = [ClientInfo("0", {3: 12, 5: 10}), ClientInfo("7", {5: 20})]
+    same = {"initial": state(0.0), "clients": clients, "seed": 3, "data_sha256": "abc"}
+    one_round(tmp_path / "a")
+    assert len(Run.open_or_create(tmp_path / "a", **same).rounds) == 1
+    assert len(Run.open_or_create(tmp_path / "b", **same).rounds) == 0
+    for change, words in [
+        ({"seed": 4}, "recorded with seed=3, got 4"),
+        ({"initial": state(0.0) | {"w": torch.zeros(3, 2, dtype=torch.float64)}}, "another model .* 'w' differs"),
+        ({"clients": clients[:1]}, "client '7' of the run is not given"),
+        (
+            {"clients": [ClientInfo("0", {3: 12}), clients[1]]},
+            r"client '0' was recorded with label counts \{3: 12, 5: 10",
+        ),
+    ]:
+        with pytest.raises(TraceFLError, match=words):
+            Run.open_or_create(tmp_path / "a", **same | change)
+
+
+def test_a_writer_that_has_missed_a_round_is_refused(tmp_path):
+    one_round(tmp_path)
+    first, second = Run.open(tmp_path), Run.open(tmp_path)
+    evaluation = Evaluation(0.7, 2 / 3, torch.tensor([3, 5, 5]))
+    first.record_round(2, [], state(2.0), evaluation, {})
+    with pytest.raises(TraceFLError, match="was changed by another writer since it was opened"):
+        second.record_round(2, [], state(3.0), evaluation, {})
+    assert len(Run.open(tmp_path).rounds) == 2
+    assert torch.equal(Run.open(tmp_path).global_state(2)["w"], state(2.0)["w"])
+
+
+def test_states_keep_the_order_of_the_model(tmp_path):
+    run = one_round(tmp_path)
+    assert list(run.global_state(1)) == list(run.round(1).client_state("0")) == ["w", "b"]
+    assert list(Run.open(tmp_path).round(1).client_state("7")) == ["w", "b"]
+
+
+def test_a_run_of_the_first_schema_still_opens_and_goes_on(tmp_path):
+    one_round(tmp_path)
+    header = json.loads((tmp_path / "run.json").read_text())
+    del header["entries"], header["initial_metrics"]
+    for record in header["rounds"]:
+        del record["metrics"], record["weights_from"]
+    (tmp_path / "run.json").write_text(json.dumps(header | {"schema": 1}))
+    run = Run.open(tmp_path)
+    assert (run.round(1).loss, run.round(1).weights_from) == (0.7, "strategy")
+    run.record_round(2, [], state(2.0), None, {})
+    assert sorted(Run.open(tmp_path).global_state(2)) == ["b", "w"]
+
+
+def test_numbers_that_json_does_not_know_come_back(tmp_path):
+    run = one_round(tmp_path)
+    run.record_round(2, [], state(2.0), Evaluation(float("inf"), float("nan"), torch.tensor([1])), {})
+    last = Run.open(tmp_path).round(2)
+    assert last.loss == float("inf")
+    assert last.accuracy != last.accuracy
+    with pytest.raises(TraceFLError, match="entry 'x' must be plain JSON"):
+        Run.create(tmp_path / "b", initial=state(0.0), clients=[], x=torch.zeros(1))
 
 
 def test_a_second_writer_is_refused(tmp_path):
@@ -104,6 +176,28 @@ def test_a_second_writer_is_refused(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+def test_another_process_that_writes_keeps_every_writer_out(tmp_path):
+    run = one_round(tmp_path)
+    words = "import sys, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); "
+    words += "print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", words, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    for write in (
+        lambda: run.record_client(2, "0", state(9.0), 22),
+        lambda: run.record_round(2, [], state(9.0), None, {}),
+        lambda: run.record_metrics(1, "server", {"loss": 1.0}),
+        lambda: Run.create(tmp_path, initial=state(9.0), clients=[], seed=0),
+    ):
+        with pytest.raises(TraceFLError, match="is being written by another process"):
+            write()
+    other.communicate("")
+    assert len(Run.open(tmp_path).rounds) == 1
+    assert not (tmp_path / "rounds" / "0002").exists()
+    Run.open(tmp_path).record_round(2, [], state(9.0), None, {})
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path):

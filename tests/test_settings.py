@@ -21,11 +21,11 @@ TRAINS = {key: field.metadata["trains"] for key, field in leaves()}
 NOT_TRAINING = {
     *("exp_key", "storage.dir", "total_cpus", "total_gpus", "client_gpu", "round_timeout", "accept_failures"),
     *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv", "model.arch"),
-    *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug"),
+    *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug", "do_audit"),
     *("enable_beta", "client_weights_normalization", "parallel_processes", "neuron_activation_threshold"),
     *("provenance.scope", "provenance.proxies", "provenance.methods"),
     *("provenance.inputs_per_label", "provenance.max_mispredictions"),
-    "faster_input_generation",
+    *("evaluation.coalitions", "evaluation.coalition_inputs", "faster_input_generation"),
 }
 # Of these every setting counts: texts, spread by Dirichlet, with faulty clients.
 EVERYTHING_MATTERS = Config(model=Model("google-bert/bert-base-cased"), faulty_clients_ids=[1], label2flip={1: 0})
@@ -85,6 +85,30 @@ def test_different_faults_are_different_runs(config):
     ]  # fmt: skip
     assert len({run_folder(config(*command)) for command in commands}) == len(commands)
     assert run_folder(config(*one, "noise_rate={1:0}")) == run_folder(config(*one))  # the artifact's "all of them"
+
+
+def test_excluded_clients_are_another_run_by_who_they_are(config):
+    eight = ("clients_per_round=8",)
+    runs = [
+        run_folder(config(*eight, f"exclude_clients={some}")) for some in ("[]", "[1,3]", "[3,1]", "[1,3,1]", "[1]")
+    ]
+    assert runs[1] == runs[2] == runs[3]
+    assert len({run_folder(config(*eight)), *runs}) == 3
+    assert run_folder(config(*eight)) == runs[0]
+    assert data_settings(config(*eight, "exclude_clients=[1]")) == data_settings(config(*eight))
+
+
+def test_the_default_run_keeps_its_name(config):
+    assert run_folder(config()).name == "tracefl-a91c9d33"
+    assert "exclude_clients" not in training_settings(config())
+
+
+def test_a_fault_of_an_excluded_client_changes_nothing(config):
+    out, fault = ("clients_per_round=8", "exclude_clients=[1,2]"), ("faulty_clients_ids=[2]", "label2flip={1:0}")
+    assert run_folder(config(*out, *fault)) == run_folder(config(*out))
+    assert run_folder(config(*out, "faulty_clients_ids=[2,4]", "label2flip={1:0}")) == run_folder(
+        config(*out, "faulty_clients_ids=[4]", "label2flip={1:0}")
+    )
 
 
 def test_the_order_of_flips_changes_nothing(config):

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from tracefl.config import ALIASES, HUB_NAMES, IMAGE_MODELS, MEDMNIST, STRATEGIES, TRACED_METHODS, Config, leaves
+from tracefl.config import ALIASES, HUB_NAMES, IMAGE_MODELS, MEDMNIST, STRATEGIES, TRACED_METHODS, Config, Fault, leaves
 from tracefl.errors import TraceFLError, first_line, require
 from tracefl.rules import POSITIVE, SHARE, integer, whole_number
 from tracefl.settings import installed, visible_files
@@ -80,8 +80,10 @@ def load(composed: DictConfig) -> Config:
         if rule := field.metadata["rule"]:
             rule.check(key, attrgetter(key)(config))
     config.label2flip = {int(label): int(target) for label, target in config.label2flip.items()}
+    config.exclude_clients = sorted(set(config.exclude_clients))
     for check in (_check_federation, _check_strategy, _check_data, _check_model, _check_faults):
         check(config)
+    _forget_excluded_faults(config)
     config.provenance.methods = [method for method in TRACED_METHODS if method in config.provenance.methods]
     return config
 
@@ -162,6 +164,12 @@ def _require(c: Config, keys: str, holds: object, must: str, remedy: str) -> Non
 def _check_federation(c: Config) -> None:
     at_most, cpus = f"be at most num_clients={c.num_clients}", c.total_cpus or os.cpu_count() or 1
     _require(c, "clients_per_round", c.clients_per_round <= c.num_clients, at_most, "lower it, or raise that")
+    known = all(client in range(c.num_clients) for client in c.exclude_clients)
+    _require(c, "exclude_clients", known, f"be 0 to {c.num_clients - 1}", "correct it or raise num_clients")
+    left = c.num_clients - len(c.exclude_clients)
+    _require(c, "exclude_clients", left > 0, f"leave one of num_clients={c.num_clients} clients", "name fewer")
+    at_most = f"be at most {left}, what exclude_clients={c.exclude_clients} leaves of num_clients={c.num_clients}"
+    _require(c, "clients_per_round", c.clients_per_round <= left, at_most, f"set clients_per_round={left} or less")
     if c.data_dist.dist_type == "non_iid_dirichlet":
         POSITIVE.check("dirichlet_alpha", c.dirichlet_alpha)
     enough = c.client_cpus <= cpus or "RAY_ADDRESS" in os.environ
@@ -254,3 +262,11 @@ def _check_faults(c: Config) -> None:
     _require(c, "noise_rate", not unflipped, "be set for labels of label2flip only", f"leave out {unflipped}")
     for share in by_label.values() if by_label else [rate]:
         SHARE.check("noise_rate", share)
+
+
+def _forget_excluded_faults(c: Config) -> None:
+    """Clients that never train are not faulty; if no faulty one is left, there is no fault."""
+    left = [client for client in c.faulty_clients_ids if client not in c.exclude_clients]
+    if c.faulty_clients_ids and not left:
+        c.label2flip, c.noise_rate, c.fault = {}, 1.0, Fault()
+    c.faulty_clients_ids = left

@@ -193,6 +193,14 @@ class ProvenanceConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What the answers are held against"""
+
+    coalitions: bool = setting(False, "true: Shapley values, from 2 K + 2 fusions of a round's K clients", trains=False)
+    coalition_inputs: int = setting(20, "inputs of a round with Shapley values, at most", at_least(1), trains=False)
+
+
+@dataclass
 class Storage:
     """Where runs and prepared data are stored"""
 
@@ -207,6 +215,7 @@ class Config:
     seed: int = setting(0, "of everything that is drawn", between(0, 2**63))
     num_clients: int = setting(10, "clients of the federation", at_least(1))
     clients_per_round: int = setting(10, "clients that train in each round", at_least(1))
+    exclude_clients: list[int] = setting([], "numbers of clients that never train, as [0,3]; the data stay as they are")
     num_rounds: int = setting(5, "rounds of training", at_least(1))
     dirichlet_alpha: float = setting(0.3, "of non_iid_dirichlet; smaller: each client sees fewer classes")
     batch_size: int = setting(32, "examples in a training step of a client", at_least(1))
@@ -247,7 +256,9 @@ class Config:
     client_weights_normalization: bool = setting(False, "true: multiply by p_k (eq. 5)", trains=False)
     parallel_processes: int = setting(-1, "threads that trace", at_least(1).or_value(-1, "all cores"), trains=False)
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    do_audit: bool = setting(True, "false: no verdict on the clients; it needs do_provenance", trains=False)
     do_feddebug: bool = setting(True, "false: skip it; it needs faulty clients and images", trains=False)
     neuron_activation_threshold: float = setting(0.003, "of an active neuron", between(0, 1), trains=False)
     faster_input_generation: bool = setting(False, "true: take any inputs, also where clients disagree", trains=False)

@@ -20,13 +20,19 @@ from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judge_times, wide
 from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.evidence.verdict import audit_run, class_by_client, verdict_json
+from tracefl.evidence.verdict import judge as judge_clients
+from tracefl.evidence.whatif import removal_lines, whatif
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
 from tracefl.report import figures, lines, progress, tables
 from tracefl.results import (
+    AUDIT,
+    CLASS_BY_CLIENT,
     FEDDEBUG,
     PROVENANCE,
     ROUNDS,
+    VERDICT,
     WHOLE_RUN,
     cached,
     read_timings,
@@ -60,6 +66,7 @@ def run_experiment(config: Config, resolved: str) -> None:
     require(not idle or len(idle) < len(config.faulty_clients_ids), f"{told}: name others, or other labels to flip.")
     notes = [*data.notes, *notes, *([f"{told}, and train as honest clients"] if idle else [])]
     notes += lines.data_lines(config, data)
+    notes += lines.exclusion_lines(config, data)
     if not (config.do_training or config.do_provenance):
         print(*notes, sep="\n")
         print(f"{data.folder} is prepared; do_training=false and do_provenance=false leave it at that")
@@ -74,13 +81,16 @@ def run_experiment(config: Config, resolved: str) -> None:
         write_atomically(folder / "config.yaml", resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples)
+        audited = audit(config, run, model, examples)
         answers = trace(config, run, model, examples)
         whole = trace_whole(config, run, model, examples)
         votes = debug(config, run, model)
         metrics = judge(config, run, answers, votes)
+        if audited is not None:
+            accuse(run, audited, model, examples)
+        if whole is not None and len(whole):
+            tables.print_whole_run(whole)
         report(config, run, answers, metrics)
-    if whole is not None and len(whole):
-        tables.print_whole_run(whole)
     tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
         tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
@@ -97,10 +107,38 @@ def train(config: Config, data: PreparedData, run: Run, model: nn.Module, exampl
     from tracefl.federation.server_app import serve  # brings Flower and Ray
     from tracefl.federation.simulation import simulate
 
-    log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, config.num_clients)
+    count = config.num_clients - len(config.exclude_clients)
+    log.info("%s: training rounds %d to %d with %d clients", run.path, done + 1, wanted, count)
     with progress.TrainingProgress(wanted, config.clients_per_round, done) as shown:
         observers = {"on_client": shown.on_client, "on_round": shown.on_round}
         simulate(config, lambda grid: serve(grid, config, data, run, model, examples, **observers))
+
+
+def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
+    """What every client did in every round (`verdict.COLUMNS`); None where no verdict is wanted."""
+    if not (config.do_provenance and config.do_audit):
+        return None
+
+    def make() -> pd.DataFrame:
+        started = time.perf_counter()
+        table = audit_run(run, model=model, examples=examples)
+        log.info("audited %d updates in %.1f s", len(table), time.perf_counter() - started)
+        return table
+
+    return cached(run, AUDIT, [], make, reuse=config.check_prov_cache)
+
+
+def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples) -> None:
+    """Log the verdict and what removing the faulty clients would give, and write both."""
+    names = run["class_names"]
+    verdict = judge_clients(audited, names)
+    for line in verdict.lines():
+        log.info(line)
+    if verdict.faulty:
+        for line in removal_lines(whatif(run, verdict.faulty, since=1, memory=0.5, examples=examples, model=model)):
+            log.info(line)
+    write_atomically(run.path / VERDICT, verdict_json(verdict))
+    write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
 def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -118,6 +156,7 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
         return answers
 
     settings = [_of_rounds(config), config.enable_beta, config.client_weights_normalization]
+    settings += [vars(config.evaluation)] if config.evaluation.coalitions else []
     return cached(run, PROVENANCE, settings, make, reuse=config.check_prov_cache)
 
 

@@ -12,6 +12,7 @@ from tracefl.runs import Run, write_atomically
 from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
+AUDIT, VERDICT, CLASS_BY_CLIENT = "audit.parquet", "verdict.json", "class_by_client.csv"
 WHOLE_RUN = "whole_run.parquet"
 
 

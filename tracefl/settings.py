@@ -17,7 +17,7 @@ from tracefl.config import Config, leaves
 
 # What prepared data depend on beside dataset.* and data_dist.*, and for texts model.*
 OF_DATA = ("seed", "num_clients", "dirichlet_alpha")
-SINCE_0_1 = ("dataset.config", "dataset.test_share", "data_dist.min_examples_per_class")
+SINCE_0_1 = ("dataset.config", "dataset.test_share", "data_dist.min_examples_per_class", "exclude_clients")
 OF_FAULTS = ("fault.kind", "fault.target", "label2flip", "noise_rate")
 
 

@@ -39,10 +39,14 @@ class StateFile(Mapping[str, Tensor]):
         file: path of a safetensors file.
         sha256: what the file's SHA-256 must be, checked before the first read; None: any.
         whose: who an error says that the file is of, such as "client 'ann'".
+        order: names in the order to go through them, others last; else as in the file, which
+            safetensors sorts.
     """
 
-    def __init__(self, file: str | PathLike[str], sha256: str | None = None, whose: str = "") -> None:
-        self._file, self._sha256 = Path(file), sha256
+    def __init__(
+        self, file: str | PathLike[str], sha256: str | None = None, whose: str = "", order: Sequence[str] = ()
+    ) -> None:
+        self._file, self._sha256, self._order = Path(file), sha256, order
         self._name = f"{whose}: {file}" if whose else str(file)
 
     @cached_property
@@ -57,8 +61,8 @@ class StateFile(Mapping[str, Tensor]):
                 length, size = self._file.stat().st_size, int.from_bytes(content.read(8), "little")
                 header = json.loads(content.read(min(size, length)))
             header.pop("__metadata__", None)
-            entries = {}
-            for name, entry in header.items():
+            entries, place = {}, {name: index for index, name in enumerate(self._order)}
+            for name, entry in sorted(header.items(), key=lambda item: place.get(item[0], len(place))):
                 start, end = (8 + size + offset for offset in entry["data_offsets"])
                 entries[sys.intern(name)] = entry["dtype"], tuple(entry["shape"]), start, end
         except OSError as error:

@@ -55,6 +55,48 @@ def test_the_servers_share_is_a_part_of_all_shares(recorded):
     assert found["influence", "noise_share"].value == pytest.approx(0.5 / 5 / 2)
 
 
+def rows_of(method, values, targets, **more):
+    """A table of two clients: one row of values per input."""
+    cells = [
+        (1, method, i, who, target, target, value, 0.5, 1 + int(value < max(row)), held[int(who)], None, None)
+        for i, (row, target, held) in enumerate(zip(values, targets, HELD, strict=True))
+        for who, value in zip("01", row, strict=True)
+    ]
+    return pd.DataFrame(cells, columns=COLUMNS).assign(**more)
+
+
+HELD = [(4, 0), (4, 0), (0, 2), (0, 2)]  # examples of the label on each client
+
+
+def test_answers_as_sets_are_judged_beside_random_sets(recorded):
+    values, targets = [(9.0, 1.0), (9.1, 1.0), (9.2, 1.0), (5.0, 5.0)], [0, 0, 1, 1]
+    found = judged(recorded[0], rows_of("neuron", values, targets), ["neuron"], set())
+    assert found["neuron", "named_nobody"].value == 0.5  # the second class contradicts itself
+    assert found["neuron", "coverage"] == (1.0, 0.5)
+    assert found["neuron", "set_size"].value == 1
+    faulty = judged(recorded[0], rows_of("neuron", values, targets), ["neuron"], {"1"})
+    assert faulty["neuron", "coverage"] == (0.0, 0.5)
+
+
+def test_methods_are_held_against_shapley_values(recorded):
+    neuron = rows_of("neuron", [(2.0, 1.0), (1.0, 2.0), (3.0, 1.0), (1.0, 0.0)], [0, 0, 1, 1])
+    shapley = rows_of("shapley", [(5.0, 1.0), (6.0, 1.0), (1.0, 7.0), (1.0, 6.0)], [0, 0, 1, 1])
+    shapley = shapley[shapley["input"] < 3].assign(standard_error=0.1)
+    table = pd.concat([neuron, shapley])
+    found = judged(recorded[0], table, ["neuron"], set())
+    assert found["neuron", "shapley_spearman"] == (pytest.approx(-1 / 3), 0.0)  # the first three
+    assert found["neuron", "shapley_first"] == (pytest.approx(1 / 3), 0.5)
+    assert found["shapley", "coverage"] == (1.0, 0.5)
+    assert ("shapley", "shapley_first") not in found
+    row = wide(pd.DataFrame(judge_answers(recorded[0], table, ["neuron"], set()), columns=Metric._fields)).iloc[0]
+    assert (row["shapley_first"], row["shapley_first_chance"], row["coverage_shapley"]) == (
+        pytest.approx(1 / 3), 0.5, 1.0,
+    )  # fmt: skip
+    assert row["num_inputs"] == 4
+    wide_errors = judged(recorded[0], table.assign(standard_error=99.0), ["neuron"], set())
+    assert wide_errors["shapley", "named_nobody"].value == 1.0
+
+
 def test_means_are_over_the_rounds_that_have_the_number():
     rows = [Metric(1, "neuron", "localization", 0.5, 0.2), Metric(2, "neuron", "localization", np.nan, 0.4)]
     found = means(pd.DataFrame(rows, columns=Metric._fields))
@@ -74,7 +116,7 @@ def test_rounds_csv_has_the_columns_that_the_readme_names(recorded, config):
     ]
     rounds = wide(pd.DataFrame(metrics, columns=Metric._fields))
     both = ["localization_accuracy", "top_holder_accuracy", "spearman", "faulty_precision", "faulty_recall"]
-    both += ["rank_of_c1", "rank_of_c7"]
+    both += ["rank_of_c1", "rank_of_c7", "coverage", "coverage_chance", "set_size", "named_nobody"]
     assert sorted(rounds) == sorted([
         "round", "loss", "accuracy", "num_inputs", *both, *(f"{name}_influence" for name in both),
         "chance_accuracy", "largest_client_accuracy", "top_holder_chance", "faulty_precision_chance",

@@ -1,9 +1,11 @@
 """The table that comes out of tracing a recorded run of two hand-made clients."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from tracefl import trace
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
 from tracefl.evaluation.selection import with_trigger
@@ -81,6 +83,25 @@ def test_a_backdoor_is_traced_on_inputs_with_the_trigger(recorded, config):
     neuron = table[(table["method"] == "neuron") & (table["client"] == "0")]
     assert neuron["contribution"].to_numpy() == pytest.approx(2 * white)
     assert trace_round(config(*backdoor, "fault.target=1"), run, model, examples, 1).empty
+
+
+def test_coalitions_are_traced_beside_the_methods(recorded, config):
+    run, model, examples = recorded
+    words = ("evaluation.coalitions=true", "evaluation.coalition_inputs=3", "provenance.methods=[neuron]")
+    table = trace_round(config(*words), run, model, examples, 1)
+    assert list(table.columns) == [*COLUMNS, "standard_error"]
+    plain, shapley = table[table["method"] == "neuron"], table[table["method"] == "shapley"]
+    assert len(shapley) == 3 * 2
+    assert list(shapley["input"].unique()) == [plain["input"].unique()[i] for i in (0, 4, 9)]
+    assert shapley["standard_error"].eq(0).all()  # two clients: all coalitions
+    assert plain["standard_error"].isna().all()
+    expected = trace(
+        model, run.client_states(1), examples.inputs[shapley["input"].unique()],
+        weights={"0": 30, "1": 10}, reference=run.global_state(0), method="shapley",
+    )  # fmt: skip
+    np.testing.assert_allclose(shapley["contribution"], expected.contributions.flatten())
+    before = trace_round(config("provenance.methods=[neuron]"), run, model, examples, 1)
+    pd.testing.assert_frame_equal(plain[COLUMNS], before)
 
 
 def test_every_method_is_timed(recorded, config):

@@ -38,7 +38,7 @@ class LocalGrid:
         context = Context(
             run_id=1, node_id=1, node_config={"partition-id": partition}, state=RecordDict(), run_config={}
         )
-        work = client_app.identify if message.metadata.message_type == "query" else self.train
+        work = client_app.identify if message.metadata.message_type == "query.identify" else self.train
         try:
             return work(message, context)
         finally:

@@ -77,6 +77,22 @@ def test_participants_are_drawn_by_seed_and_round(tmp_path):
     assert recorder(one.run, seed=6).participants(1) != draws[0]
 
 
+def test_another_is_drawn_for_a_client_that_is_excluded_and_nobody_else_moves(tmp_path):
+    run = new_run(tmp_path)
+    usual, without = recorder(run), recorder(run, excluded={"3", "10"})
+    refilled = set()
+    for number in range(1, 60):
+        before, after = usual.participants(number), without.participants(number)
+        assert len(set(after)) == 4
+        assert after == sorted(after, key=int)
+        assert set(before) - {"3", "10"} <= set(after)
+        assert not {"3", "10"} & set(after)
+        refilled |= set(after) - set(before)
+    assert refilled == set(NODES.values()) - {"3", "10"}
+    everyone = recorder(run, excluded={"3", "10"}, clients_per_round=10)
+    assert everyone.participants(1) == sorted(set(NODES.values()) - {"3", "10"}, key=int)
+
+
 def test_only_participants_are_asked(tmp_path):
     grid = InstantGrid()
     run = run_rounds(new_run(tmp_path), 2, grid)

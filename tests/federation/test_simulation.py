@@ -25,7 +25,7 @@ SMALL = [
 def broken_app(how: str) -> ClientApp:
     """The real client, but client 1 breaks in round 2."""
     app = ClientApp()
-    app.query()(client_app.identify)
+    app.query("identify")(client_app.identify)
 
     @app.train()
     def train(message: Message, context) -> Message:

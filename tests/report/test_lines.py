@@ -9,7 +9,7 @@ import pytest
 
 from tests.report.metrics import NAN, table, tidy
 from tracefl.data.prepare import PreparedData
-from tracefl.report.lines import data_lines, provenance_lines
+from tracefl.report.lines import data_lines, exclusion_lines, provenance_lines
 
 
 @pytest.fixture
@@ -48,6 +48,21 @@ def test_every_accuracy_is_followed_by_its_chance(provenance):
             assert "Chance = 33.3" in following
             assert "Top Holder = 100.0 (chance 33.3)" in following
     assert "Chance" in lines[-1]
+
+
+def test_sets_and_shapley_values_have_their_lines(provenance):
+    sets = {"coverage": (0.75, 0.4), "set_size": 1.5, "named_nobody": 0.125}
+    beside = {"shapley_spearman": (0.625, 0), "shapley_first": (0.5, 0.1)}
+    tidied = tidy(3, model=MODEL, neuron=NEURON | sets | beside, shapley={**sets, "set_size": NAN})
+    lines = list(provenance_lines(table(tidied), provenance, faulty=set()))
+    expected = (
+        "Answers as Sets: Neuron: Coverage = 75.0 (chance 40.0), Size = 1.50, Nobody = 12.5"
+        " || Shapley: Coverage = 75.0 (chance 40.0), Size = n/a, Nobody = 12.5",
+        "Beside Shapley Values: Neuron: Spearman = 0.62 (chance 0), the same first = 50.0 (chance 10.0)",
+    )
+    accuracy = next(i for i, line in enumerate(lines) if "TraceFL Localization Accuracy" in line)
+    assert lines[accuracy + 2 : accuracy + 4] == [f"[Round 3] {line}" for line in expected]
+    assert lines[-2:] == [f"Average over the 1 of 1 rounds with inputs to trace: {line}" for line in expected]
 
 
 def test_a_wrong_answer_and_a_faulty_client(provenance):
@@ -124,3 +139,16 @@ def test_of_many_lost_classes_the_first_are_named(config):
     shown = ", ".join(f"c{k} (2 examples)" for k in range(1, 11))
     assert first.endswith(f"13 of the training split's 14 classes: {shown}, and 3 more")
     assert second.endswith(" 35 training examples: 26 given to nobody by data_dist.dist_type=non_iid_dirichlet")
+
+
+def test_who_never_trains_is_named_with_the_classes_that_nobody_else_has(config):
+    counts = {"0": {0: 9, 1: 4}, "1": {1: 5, 2: 6}, "2": {2: 8}}
+    data = PreparedData(Path(), ["ant", "bee", "cow"], counts, "")
+    words = ("num_clients=3", "clients_per_round=1")
+    assert list(exclusion_lines(config(*words), data)) == []
+    for out, line in (
+        ("[0]", "c0 never train, with 13 training examples; nobody else has class ant"),
+        ("[2]", "c2 never train, with 8 training examples"),
+        ("[1,2]", "c1, c2 never train, with 19 training examples; nobody else has class cow"),
+    ):
+        assert list(exclusion_lines(config(*words, f"exclude_clients={out}"), data)) == [f"exclude_clients: {line}"]

@@ -74,6 +74,35 @@ def localize(contributions: Array, label_counts: Array, culprits: Array, sizes: 
     }
 
 
+def against(contributions: Array, truth: Array) -> dict[str, Judged]:
+    """Judge contributions by true ones. An input of which either are all the same is not judged.
+
+    Args:
+        contributions: of each participant to each prediction, float [N, K].
+        truth: the same in truth, float [N, K].
+
+    Returns:
+        Means over the judged inputs; NaN if there is none. By name:
+
+        - spearman: rank correlation of both
+        - first: the client with the largest contribution has the largest one in truth
+
+    Example:
+        >>> found = against(np.array([[3, 2, 1], [1, 1, 1]]), np.array([[9, 1, 5], [1, 2, 3]]))
+        >>> round(found["spearman"].value, 3), found["first"].value, round(found["first"].chance, 3)
+        (0.5, 1.0, 0.333)
+    """
+    decided = (contributions != contributions[:, :1]).any(axis=1) & (truth != truth[:, :1]).any(axis=1)
+    contributions, truth = contributions[decided], truth[decided]
+    if len(truth) == 0:
+        return dict.fromkeys(("spearman", "first"), Judged(NAN))
+    most, named = truth == truth.max(axis=1, keepdims=True), contributions.argmax(axis=1)
+    return {
+        "spearman": Judged(float(spearman(contributions, truth).mean()), 0.0),
+        "first": Judged(float(most[np.arange(len(most)), named].mean()), float(most.mean())),
+    }
+
+
 def name_faulty(ranks: Array, clients: Sequence[str], faulty: set[str]) -> dict[str, Judged]:
     """Judge how well a ranking names all faulty clients.
 

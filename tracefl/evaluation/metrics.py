@@ -3,7 +3,10 @@
     method         metrics
     global model   loss, accuracy
     neuron, ...    those of `localize`; with faulty clients those of `name_faulty`, and seconds
+                   coverage, set_size and named_nobody of the answers as sets
     influence      also server_share and noise_share
+    shapley        those of the sets; then also of each method, held against it: shapley_spearman
+                   and shapley_first
     FedDebug       found, seconds
 
 `wide` gives them the column names of rounds.csv.
@@ -14,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tracefl.evaluation.localization import NAN, Judged, localize, name_faulty
+from tracefl.evaluation.localization import NAN, Judged, against, localize, name_faulty
+from tracefl.evidence.answers import CONFIDENCE, AnswerSets, members
 from tracefl.runs import Round, Run
 
 MODEL = "global model"
@@ -27,10 +31,15 @@ COLUMNS = {
     "spearman": ("spearman{suffix}", None),
     "faulty_precision": ("faulty_precision{suffix}", "faulty_precision_chance"),
     "faulty_recall": ("faulty_recall{suffix}", "faulty_recall_chance"),
+    "coverage": ("coverage{suffix}", "coverage_chance{suffix}"),  # of random sets of the same size
+    "set_size": ("set_size{suffix}", None),
+    "named_nobody": ("named_nobody{suffix}", None),
+    "shapley_spearman": ("shapley_spearman{suffix}", None),
+    "shapley_first": ("shapley_first{suffix}", "shapley_first_chance"),
     "found": ("feddebug_accuracy", "feddebug_chance"),
     "seconds": ("seconds_{method}", None),
 }
-SUFFIX = {"influence": "_influence"}  # the paper's method has the plain names
+SUFFIX = {"influence": "_influence", "shapley": "_shapley"}  # the paper's method has the plain names
 
 
 class Metric(NamedTuple):
@@ -56,13 +65,21 @@ def judge_answers(run: Run, answers: pd.DataFrame, methods: list[str], faulty: s
         methods: the methods that were traced.
         faulty: ids of the faulty clients; empty if there are none.
     """
-    rows = []
+    rows, played = [], "shapley" in set(answers["method"])
     for record in run.rounds:
+        of_round = answers[answers["round"] == record.number]
+        shapley = of_round[of_round["method"] == "shapley"]
+        if played:
+            judged_sets = _judge_sets(record, shapley, faulty)
+            rows += [Metric(record.number, "shapley", name, *judged) for name, judged in judged_sets.items()]
         for method in methods:
-            part = answers[(answers["round"] == record.number) & (answers["method"] == method)]
+            part = of_round[of_round["method"] == method]
             found = _judge(record, part, faulty)
+            found |= _judge_sets(record, part, faulty)
             if method == "influence":
                 found |= _server_shares(part)
+            if played:
+                found |= _against_shapley(part, shapley)
             rows += [Metric(record.number, method, name, *judged) for name, judged in found.items()]
     return rows
 
@@ -100,7 +117,7 @@ def _columns(method: str, metric: str) -> tuple[str, str | None]:
     if metric.startswith("rank_of_c"):
         return metric + suffix, "faulty_rank_chance"
     value, chance = COLUMNS.get(metric, (metric, None))
-    return value.format(suffix=suffix, method=method.lower()), chance
+    return value.format(suffix=suffix, method=method.lower()), chance and chance.format(suffix=suffix)
 
 
 def _judge(record: Round, part: pd.DataFrame, faulty: set[str]) -> dict[str, Judged]:
@@ -109,9 +126,45 @@ def _judge(record: Round, part: pd.DataFrame, faulty: set[str]) -> dict[str, Jud
         part[name].to_numpy(dtype).reshape(-1, len(clients))
         for name, dtype in (("contribution", np.float64), ("label_examples", np.int64), ("rank", np.int64))
     )
-    culprits = np.tile([client in faulty for client in clients], (len(counts), 1)) if faulty else counts > 0
+    culprits = _culprits(record, counts, faulty)
     found = localize(contributions, counts, culprits, np.array([client.num_examples for client in record.clients]))
     return found | name_faulty(ranks, clients, faulty) if faulty else found
+
+
+def _culprits(record: Round, label_counts: np.ndarray, faulty: set[str]) -> np.ndarray:
+    """Whether naming a participant counts as correct, bool [N, K]."""
+    is_faulty = [client.id in faulty for client in record.clients]
+    return np.tile(is_faulty, (len(label_counts), 1)) if faulty else label_counts > 0
+
+
+def _judge_sets(record: Round, part: pd.DataFrame, faulty: set[str]) -> dict[str, Judged]:
+    """How often the answers as sets hold a culprit, how large they are, and how many are empty."""
+    clients = [client.id for client in record.clients]
+    contributions, counts = (
+        part[name].to_numpy(dtype).reshape(-1, len(clients))
+        for name, dtype in (("contribution", np.float64), ("label_examples", np.int64))
+    )
+    error = part["standard_error"].to_numpy(np.float64).reshape(-1, len(clients)) if "standard_error" in part else None
+    error = None if error is None or np.isnan(error).any() else error
+    named = members(contributions, part["predicted"].tolist()[:: len(clients)], error)
+    answers, truth = (
+        [[who for who, there in zip(clients, row, strict=True) if there] for row in rows]
+        for rows in (named, _culprits(record, counts, faulty))
+    )
+    sets = AnswerSets(answers, clients, CONFIDENCE)
+    return {
+        "coverage": sets.coverage(truth),
+        "set_size": Judged(sets.size),
+        "named_nobody": Judged(sets.nobody),
+    }
+
+
+def _against_shapley(part: pd.DataFrame, shapley: pd.DataFrame) -> dict[str, Judged]:
+    """How near a method comes to the Shapley values, over the inputs that have some."""
+    part = part[part["input"].isin(shapley["input"])]
+    K = max(shapley["client"].nunique(), 1)
+    both = (of["contribution"].to_numpy(np.float64).reshape(-1, K) for of in (part, shapley))
+    return {f"shapley_{name}": judged for name, judged in against(*both).items()}
 
 
 def _server_shares(part: pd.DataFrame) -> dict[str, Judged]:

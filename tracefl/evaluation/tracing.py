@@ -1,11 +1,14 @@
 """Trace a round of a recorded run: choose inputs, trace them, lay the answers out as a table."""
 
+import logging
+import time
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from tracefl.classifier import take
 from tracefl.config import Config
 from tracefl.data.examples import Examples, Inputs
 from tracefl.errors import TraceFLError
@@ -27,11 +30,13 @@ from tracefl.runs import Run
 # One row per (round, method, input, client). `input` is the row of the server's examples, `score`
 # the softmax of the contributions (eq. 7), `rank` counts from 1, `label_examples` are the client's
 # training examples of the predicted label; `server` and `noise` are the contributions of the server
-# itself and of its noise, where influence knows them.
+# itself and of its noise, where influence knows them. With evaluation.coalitions a last column is
+# added, standard_error, of the contributions of the method "shapley".
 COLUMNS = [
     *("round", "method", "input", "client", "label", "predicted", "contribution", "score", "rank"),
     *("label_examples", "server", "noise"),
 ]
+log = logging.getLogger("tracefl")
 
 
 def trace_round(
@@ -49,7 +54,8 @@ def trace_round(
 
     Returns:
         A table with `COLUMNS`, without rows if there is nothing to trace. With a backdoor, an input
-        is the example with the trigger on it.
+        is the example with the trigger on it. With `config.evaluation.coalitions` the method
+        "shapley" comes last, of some of the inputs.
 
     Raises:
         TraceFLError: the round cannot be traced, for example because a client's file is damaged.
@@ -73,6 +79,19 @@ def trace_round(
             if method == "influence" and answer.residual is not None:
                 server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
             of_input = {"input": rows, "label": examples.labels[rows], "server": server, "noise": noise}
+            tables.append(_table(run, number, answer, of_input))
+        if config.evaluation.coalitions:
+            some = evenly(len(rows), config.evaluation.coalition_inputs)
+            log.info("[Round %d] fusing coalitions of %d clients for %d inputs", number, len(clients), len(some))
+            start, of_some = time.perf_counter(), take(inputs, some.tolist())
+            given: dict[str, Any] = {"weights": weights, "reference": run.global_state(number - 1)}
+            with watch.measure("shapley", len(some)):
+                answer = trace(
+                    model, clients, of_some, targets=targets[some.to(targets.device)], method="shapley", **given
+                )
+            log.info("[Round %d] Shapley values in %.1f s", number, time.perf_counter() - start)
+            unknown = torch.full((len(some),), torch.nan, dtype=torch.float64)
+            of_input = {"input": rows[some], "label": examples.labels[rows[some]], "server": unknown, "noise": unknown}
             tables.append(_table(run, number, answer, of_input))
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be traced: {error}") from error
@@ -142,6 +161,16 @@ def _select(config: Config, run: Run, model: nn.Module, examples: Examples, numb
     return select_wrong(predictions, labels, limit, seed)
 
 
+def evenly(number: int, most: int) -> Tensor:
+    """At most `most` of the numbers from 0 to `number` - 1, at even distances, in their order.
+
+    Example:
+        >>> evenly(6, 3).tolist(), evenly(2, 20).tolist()
+        ([0, 2, 5], [0, 1])
+    """
+    return torch.linspace(0, number - 1, min(number, most)).long()
+
+
 def _noise_share(run: Run, number: int, model: nn.Module, inputs: Inputs, targets: Tensor, config: Config) -> Tensor:
     """[N] contribution of the round's noise, drawn again, to each prediction: < noise, dy/dW >."""
     if config.noise_multiplier <= 0:
@@ -165,4 +194,4 @@ def _table(run: Run, number: int, answer: Provenance, of_input: dict[str, Tensor
         method=answer.method,
         label_examples=[held[c].get(label, 0) for c, label in zip(table["client"], table["predicted"], strict=True)],
         **{name: values.cpu().numpy()[table["input"]] for name, values in of_input.items()},
-    )[COLUMNS]
+    )[[*COLUMNS, *(name for name in ["standard_error"] if name in table)]]

@@ -12,6 +12,8 @@ exactly by K fusions, or to first order by one backward pass over the examples,
 
 A client with a negative value makes the model worse. A batch's loss needs no gradient per input:
 the gradient is asked for by class, and contracted with the clients.
+
+Beside it stands what a client's update looks like, and what its own model has learnt (`updates`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,6 +39,7 @@ from tracefl.classifier import (
     take,
 )
 from tracefl.errors import require
+from tracefl.evidence.updates import compare, lessons
 from tracefl.provenance.clients import States
 from tracefl.provenance.contract import Dense, Shares
 from tracefl.provenance.derivative import check_derivative, own_functions, random_step
@@ -62,6 +65,10 @@ class Audit:
         exact: whether values come from fusions, or are first-order.
         norms: [K] Euclidean norm of each client's update of the parameters; None without reference.
         cosines: [K] its cosine with the fusion's update; NaN for an update of norm 0.
+        agreement: [K] the median of its cosines with the other clients' updates; NaN alike.
+        aim: [K] from -1 to 1, whether its training raises classes on their own inputs
+            (`updates.lessons`); NaN where it raises none. None unless `aims` were asked for.
+        taught: [C, K] how much its training raises the (centred) logit of each class: u_c.
 
     Example:
         >>> values = torch.tensor([0.3, 0.2, 0.25, -1.0, 0.2], dtype=torch.float64)
@@ -77,6 +84,9 @@ class Audit:
     exact: bool
     norms: Tensor | None = None
     cosines: Tensor | None = None
+    agreement: Tensor | None = None
+    aim: Tensor | None = None
+    taught: Tensor | None = None
 
     @property
     def z(self) -> Tensor:
@@ -99,6 +109,7 @@ def audit(
     weights: Mapping[str, float],
     reference: Source | None = None,
     exact: bool = False,
+    aims: bool = False,
     scratch_bytes: int = 1 << 30,
 ) -> Audit:
     """What every client does to a global model's loss over labelled examples.
@@ -109,10 +120,12 @@ def audit(
         inputs: N inputs, as Tensor [N, ...] or as a dict of the model's keyword arguments.
         labels: their true classes, int64 [N].
         weights: client id -> weight in the fusion, such as its number of examples.
-        reference: state of the incoming global model; with it, norm and cosine of every update are
-            given too.
+        reference: state of the incoming global model; with it, norm, cosine and agreement of the
+            updates are given too.
         exact: fuse the round without each client (K + 1 fusions, each evaluated on all examples)
             instead of the first order.
+        aims: evaluate every client's own model too (K + 1 forward passes over the examples); needs
+            `reference`.
         scratch_bytes: memory to take beside the model (default 1 GiB).
 
     Returns:
@@ -148,12 +161,14 @@ def audit(
     alone = (1 - p) <= 0
     by_class = torch.where(alone, torch.nan, changes / examples.counts[:, None])  # 0 / 0 where there is no example
     values = torch.where(alone, torch.nan, changes.sum(0) / examples.counts.sum())
-    norms = cosines = None
+    further: dict[str, Tensor] = {}
+    require(reference is not None or not aims, "aims=True needs the model that the clients received: pass reference")
     if reference is not None:
         start = States({"reference": as_state(reference, "reference", entries, saved_as)}, entries, traced.aliases)
         parameters = [name for name, tensor in traced.tensors.items() if isinstance(tensor, nn.Parameter)]
-        norms, cosines = _updates(states, start, parameters, p, scratch_bytes // 4)
-    return Audit(ids, values, by_class, examples.counts, exact, norms, cosines)
+        further = compare(states, start, parameters, p, scratch_bytes // 4)
+        further |= lessons(_own_models(examples, states, start), examples.counts.tolist()) if aims else {}
+    return Audit(ids, values, by_class, examples.counts, exact, **further)
 
 
 class _Examples:
@@ -186,6 +201,14 @@ class _Examples:
                 for rows in self._batches(c):
                     found[c] += self._loss(model, c, rows).double().cpu()
         return _finite(found)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Of a model of the same kind, class after class, the centred logits: float64 [N, C]."""
+        with classifier.exact(model), torch.no_grad():
+            some = [rows for c in range(len(self.rows)) for rows in self._batches(c)]
+            found = [of_two_classes(logits_of(model, take(self.inputs, rows.tolist()))).double().cpu() for rows in some]
+        logits = torch.cat(found)
+        return logits - logits.mean(1, keepdim=True)
 
     def gradients(self, c: int) -> dict[str, Tensor]:
         """dΣL/dW of one class: traced tensor -> its gradient, complex numbers as pairs."""
@@ -259,27 +282,16 @@ def _by_fusing(examples: _Examples, states: States, p: Tensor, scratch_bytes: in
     return torch.stack([losses(k) - everyone if p[k] < 1 else everyone * torch.nan for k in range(len(p))], 1)
 
 
-def _updates(states: States, start: States, names: list[str], p: Tensor, read_at_once: int) -> tuple[Tensor, Tensor]:
-    """Norm of every client's update of these tensors, and its cosine with the mean update."""
-    K = len(p)
-    squares, dots, mean_square = torch.zeros(K).double(), torch.zeros(K).double(), torch.zeros(()).double()
-    for name in names:
-        origin = start.tensors([name], 0, 1)[0]
-        block = max(1, read_at_once // max(1, origin.nbytes))
-        blocks = [(first, min(K, first + block)) for first in range(0, K, block)]
-
-        def updates(first: int, last: int, name: str = name, origin: Tensor = origin) -> Tensor:
-            return (torch.stack(states.tensors([name], first, last)) - origin).view(last - first, -1)
-
-        mean = torch.zeros(origin.numel(), dtype=torch.float64, device=origin.device)
-        for first, last in blocks:
-            mean += p[first:last].to(origin.device) @ updates(first, last).double()
-        for first, last in blocks:
-            moved = updates(first, last).double()
-            squares[first:last] += moved.square().sum(1).cpu()
-            dots[first:last] += (moved @ mean).cpu()
-        mean_square += mean.square().sum().cpu()
-    return squares.sqrt(), dots / (squares * mean_square).sqrt()
+def _own_models(examples: _Examples, states: States, start: States) -> Iterator[Tensor]:
+    """Logits of the model that the clients received, then of each one's own (`lessons`)."""
+    trial = copied(examples.model)
+    entries = trial.state_dict()
+    for some in (start, states):
+        for k in range(len(some.states)):
+            with torch.no_grad():
+                for name in some.aliases:
+                    as_real(entries[name]).copy_(some.tensors([name], k, k + 1)[0])
+            yield examples.logits(trial)
 
 
 @contextmanager

@@ -7,26 +7,17 @@ import json
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from tracefl.data.examples import load_examples
 from tracefl.data.faults import client_seed, faulty_examples, opposite
+from tracefl.federation.identity import ACTION, identify
 from tracefl.models import NothingDrawn, build_model, exchanged_state, load_exchanged_state
 from tracefl.training import keep_freed_memory, train
 
 app = ClientApp()
-
-
-@app.query()
-def identify(message: Message, context: Context) -> Message:
-    """Answer the server's question which partition of the data this node holds (`identify_nodes`).
-
-    An own client app registers it by `app.query()(identify)`; the node's configuration names the
-    partition-id.
-    """
-    reply = ConfigRecord({"partition-id": context.node_config["partition-id"]})
-    return Message(RecordDict({"config": reply}), reply_to=message)
+app.query(ACTION)(identify)
 
 
 @app.train()

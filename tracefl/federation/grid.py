@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, Metadata
 from flwr.serverapp import Grid
 
 PULL_INTERVAL_S = 0.1
@@ -18,36 +18,54 @@ class GridView:
 
     Args:
         grid: the grid that is viewed; it may be a view itself.
-        nodes: the only node ids that `get_node_ids` gives; None: those of the grid.
-        on_reply: called with every reply that `send_and_receive` waits for, as soon as it is there.
+        nodes: gives the only node ids that `get_node_ids` shows, or is their list; None: those of
+            the grid.
+        on_reply: called with every reply that is pulled, as soon as it is there.
         stop: once it is set, waiting for nodes or replies raises InterruptedError.
+
+    Attributes:
+        asked: message id -> the metadata of the message that was sent. A reply belongs to the node
+            that was asked: for a lost node, the SuperLink answers in its own name.
     """
 
     grid: Grid
-    nodes: list[int] | None = None
+    nodes: list[int] | Callable[[], list[int]] | None = None
     on_reply: Callable[[Message], None] = lambda _: None
     stop: threading.Event = field(default_factory=threading.Event)
+    asked: dict[str, Metadata] = field(default_factory=dict, init=False)
 
     def get_node_ids(self) -> Iterable[int]:
         self._check()
-        return self.grid.get_node_ids() if self.nodes is None else self.nodes
+        if self.nodes is None:
+            return self.grid.get_node_ids()
+        return self.nodes() if callable(self.nodes) else self.nodes
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        messages = list(messages)
+        ids = list(self.grid.push_messages(messages)) if messages else []
+        self.asked |= {sent: message.metadata for sent, message in zip(ids, messages, strict=False) if sent}
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         self._check()
-        return self.grid.pull_messages(message_ids)
+        replies = list(self.grid.pull_messages(message_ids))
+        for reply in replies:
+            self.on_reply(reply)
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """The replies that came within `timeout` seconds; None: wait for all."""
-        waiting, replies = set(self.grid.push_messages(messages)), []
+        waiting, replies = {sent for sent in self.push_messages(messages) if sent}, list[Message]()
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        while True:
-            for reply in self.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                replies.append(reply)
-                self.on_reply(reply)
-            if not waiting or time.monotonic() > deadline:
-                return replies
-            time.sleep(PULL_INTERVAL_S)
+        while waiting:
+            pulled = self.pull_messages(waiting)
+            replies += pulled
+            waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
+            if time.monotonic() > deadline:
+                break
+            if waiting:
+                time.sleep(PULL_INTERVAL_S)
+        return replies
 
     def _check(self) -> None:
         if self.stop.is_set():

@@ -1,245 +1,247 @@
-"""The recorder: wraps any Flower strategy from outside and records its rounds into a run.
+"""The recorder: runs any Flower strategy as it is and records its rounds into a run.
 
-It draws the participants by client id, names clients by what the server knows of a node, checks
-every update before it counts, and records it as received. Of the inner strategy it records the
-model that it releases, the weights p_k with which it took the updates, and the moments that it
-keeps from round to round.
+It opens the run or makes it, holds its lock, and sees that a run goes on as it began; then it calls
+the strategy's own `start`, whose rounds are watched (`rounds`).
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, cast
+import inspect
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Result, Strategy
-from torch import Tensor
+from flwr.serverapp.strategy import Result, Strategy
 
 from tracefl.errors import TraceFLError, as_sentence, require
-from tracefl.federation.aggregation import Aggregated, Messages, Wrapper
-from tracefl.federation.grid import GridView
-from tracefl.runs import Participant, Run
+from tracefl.federation.identity import KEY
+from tracefl.federation.memory import innermost, load_state, parts, settings_of
+from tracefl.federation.nodes import KnownNodes, Nodes, by_number
+from tracefl.federation.rounds import Options, Rounds, draw
+from tracefl.runs import ClientInfo, Run, locked, same_state, writing
 from tracefl.states import State
 from tracefl.training import Evaluation
 
-EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
-MOMENTS = ("m_t", "v_t", "momentum_vector")  # by name, by name, a list
+log = logging.getLogger("tracefl")
 
 
-@dataclass(eq=False, repr=False)
-class Recorder(Wrapper):
+class Recorder:
     """Any Flower strategy, recorded into a run.
 
     Args:
-        strategy: the strategy that aggregates; every node that it is shown must take part, as with
-            `FedAvg(min_train_nodes=clients_per_round, min_available_nodes=clients_per_round)`.
-        run: the run that rounds are added to; those that it holds are not run again.
-        nodes: Flower's node id -> client id, for every client (`identify_nodes`).
-        clients_per_round: participants drawn for a round, at most `len(nodes)`.
-        seed: of the draw; the participants of round t depend only on (seed, t).
+        strategy: Flower's, or the app's own.
+        run: a folder: the run that it holds is gone on with, or else one is made, and no other
+            process may write there meanwhile. Or a run whose folder the caller holds.
+        nodes: the grid, whose nodes are asked who they are, at once and before every round that
+            they train in; or Flower's node id -> client id, if that is known and does not change.
+        node_key: of the nodes' configuration; its value is a client's id.
+        clients: all clients, by id or `ClientInfo`; none: those whose nodes are there. Nodes of
+            others take no part.
+        settings: the app's settings, plain JSON; a run that goes on must have the same.
         evaluate: called with the state dict of every released model; returns its evaluation on the
-            server's data.
+            server's data. None: the run is recorded without predictions.
         accept_failures: record why a client failed and go on without it, instead of stopping the
             run.
+        clients_per_round: participants to draw for a round; None: the strategy samples. With it,
+            the strategy must take every node that it is shown, as with
+            `FedAvg(min_train_nodes=n, min_available_nodes=n)`.
+        seed: of the draw; the participants of round t depend only on (seed, t).
+        excluded: ids of clients that are never drawn. Another is drawn in the place of one; the
+            others take part in the same rounds as without it.
+        arrayrecord_key: which ArrayRecord of a reply is the model, where there are several and the
+            strategy does not say.
+        node_timeout: how many seconds nodes are waited for.
         on_client: called with (round, client id, metrics) after every accepted update.
         on_round: called with the run after every complete round.
 
-    Example:
-        In a ServerApp's main function::
+    Raises:
+        TraceFLError: another process writes to the folder, or it holds something else.
 
-            nodes = identify_nodes(grid, num_clients=4)
-            run = Run.create("logs/mine", initial=model.state_dict(), clients=clients, seed=0)
-            recorder = Recorder(
-                FedAvg(...), run, nodes, clients_per_round=4, seed=0, evaluate=score
-            )
-            recorder.start(grid, ArrayRecord(model.state_dict()), num_rounds=3)
+    Example:
+        In a ServerApp's main function, where the app had `strategy.start(grid, arrays, ...)`::
+
+            recorder = Recorder(strategy, "/data/runs/mine", grid)
+            result = recorder.start(grid, arrays, num_rounds=3, evaluate_fn=evaluate_fn)
     """
 
-    strategy: Strategy
-    run: Run
-    nodes: Mapping[int, str]
-    _: KW_ONLY
-    clients_per_round: int
-    seed: int
-    evaluate: Callable[[State], Evaluation]
-    accept_failures: bool = False
-    on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None
-    on_round: Callable[[Run], None] = lambda _: None
-
-    def __post_init__(self) -> None:
-        self._used: dict[int, float] = {}  # id() of a content -> its weight
-        self._watch_weights(_innermost(self.strategy))
-        load_optimizer_state(self.strategy, self.run.strategy_state(len(self.run.rounds)))
+    def __init__(
+        self,
+        strategy: Strategy,
+        run: Run | str | Path,
+        nodes: Grid | Mapping[int, str],
+        *,
+        node_key: str = KEY,
+        clients: Iterable[ClientInfo | str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        evaluate: Callable[[State], Evaluation] | None = None,
+        accept_failures: bool = False,
+        clients_per_round: int | None = None,
+        seed: int = 0,
+        excluded: Collection[str] = (),
+        arrayrecord_key: str | None = None,
+        node_timeout: float = 300,
+        on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None,
+        on_round: Callable[[Run], None] = lambda _: None,
+    ) -> None:
+        self.strategy, self.settings = strategy, settings
+        self._given = None if clients is None else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
+        ids = [client.id for client in self._given or []]
+        twice = next((client for client in ids if ids.count(client) > 1), None)
+        require(twice is None, f"clients must be distinct, got '{twice}' more than once: leave one out")
+        self._held, self._holds = ExitStack(), False
+        self._run: Run | None
+        self._run, self.folder = (run, run.path) if isinstance(run, Run) else (None, Path(run))
+        self._owned = self._run is None  # whether this recorder makes the run and checks its settings
+        self.options = Options(
+            evaluate=evaluate,
+            accept_failures=accept_failures,
+            clients_per_round=clients_per_round,
+            seed=seed,
+            excluded=excluded,
+            arrayrecord_key=arrayrecord_key or getattr(innermost(strategy), "arrayrecord_key", None),
+            node_timeout=node_timeout,
+            on_client=on_client,
+            on_round=on_round,
+            joining=self._owned,
+        )
+        with ExitStack() as failed:
+            failed.callback(self._held.close)
+            if self._owned:
+                self._hold()
+                self._run = Run.open(self.folder) if (self.folder / "run.json").exists() else None
+            expected = self._given if self._owned else self.run.clients
+            wanted = [client.id for client in expected] if expected else None
+            self.nodes: Nodes | KnownNodes
+            if isinstance(nodes, Mapping):
+                self.nodes = KnownNodes(dict(nodes))
+            else:
+                self.nodes = Nodes(nodes, node_key, wanted, node_timeout)
+            self.nodes.refresh()
+            failed.pop_all()
 
     @property
-    def _number(self) -> int:
-        """Of the round in progress. Flower counts rounds from 1 in every process."""
-        return len(self.run.rounds) + 1
-
-    def _watch_weights(self, inner: Any) -> None:
-        """Learn which replies the strategy uses, and how it weighs them, as it averages metrics."""
-        average = inner.train_metrics_aggr_fn
-
-        def watched(contents: list[RecordDict], weight_key: str) -> MetricRecord:
-            n_k = [float(next(iter(content.metric_records.values()))[weight_key]) for content in contents]  # type: ignore[arg-type]
-            equal = isinstance(inner, EQUAL_WEIGHTS)
-            self._used = {id(content): 1.0 if equal else n for content, n in zip(contents, n_k, strict=True)}
-            return average(contents, weight_key)
-
-        inner.train_metrics_aggr_fn = watched
+    def run(self) -> Run:
+        """The run. A new one exists from `start` on, which knows its initial model."""
+        if self._run is None:
+            raise TraceFLError(f"{self.folder} holds no run yet: it is made by start, which is given the initial model")
+        return self._run
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any) -> Result:
-        """Run rounds until the run holds `num_rounds`.
+        """Run the strategy's own `start` until the run holds `num_rounds`.
 
         Args:
             grid: Flower's.
-            initial_arrays: the model that the next round starts from.
+            initial_arrays: the model that round 1 starts from; a run that goes on must have started
+                from the same. Its last model is taken for it, too.
             num_rounds: how many rounds the run holds in the end.
-            *args: as of Flower's `Strategy.start`.
-            **kwargs: as of Flower's, such as timeout (seconds per round) and train_config.
+            *args: as of the strategy's `start`.
+            **kwargs: as of the strategy's, such as timeout (seconds per round), train_config and
+                evaluate_fn.
+
+        Returns:
+            What the strategy's `start` returns, of recorded rounds too.
 
         Raises:
-            TraceFLError: a client failed (unless `accept_failures`), or the released model is
-                broken. The rounds before are kept.
+            TraceFLError: the recorded run is another one, a client failed (unless
+                `accept_failures`), or the released model is broken. The rounds before are kept.
         """
-        watched = cast(Grid, GridView(grid, on_reply=self._receive))
-        return super().start(watched, initial_arrays, max(num_rounds - len(self.run.rounds), 0), *args, **kwargs)
+        with self._held, ExitStack() as undo:
+            if self._owned:
+                self._hold()
+                undo.callback(setattr, self, "_holds", False)
+            else:
+                undo.enter_context(writing(self.folder))
+            kind = type(initial_arrays).__name__
+            require(isinstance(initial_arrays, ArrayRecord), f"initial_arrays must be an ArrayRecord, got a {kind}")
+            own = type(self.strategy)
+            call = f"{own.__name__}.start"
+            with as_sentence(f"{call} does not take these arguments", "give those that it takes", TypeError):
+                bound = inspect.signature(self.strategy.start).bind(grid, initial_arrays, num_rounds, *args, **kwargs)
+            given, (first, second, *_) = bound.arguments, bound.arguments
+            train_config, evaluate_fn = given.get("train_config"), given.get("evaluate_fn")
+            self._open(initial_arrays, num_rounds, train_config)
+            initial = self.run.global_state(0)
+            unknown = evaluate_fn is not None and any("server" not in record.metrics for record in self.run.rounds)
+            rounds = Rounds(
+                self.strategy,
+                self.run,
+                self.nodes,
+                self.options,
+                wanted=num_rounds,
+                order=list(initial_arrays),
+                reads_all=unknown or own.start is not Strategy.start,
+            )
+            given[first] = rounds.view(grid)
+            given[second] = ArrayRecord({name: initial[name] for name in initial_arrays})
+            if train_config is not None:  # strategies write the round's number into it
+                given["train_config"] = ConfigRecord(dict(train_config))
+            if evaluate_fn is not None:
+                given["evaluate_fn"] = rounds.watched_evaluate_fn(evaluate_fn)
+            rounds.watch(undo)
+            result = self.strategy.start(*bound.args, **bound.kwargs)
+            went = rounds.index > 0 or num_rounds < 1
+            require(went, f"{call} went through no round: it must call its configure_train and aggregate_train")
+            return result
 
     def participants(self, number: int) -> list[str]:
-        """The clients of round `number`, in the order of the run's clients."""
-        ids = sorted(self.nodes.values(), key=lambda client: (len(client), client))  # numbers by value
-        drawn = np.random.default_rng([self.seed, number]).choice(len(ids), self.clients_per_round, replace=False)
-        return [ids[index] for index in sorted(drawn)]
+        """The clients drawn for round `number`, in the order of their ids."""
+        return draw(self.nodes, self.run, number, self.options)
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
-        """The inner strategy's messages, to this round's participants."""
-        self._chosen = self.participants(self._number)
-        self._accepted: dict[str, tuple[Message, Participant]] = {}
-        self._failures: dict[str, str] = {}  # client -> why
-        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
-        node_of = {client: node for node, client in self.nodes.items()}
-        only = cast(Grid, GridView(grid, nodes=[node_of[client] for client in self._chosen]))
-        messages = self.strategy.configure_train(self._number, arrays, config, only)
-        return sorted(messages, key=lambda message: self._chosen.index(self.nodes[message.metadata.dst_node_id]))
+    def _hold(self) -> None:
+        """Take the folder's lock; it is given back when `start` ends."""
+        if not self._holds:
+            self._held.enter_context(locked(self.folder))
+            self._holds = True
 
-    def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
-        """Aggregate the updates that `start` has accepted, and record the released model."""
-        number = self._number
-        for client in self._chosen:
-            if client not in self._accepted and client not in self._failures:
-                self._fail(client, "it sent no reply in time (round_timeout)")
-        self._check_same_entries()
-        accepted = [self._accepted[client] for client in self._chosen if client in self._accepted]
-        first = self._chosen[0]
-        everyone_failed = f"every client failed; the first said: client {first}: {self._failures.get(first)}."
-        require(accepted, f"round {number}: {everyone_failed}")
-        problem = f"round {number}: {type(_innermost(self.strategy)).__name__} cannot aggregate {len(accepted)} updates"
-        with as_sentence(problem, "correct the strategy, or let clients send what it expects", Exception):
-            arrays, metrics = self.strategy.aggregate_train(number, [reply for reply, _ in accepted])
-        if arrays is None:
-            raise TraceFLError(f"round {number}: the strategy released no model from {len(accepted)} updates")
-        fused = {name: value.to(self._expected[name].dtype) for name, value in arrays.to_torch_state_dict().items()}
-        released = {**self._expected, **fused}  # what no client sends is as it was
-        for name, value in released.items():
-            finite = bool(torch.isfinite(value).all())
-            require(finite, f"round {number}: the released model has non-finite values in '{name}'.")
-        used = [(participant, self._used.get(id(reply.content), 0.0)) for reply, participant in accepted]
-        total = sum(weight for _, weight in used)
-        participants = [replace(participant, weight=weight / total) for participant, weight in used]  # p_k
-        moments = optimizer_state(self.strategy)
-        self.run.record_round(number, participants, released, self.evaluate(released), self._failures, moments)
-        self.on_round(self.run)
-        return ArrayRecord(released), metrics
+    def _open(self, initial: ArrayRecord, num_rounds: int, train_config: ConfigRecord | None) -> None:
+        """Create the run, or see that the recorded one is this one."""
+        drawn = {"clients_per_round": self.options.clients_per_round, "seed": self.options.seed}
+        header = {**drawn, "strategy": settings_of(self.strategy), "train_config": _plain(train_config or {})}
+        header |= {} if self.settings is None else {"settings": dict(self.settings)}
+        if self._owned and self._run is not None and not self._run.rounds and "strategy" in self._run:
+            (self.folder / "run.json").unlink()  # it failed in round 1, perhaps for its settings
+            self._run = None
+        if self._owned and self._run is None:
+            there = self._wait() if num_rounds else {}
+            clients = self._given or [ClientInfo(client) for client in sorted(there.values(), key=by_number)]
+            state = initial.to_torch_state_dict()
+            self._run = Run.create(self.folder, initial=state, clients=clients, **header)
+            logging.getLogger("flwr").info("TraceFL records this run into %s", self.folder.resolve())
+        elif self._owned:
+            self.run.check_header(**header)
+            if self._given is not None:
+                self.run.check_clients(self._given)
+        state, last = initial.to_torch_state_dict(), len(self.run.rounds)
+        if not (last and same_state(state, self.run.global_state(last))):
+            self.run.check_initial(state)
+        if last < num_rounds and (last or not self._owned):
+            self._check_known()
+        load_state(self.strategy, self.run.strategy_state(last))
+        if last and last < num_rounds and self.run.unsaved:
+            kept = ", ".join(self.run.unsaved)
+            log.warning(
+                "%s goes on with round %d; %s changed in the rounds before and is not recorded: "
+                "give the strategy state_dict() and load_state_dict(state)", self.folder, last + 1, kept
+            )  # fmt: skip
 
-    def _receive(self, reply: Message) -> None:
-        """Check one reply and record it.
+    def _wait(self) -> dict[int, str]:
+        least = ("min_available_nodes", "min_train_nodes")
+        count = max([1, *(int(getattr(part, name, 1)) for part in parts(self.strategy) for name in least)])
+        expected = self._given if self._owned else self.run.clients
+        wanted = [] if expected is None or self.options.accept_failures else [client.id for client in expected]
+        return self.nodes.wait(count, wanted, strict=not self.options.accept_failures)
 
-        Its client is the one that the server knows for its node.
-        """
-        client = self.nodes[reply.metadata.src_node_id]
-        if complaint := _complaint(reply, self._expected):
-            self._fail(client, complaint)
-            return
-        (arrays,), (metrics,) = reply.content.array_records.values(), reply.content.metric_records.values()
-        examples = int(metrics["num-examples"])  # type: ignore[arg-type]
-        participant = self.run.record_client(self._number, client, arrays.to_torch_state_dict(), examples)
-        self._accepted[client] = reply, participant
-        self.on_client(self._number, client, metrics)
-
-    def _check_same_entries(self) -> None:
-        """Clients may send part of the model, but all the same: that of most, or the larger."""
-        accepted = {client: self._accepted[client][0].content for client in self._chosen if client in self._accepted}
-        names = {client: frozenset(next(iter(content.array_records.values()))) for client, content in accepted.items()}
-        parts = Counter(names.values())
-        usual = max(parts, key=lambda part: (parts[part], len(part)), default=frozenset[str]())
-        for client, sent in names.items():
-            if odd := sorted(sent ^ usual):
-                verb = "lacks" if odd[0] in usual else "has"
-                self._fail(client, f"its model {verb} '{odd[0]}', unlike those of most clients")
-                del self._accepted[client]
-
-    def _fail(self, client: str, reason: str) -> None:
-        kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
-        others_can = self._accepted or self.run.rounds
-        tolerate = ", accept_failures=true goes on without such a client" if others_can else ""
-        require(self.accept_failures, f"round {self._number}, client {client}: {reason}. {kept}{tolerate}.")
-        self._failures[client] = reason
+    def _check_known(self) -> None:
+        """Whoever is there when a run goes on must be one of its clients."""
+        there, ids = self._wait(), {client.id for client in self.run.clients}
+        for node, client in there.items():
+            told = f"{self.folder}: node {node} says that it is client '{client}', which is none of the run's"
+            known = ", ".join(sorted(ids, key=by_number))
+            require(client in ids or not ids, f"{told} ({known}): start those, or choose another folder")
 
 
-def _complaint(reply: Message, expected: State) -> str | None:
-    """What is wrong with a reply.
-
-    Its model must have entries of the one sent, of the same shapes and types.
-    """
-    if reply.has_error():
-        verb = "it raised" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "its process died"
-        lines = (reply.error.reason or "no reason given").strip("'> \n").splitlines()
-        return f"{verb}: {lines[-1].strip()}"
-    models, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
-    if len(models) != 1 or len(metrics) != 1:
-        return f"it must send one model and one metric record, got {len(models)} and {len(metrics)}"
-    count = metrics[0].get("num-examples")
-    if not isinstance(count, (int, float)) or not 1 <= count < float("inf"):
-        return f"its num-examples must be a number of at least 1, got {count}"
-    state = models[0].to_torch_state_dict()
-    if extra := sorted(state.keys() - expected.keys()):
-        return f"its model has extra entry '{extra[0]}'"
-    if not state:
-        return "its model has no entry"
-    for name, value in state.items():
-        wanted, sent = ((tuple(t.shape), str(t.dtype)) for t in (expected[name], value))
-        if sent != wanted:
-            return f"its '{name}' must be {wanted}, got {sent}"
-        if not torch.isfinite(value).all():
-            return f"its '{name}' has non-finite values"
-    return None
-
-
-def _innermost(wrapped: Strategy) -> Strategy:
-    """The strategy that aggregates, inside of its wrappers."""
-    while (inner := getattr(wrapped, "strategy", None)) is not None:
-        wrapped = inner
-    return wrapped
-
-
-def optimizer_state(wrapped: Strategy) -> dict[str, Tensor]:
-    """Moments that a server optimizer keeps from round to round, by name; otherwise empty."""
-    inner, state = _innermost(wrapped), dict[str, Tensor]()
-    for moment in MOMENTS:
-        values = getattr(inner, moment, None) or {}
-        named = values.items() if isinstance(values, dict) else enumerate(values)
-        state |= {f"{moment}/{name}": torch.from_numpy(np.array(value)) for name, value in named}
-    return state
-
-
-def load_optimizer_state(wrapped: Strategy, state: Mapping[str, Tensor]) -> None:
-    """Give a strategy what `optimizer_state` read from it."""
-    for moment in MOMENTS:
-        kept = {name.split("/", 1)[1]: state[name].numpy() for name in state if name.startswith(f"{moment}/")}
-        if kept:
-            listed = moment == "momentum_vector"
-            setattr(_innermost(wrapped), moment, [kept[str(i)] for i in range(len(kept))] if listed else kept)
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ConfigRecord as JSON holds it."""
+    return {name: value.hex() if isinstance(value, bytes) else value for name, value in config.items()}

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from torch import nn
 
@@ -15,6 +15,7 @@ from tracefl.data.prepare import PreparedData
 from tracefl.errors import TraceFLError, require
 from tracefl.federation import grid as grid_module
 from tracefl.federation.aggregation import build_strategy
+from tracefl.federation.nodes import Nodes, by_number
 from tracefl.federation.recorder import Recorder
 from tracefl.models import load_exchanged_state, model_spec
 from tracefl.runs import Run
@@ -50,14 +51,15 @@ def serve(
     recorder = Recorder(
         build_strategy(config, frozenset(name for name, _ in model.named_buffers())),
         run,
-        identify_nodes(grid, config.num_clients),
+        grid,
         clients_per_round=config.clients_per_round,
         seed=config.seed,
         evaluate=evaluate_state,
         accept_failures=config.accept_failures,
+        excluded=frozenset(map(str, config.exclude_clients)),
         **observers,
     )
-    arrays = ArrayRecord(dict(run.global_state(len(run.rounds))))
+    arrays = ArrayRecord(dict(run.global_state(0)))
     task = ConfigRecord({"task": json.dumps(client_task(config, data))})
     recorder.start(grid, arrays, config.num_rounds, timeout=config.round_timeout, train_config=task)
 
@@ -90,17 +92,15 @@ def identify_nodes(grid: Grid, num_clients: int) -> dict[int, str]:
         TraceFLError: a node failed to answer (`identify` answers for it), or the partitions are
             not 0 to num_clients - 1.
     """
+    nodes = Nodes(grid, timeout=IDENTIFY_TIMEOUT_S)
     deadline = time.monotonic() + IDENTIFY_TIMEOUT_S
-    while len(nodes := list(grid.get_node_ids())) < num_clients and time.monotonic() < deadline:
+    while len(list(grid.get_node_ids())) < num_clients and time.monotonic() < deadline:
         time.sleep(grid_module.PULL_INTERVAL_S)
-    queries = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
-    found: dict[int, str] = {}
-    for reply in grid.send_and_receive(queries, timeout=IDENTIFY_TIMEOUT_S):
-        if reply.has_error():
-            raise TraceFLError(f"round 0: a node could not say which client it is: {reply.error.reason}")
-        found[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["partition-id"])
-    held, last = sorted(found.values(), key=int), num_clients - 1
-    wanted = f"must hold partitions 0 to {last} (num_clients={num_clients}), got {held} from {len(nodes)} nodes"
+    found = nodes.refresh()
+    if problems := nodes.wrong():
+        raise TraceFLError(f"round 0: {problems[0]}")
+    held, last = sorted(found.values(), key=by_number), num_clients - 1
+    wanted = f"must hold partitions 0 to {last} (num_clients={num_clients}), got {held} from {len(found)} nodes"
     complete = held == [str(partition) for partition in range(num_clients)]
     require(complete, f"the connected nodes {wanted}: start one node per client")
     return found

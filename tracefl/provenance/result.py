@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tracefl.evidence.answers import AnswerSets
+
 
 @dataclass(frozen=True, repr=False)
 class Provenance:
@@ -111,6 +113,15 @@ class Provenance:
         contributions, scores = self.contributions[i], self.scores[i]
         order = contributions.argsort(descending=True, stable=True).tolist()
         return [(self.client_ids[k], contributions[k].item(), scores[k].item()) for k in order]
+
+    def sets(self, confidence: float = 0.9) -> "AnswerSets":
+        """The answers as sets: who cannot be told from the first, nobody where nothing can be told.
+
+        See `tracefl.evidence.answers.answer_sets`, which takes other groups than the classes.
+        """
+        from tracefl.evidence.answers import answer_sets  # a later room
+
+        return answer_sets(self, confidence=confidence)
 
     def to_frame(self) -> "pd.DataFrame":
         """A row per input and client: input, target, client, contribution, score, rank (from 1).

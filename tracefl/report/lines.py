@@ -16,6 +16,7 @@ from tracefl.evaluation.metrics import MODEL, means
 from tracefl.runs import Run
 
 SHOWN_CLIENTS = 20
+TITLES = {"neuron": "Neuron", "influence": "Influence", "shapley": "Shapley"}
 SHOWN_CLASSES = 10
 LEFT_OUT = {  # why examples are left out (`Partition.left_out`), in words before the setting
     "dist_type": "given to nobody by",
@@ -42,6 +43,19 @@ def data_lines(config: Config, data: PreparedData) -> Iterator[str]:
         ]
         of = f"{unused.total()} of the {used.total() + unused.total()} training examples"
         yield f"No client trains on {of}: {', '.join(why)}"
+
+
+def exclusion_lines(config: Config, data: PreparedData) -> Iterator[str]:
+    """Who never trains, and the classes that nobody else has; nothing without exclude_clients."""
+    if config.exclude_clients:
+        out = [str(client) for client in config.exclude_clients]
+        had = _by_label({who: data.label_counts[who] for who in out})
+        kept = _by_label({who: counts for who, counts in data.label_counts.items() if who not in out})
+        lost = [data.class_names[k] for k in sorted(had) if not kept[k]]
+        more = [f"and {len(lost) - SHOWN_CLASSES} more"] if len(lost) > SHOWN_CLASSES else []
+        alone = f"; nobody else has class {', '.join(lost[:SHOWN_CLASSES] + more)}" if lost else ""
+        who = ", ".join(f"c{client}" for client in out)
+        yield f"exclude_clients: {who} never train, with {had.total()} training examples{alone}"
 
 
 def _by_label(parts: Mapping[str, Mapping[int, int]]) -> Counter[int]:
@@ -88,6 +102,8 @@ def _round_lines(found: Found, faulty: set[str]) -> Iterator[str]:
     accuracy = percent(found[method, "localization"].value)
     yield f"TraceFL Localization Accuracy = {accuracy} || Total Inputs Used In Prov: {inputs} || {model}"
     yield _beside_chance(found)
+    yield from _sets(found)
+    yield from _coalitions(found)
     yield from _server(found)
     yield from _faulty(found, faulty)
 
@@ -100,6 +116,7 @@ def _closing_lines(metrics: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
     yield f"Total Rounds: {count}"
     yield f"TraceFL Average Localization Accuracy: {percent(mean[method, 'localization'].value)}"
     yield f"{over}: {_beside_chance(mean)}"
+    yield from (f"{over}: {line}" for line in (*_sets(mean), *_coalitions(mean)))
     yield from (f"{over}: {line}" for line in _faulty(mean, faulty))
     if ("FedDebug", "found") in mean:
         rounds = metrics[metrics["metric"] == "found"]["value"].count()
@@ -148,6 +165,34 @@ def _beside_chance(found: Found) -> str:
         shares = f"Localization = {percent(accuracy)}, Top Holder = {percent(top)}"
         parts.append(f"Influence: {shares}, Spearman = {rank:.2f}")
     return " || ".join(parts)
+
+
+def _sets(found: Found) -> Iterator[str]:
+    """How often answers as sets hold a client that counts as correct, and how large they are."""
+    texts = []
+    for method, title in TITLES.items():
+        if (method, "coverage") in found:
+            (share, chance), size, nobody = (found[method, name] for name in ("coverage", "set_size", "named_nobody"))
+            named = f"Size = {_number(size.value)}, Nobody = {percent(nobody.value)}"
+            texts.append(f"{title}: Coverage = {percent(share)} (chance {percent(chance)}), {named}")
+    if texts:
+        yield "Answers as Sets: " + " || ".join(texts)
+
+
+def _coalitions(found: Found) -> Iterator[str]:
+    """How near the methods come to the Shapley values, where coalitions were fused."""
+    texts = []
+    for method, title in TITLES.items():
+        if (method, "shapley_first") in found:
+            rank, (first, chance) = (found[method, f"shapley_{name}"] for name in ("spearman", "first"))
+            same = f"the same first = {percent(first)} (chance {percent(chance)})"
+            texts.append(f"{title}: Spearman = {_number(rank.value)} (chance 0), {same}")
+    if texts:
+        yield "Beside Shapley Values: " + " || ".join(texts)
+
+
+def _number(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.2f}"
 
 
 def _server(found: Found) -> Iterator[str]:

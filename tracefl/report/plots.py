@@ -78,7 +78,7 @@ def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: 
     figure = Figure(figsize=size, layout="constrained")
     for axes, method in zip(np.atleast_1d(figure.subplots(1, len(methods), sharey=True)), methods, strict=True):
         part = last[last["method"] == method]
-        cells = part.pivot(index="input", columns="client").loc[rows["input"]]
+        cells = part.pivot(index="input", columns="client").reindex(rows["input"])
         shares, held = (cells[name][clients].to_numpy() for name in ("contribution", "label_examples"))
         shares = shares - shares.mean(axis=1, keepdims=True) if method == "neuron" else shares
         scaled = shares / np.abs(shares).max(axis=1, keepdims=True).clip(1e-300)
@@ -90,6 +90,26 @@ def plot_contributions(answers: pd.DataFrame, class_names: Sequence[str], file: 
         axes.set_yticks(range(len(rows)), [class_names[p].replace("$", r"\$") for p in rows["predicted"]], fontsize=7)
     figure.axes[0].set_ylabel("predicted class of the input")
     figure.colorbar(image, ax=figure.axes, label="share, scaled per input", shrink=0.8)
+    _save(figure, file)
+
+
+def plot_values(values: pd.DataFrame, file: Path) -> None:
+    """Who makes the model good or bad at which class: a heat map of clients by classes.
+
+    Args:
+        values: of `class_by_client`: how much the loss would rise without the client.
+        file: the figure's, without suffix.
+    """
+    cells = values.to_numpy(dtype=float).T
+    most = np.nanmax(np.abs(cells), initial=1e-300)
+    figure = Figure(figsize=(max(4.5, 0.4 * len(values) + 2), 1.2 + 0.22 * len(cells)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(cells, cmap="PuOr", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+    names = [str(name).replace("$", r"\$") for name in values.columns]
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xticks(range(len(values)), values.index, fontsize=7, rotation=90 if len(values) > 12 else 0)
+    axes.set(xlabel="client", ylabel="class")
+    figure.colorbar(image, ax=axes, label="loss without it - loss")
     _save(figure, file)
 
 

@@ -1,0 +1,391 @@
+"""A strategy's rounds, watched: its updates are checked and recorded, beside what it makes of them.
+
+For the time of its `start`, a strategy's `configure_train`, `aggregate_train` and their like are
+those of `Rounds`, which call its own. In a round that is recorded, nobody is asked, and the
+recorded model and metrics are returned; so a run that goes on has true round numbers.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, QFedAvg, Strategy
+from torch import Tensor
+
+from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.federation.grid import GridView
+from tracefl.federation.memory import OURS, fingerprints, innermost, parts, state_of
+from tracefl.federation.nodes import KnownNodes, Nodes, by_number
+from tracefl.federation.privacy import Aggregated, Messages
+from tracefl.federation.replies import EXAMPLES, BadReplyError, Update, read_update
+from tracefl.federation.weights import Weights, find_weights
+from tracefl.runs import ClientInfo, Participant, Run
+from tracefl.states import State
+from tracefl.training import Evaluation
+
+EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
+WATCHED = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+log = logging.getLogger("tracefl")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `Recorder` that matter in a round."""
+
+    evaluate: Callable[[State], Evaluation] | None
+    accept_failures: bool
+    clients_per_round: int | None
+    seed: int
+    excluded: Collection[str]
+    arrayrecord_key: str | None
+    node_timeout: float
+    on_client: Callable[[int, str, Mapping[str, Any]], None]
+    on_round: Callable[[Run], None]
+    joining: bool  # whether a client that comes later is one of the run's
+
+
+class Rounds:
+    """One loop of a strategy over its rounds.
+
+    Args:
+        strategy: Flower's, or the app's own.
+        run: rounds are added to it.
+        nodes: which node is which client.
+        options: as of the recorder.
+        wanted: how many rounds the loop has.
+        order: names of the model's entries, which early runs do not hold.
+        reads_all: whether the loop looks at the model of every recorded round.
+
+    Attributes:
+        index: the round that the loop is in, from 1; 0 before.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        run: Run,
+        nodes: Nodes | KnownNodes,
+        options: Options,
+        *,
+        wanted: int,
+        order: list[str],
+        reads_all: bool,
+    ) -> None:
+        self.strategy, self.run, self.nodes, self.options = strategy, run, nodes, options
+        self.wanted, self.order, self.reads_all, self.index = wanted, order, reads_all, 0
+        self._own = {name: getattr(strategy, name) for name in WATCHED}
+        self._used: dict[int, float] = {}  # id() of a content -> its weight
+        self._first_values: dict[str, bytes] | None = None
+        self._away: list[str] = []  # clients without a node
+        self._sampling_since: float | None = None
+        self._client_of: dict[int, str] = {}  # node that is asked in this round -> client
+
+    def view(self, grid: Grid) -> GridView:
+        """The grid for the strategy: it shows nodes whose clients are known; replies are read."""
+        self._view = GridView(grid, nodes=self._shown, on_reply=self._receive)
+        return self._view
+
+    def watch(self, undo: ExitStack) -> None:
+        """Put these methods in place of the strategy's, until `undo` is closed."""
+        for name in WATCHED:
+            _replace(undo, self.strategy, name, getattr(self, name))
+        for part in parts(self.strategy):
+            if callable(average := getattr(part, "train_metrics_aggr_fn", None)):
+                _replace(undo, part, "train_metrics_aggr_fn", self._watched_average(part, average))
+
+    def _watched_average(self, part: Strategy, average: Callable[[list[RecordDict], str], MetricRecord]) -> Any:
+        """Learn which replies the strategy uses, and how it weighs them, as it averages metrics."""
+
+        def watched(contents: list[RecordDict], weight_key: str) -> MetricRecord:
+            n_k = [float(next(iter(content.metric_records.values()))[weight_key]) for content in contents]  # type: ignore[arg-type]
+            equal = isinstance(part, EQUAL_WEIGHTS)
+            self._used = {id(content): 1.0 if equal else n for content, n in zip(contents, n_k, strict=True)}
+            return average(contents, weight_key)
+
+        return watched
+
+    @property
+    def _recorded(self) -> bool:
+        """Whether the round that the strategy's loop is in is recorded: it is not run again."""
+        return self.index <= len(self.run.rounds)
+
+    def _shown(self) -> list[int]:
+        """The nodes that the strategy may ask: those whose client is known."""
+        nodes = list(self.nodes.refresh())
+        if self._sampling_since is not None and monotonic() - self._sampling_since > self.options.node_timeout:
+            reasons = "".join(f"; {why}" for why, _ in self.nodes.refused.values())
+            told = f"round {self.index}: the strategy waits for more than {len(nodes)} nodes, the known ones"
+            raise TraceFLError(
+                f"{told} after {self.options.node_timeout:g} s{reasons}: start more, or lower its minimum"
+            )
+        return nodes
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
+        """The strategy's messages to nodes whose clients are known; none in a recorded round."""
+        self.index += 1
+        if self._recorded:
+            return []
+        if self._first_values is None:
+            self._first_values = fingerprints(self.strategy)
+        self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
+        self._failures: dict[str, str] = {}  # client -> why
+        self._used = {}
+        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
+        self._view.asked.clear()  # what comes late is no reply of this round
+        self._look_for_nodes()
+        absent: dict[int, str] = {}
+        if self.options.clients_per_round is not None:
+            drawn = draw(self.nodes, self.run, self.index, self.options)
+            shown = [self.nodes.node_of(client) for client in drawn]
+            absent = {-1 - i: drawn[i] for i, node in enumerate(shown) if node is None}
+            grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
+        self._sampling_since = monotonic()
+        messages = list(self._own["configure_train"](server_round, arrays, config, grid))
+        self._sampling_since = None
+        asked = [message.metadata.dst_node_id for message in messages]
+        before = self.nodes.clients | absent
+        for node in asked:
+            unknown = f"round {self.index}: the strategy asks node {node}, which has not said which client it is"
+            require(node in before, f"{unknown}: let it ask nodes that grid.get_node_ids() shows")
+        twice = [before[node] for node, count in Counter(asked).items() if count > 1]
+        require(not twice, f"round {self.index}: the strategy sends client '{''.join(twice[:1])}' several messages")
+        now = self.nodes.refresh(again=asked)
+        self._client_of = {node: now[node] for node in asked if node in now and node not in absent}
+        self._join(self._client_of.values())
+        self._chosen = sorted([*self._client_of.values()], key=by_number)
+        for node in asked:
+            if node not in self._client_of:
+                self._chosen.append(before[node])
+                gone = "none of the connected nodes says that it is this client"
+                self._fail(before[node], self.nodes.refused.get(node, (gone,))[0])
+        messages = [message for message in messages if message.metadata.dst_node_id in self._client_of]
+        return sorted(messages, key=lambda m: self._chosen.index(self._client_of[m.metadata.dst_node_id]))
+
+    def _look_for_nodes(self) -> None:
+        """Ask the nodes that have come, and say which clients have none."""
+        there = set(self.nodes.refresh(retry=True).values())
+        away = [client.id for client in self.run.clients if client.id not in there]
+        if away != self._away and away:
+            log.warning("round %d: no node is there for client %s: not asked", self.index, ", ".join(away))
+        self._away = away
+
+    def _join(self, clients: Iterable[str]) -> None:
+        """A client that came later is one of the run's from now on."""
+        known = {client.id for client in self.run.clients}
+        for client in clients if self.options.joining else []:
+            if client not in known:
+                log.warning("round %d: client '%s' has joined the run", self.index, client)
+                self.run.add_client(ClientInfo(client))
+
+    def _receive(self, reply: Message) -> None:
+        """Check one reply and record it. It is of the node that was asked, whoever answers."""
+        asked = self._view.asked.get(reply.metadata.reply_to_message_id)
+        if asked is None or asked.message_type.split(".")[0] != MessageType.TRAIN or self._recorded:
+            return
+        client = self._client_of.get(asked.dst_node_id)
+        if client is None:  # the strategy has sent something of its own
+            return
+        try:
+            update = read_update(
+                reply, self._expected, self._weight_key(), self.options.arrayrecord_key, not self._flowers()
+            )
+        except BadReplyError as problem:
+            self._fail(client, str(problem))
+            return
+        participant = self.run.record_client(self.index, client, update.state, update.num_examples)
+        update = replace(update, state=self.run.received(self.index, participant))  # memory is for replies
+        self._updates[client] = reply.metadata.reply_to_message_id, update, participant
+        self.options.on_client(self.index, client, update.metrics)
+
+    def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
+        """Aggregate the updates that were accepted, and record the released model."""
+        number = self.index
+        if self._recorded:
+            return self._again(number)
+        for client in self._chosen:
+            if client not in self._updates and client not in self._failures:
+                self._fail(client, "it sent no reply in time (timeout, round_timeout)")
+        self._check_same_entries()
+        given = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        accepted = [self._updates[client] for client in self._chosen if client in self._updates]
+        used = [(given[sent], update, participant) for sent, update, participant in accepted if sent in given]
+        first = next(iter(self._failures), "")
+        everyone_failed = f"every client failed; the first said: client {first}: {self._failures.get(first)}."
+        require(accepted or not self._chosen, f"round {number}: {everyone_failed}")
+        name = type(innermost(self.strategy)).__name__
+        with as_sentence(
+            f"round {number}: {name} cannot aggregate {len(used)} updates",
+            "correct the strategy, or let clients send what it expects",
+            Exception,
+        ):
+            arrays, metrics = self._own["aggregate_train"](server_round, [reply for reply, _, _ in used])
+        released = dict(self._expected)  # what no client sends is as it was
+        returned = f"round {number}: {name}.aggregate_train must return an ArrayRecord or None, and metrics"
+        require(arrays is None or isinstance(arrays, ArrayRecord), f"{returned}; got a {type(arrays).__name__}")
+        if arrays is None:
+            log.warning("round %d: %s released no model, it stays as it was", number, name)
+        else:
+            released |= self._fused(arrays)
+        for entry, value in released.items():
+            finite = bool(torch.isfinite(value).all())
+            require(finite, f"round {number}: the released model has non-finite values in '{entry}'.")
+        weights = self._weights(released if arrays is not None else None, used)
+        share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
+        participants = [replace(participant, weight=share.get(participant.id, 0.0)) for _, _, participant in accepted]
+        evaluation = self.options.evaluate(released) if self.options.evaluate else None
+        what = "evaluate must return a tracefl.flower.Evaluation"
+        require(evaluation is None or isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
+        state, source = state_of(self.strategy), weights.source
+        self._note_changes()
+        self.run.record_round(number, participants, released, evaluation, self._failures, state, metrics, source)
+        self.options.on_round(self.run)
+        return (None if arrays is None else ArrayRecord(released)), metrics
+
+    def _fused(self, arrays: ArrayRecord) -> dict[str, Tensor]:
+        """What the strategy released, in the types of the model: whole numbers are rounded."""
+        fused = dict(arrays.to_torch_state_dict())
+        for name, value in fused.items():
+            if (was := self._expected.get(name)) is not None:
+                shapes = f"must have the shape {tuple(was.shape)} of the model sent, got {tuple(value.shape)}"
+                require(value.shape == was.shape, f"round {self.index}: the released '{name}' {shapes}")
+                whole = value.is_floating_point() and not was.is_floating_point()
+                fused[name] = (value.round() if whole else value).to(was.dtype)
+        return fused
+
+    def _weights(self, released: State | None, used: list[tuple[Message, Update, Participant]]) -> Weights:
+        """p_k of the updates that the strategy was given."""
+        nothing = [0.0] * len(used)
+        if released is None or not used:
+            return Weights(nothing, "strategy")
+        told = [self._used.get(id(reply.content), 0.0) for reply, _, _ in used]
+        if self._flowers() and any(told):
+            return Weights([weight / sum(told) for weight in told], "strategy")
+        examples = [float(update.num_examples) for _, update, _ in used]
+        known = {"told": told, "weight": [update.weight for _, update, _ in used], "examples": examples}
+        known["equal"] = [1.0] * len(used)
+        states = [update.state for _, update, _ in used]
+        if found := find_weights(released, self._expected, states, known):
+            return found
+        usual = examples if sum(examples) else [1.0] * len(used)
+        what = f"{EXAMPLES} is" if sum(examples) else "equal weights are"
+        told_by = f"round {self.index}: what weights {type(innermost(self.strategy)).__name__} gave the updates"
+        log.warning("%s cannot be told from the model that it released: %s assumed", told_by, what)
+        return Weights([n / sum(usual) for n in usual], "assumed")
+
+    def _flowers(self) -> bool:
+        """Whether Flower's own code averages, by the weight that it is seen to use for metrics."""
+        kinds = [next(k for k in type(p).__mro__ if "aggregate_train" in vars(k)) for p in parts(self.strategy)]
+        plain = isinstance(innermost(self.strategy), FedAvg) and not isinstance(innermost(self.strategy), QFedAvg)
+        return plain and all(kind.__module__.startswith(OURS) for kind in kinds)
+
+    def _weight_key(self) -> str | None:
+        return getattr(innermost(self.strategy), "weighted_by_key", None)
+
+    def _check_same_entries(self) -> None:
+        """Clients may send part of the model, but all the same: that of most, or the larger."""
+        names = {client: frozenset(update.state) for client, (_, update, _) in self._updates.items()}
+        usual_of = Counter(names.values())
+        usual = max(usual_of, key=lambda part: (usual_of[part], len(part)), default=frozenset[str]())
+        for client in [client for client in self._chosen if client in names]:
+            if odd := sorted(names[client] ^ usual):
+                verb = "lacks" if odd[0] in usual else "has"
+                del self._updates[client]
+                self._fail(client, f"its model {verb} '{odd[0]}', unlike those of most clients")
+
+    def _fail(self, client: str, reason: str) -> None:
+        kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
+        others_can = self._updates or self.run.rounds
+        tolerate = ", accept_failures=true goes on without such a client" if others_can else ""
+        require(self.options.accept_failures, f"round {self.index}, client {client}: {reason}. {kept}{tolerate}.")
+        self._failures[client] = reason
+
+    def _note_changes(self) -> None:
+        """Record which values the strategy keeps, but cannot give: those that have changed."""
+        if self._first_values is not None:
+            now = fingerprints(self.strategy)
+            changed = {name for name in now if now[name] != self._first_values.get(name)}
+            self.run.note_unsaved(sorted({*self.run.unsaved, *changed}))
+
+    def _again(self, number: int) -> Aggregated:
+        """Model and metrics of a recorded round; only a loop that looks at all reads all."""
+        metrics = self.run.round(number).metrics.get("train")
+        record = None if metrics is None else MetricRecord(metrics)
+        if number < min(self.wanted, len(self.run.rounds)) and not self.reads_all:
+            return None, record
+        state = self.run.global_state(number)
+        order = dict.fromkeys([name for name in self.order if name in state])  # early runs do not hold it
+        return ArrayRecord({name: state[name] for name in order | dict.fromkeys(state)}), record
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
+        """The strategy's messages; none if the clients' evaluation is recorded."""
+        if self._evaluated():
+            return []
+        self._sampling_since = monotonic()
+        messages = self._own["configure_evaluate"](server_round, arrays, config, grid)
+        self._sampling_since = None
+        return messages
+
+    def aggregate_evaluate(self, server_round: int, replies: Messages) -> MetricRecord | None:
+        """The strategy's metrics, which are recorded; those recorded if there are."""
+        if self._evaluated():
+            metrics = self.run.round(self.index).metrics.get("evaluate")
+            return None if metrics is None else MetricRecord(metrics)
+        replies = list(replies)
+        name = type(innermost(self.strategy)).__name__
+        problem = f"round {self.index}: {name} cannot aggregate the metrics of {len(replies)} evaluations"
+        with as_sentence(problem, "let clients send what it expects", Exception):
+            found = self._own["aggregate_evaluate"](server_round, replies)
+        if found is not None or replies:
+            self.run.record_metrics(self.index, "evaluate", found)
+        return found
+
+    def _evaluated(self) -> bool:
+        """Whether nobody is to evaluate: that is recorded, or a later round is."""
+        known = self.index == len(self.run.rounds) > 0 and "evaluate" in self.run.round(self.index).metrics
+        return known or self.index < len(self.run.rounds)
+
+    def watched_evaluate_fn(self, evaluate_fn: Callable[..., MetricRecord | None]) -> Callable[..., Any]:
+        """The app's evaluate_fn, its metrics recorded; those recorded of a round that has them."""
+
+        def watched(*args: Any, **kwargs: Any) -> MetricRecord | None:
+            server_round = args[0] if args else kwargs.get("server_round", -1)
+            if not 0 <= server_round <= len(self.run.rounds):
+                return evaluate_fn(*args, **kwargs)
+            known = self.run.metrics(server_round)
+            if "server" in known:
+                return None if known["server"] is None else MetricRecord(known["server"])
+            found = evaluate_fn(*args, **kwargs)
+            self._note_changes()
+            self.run.record_metrics(server_round, "server", found)
+            return found
+
+        return watched
+
+
+def draw(nodes: Nodes | KnownNodes, run: Run, number: int, options: Options) -> list[str]:
+    """The clients drawn for round `number`, in the order of their ids."""
+    known = nodes.clients.values() if isinstance(nodes, KnownNodes) else [client.id for client in run.clients]
+    ids, count = sorted(known, key=by_number), options.clients_per_round or 0
+    rng = np.random.default_rng([options.seed, number])
+    drawn = [index for index in rng.choice(len(ids), count, replace=False) if ids[index] not in options.excluded]
+    if count > len(drawn):
+        others = [k for k, who in enumerate(ids) if k not in drawn and who not in options.excluded]
+        drawn += rng.choice(others, count - len(drawn), replace=False).tolist()
+    return [ids[index] for index in sorted(drawn)]
+
+
+def _replace(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
+    """Give one object another method, until `undo` is closed."""
+    if name in vars(thing):
+        undo.callback(setattr, thing, name, vars(thing)[name])
+    else:
+        undo.callback(delattr, thing, name)
+    setattr(thing, name, value)

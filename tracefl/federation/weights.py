@@ -1,0 +1,74 @@
+"""p_k, the shares with which a strategy took its updates, found from the model that it released.
+
+    W_g = W_in + sum_k p_k (W_k - W_in)
+
+If that holds for p_k that are known, such as num-examples over their sum, these are they; else p_k
+are those of least squares, if with them it holds. It holds for no p_k where the strategy does more
+than average, such as adding noise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracefl.states import State
+
+EXACT, CLOSE = 1e-4, 1e-3  # |difference| / |W_g - W_in|, of single-precision models
+
+
+@dataclass(frozen=True)
+class Weights:
+    """p_k in the order of the updates, and where they are from (`Round.weights_from`)."""
+
+    shares: list[float]
+    source: str
+
+
+def find_weights(
+    released: State, incoming: State, updates: Sequence[State], known: Mapping[str, Sequence[float]]
+) -> Weights | None:
+    """The p_k with which the mean of the updates is the released model; None if there are none.
+
+    Args:
+        released: W_g.
+        incoming: W_in.
+        updates: the W_k; entries that all hold are compared, at some of their values.
+        known: name -> weights of the updates, of any sum, that may be the ones: the closest counts.
+
+    Returns:
+        Shares that add up to 1, exactly those of `known` where one holds.
+    """
+    A, b = _changes(released, incoming, updates)
+    scale = float(np.linalg.norm(b))
+    shares = {name: np.array(values, float) / sum(values) for name, values in known.items() if sum(values) > 0}
+    if scale == 0 or not len(b):
+        return None
+    off = {name: float(np.linalg.norm(A @ p - b)) / scale for name, p in shares.items()}
+    nearest = min(off, key=lambda name: off[name], default=None)
+    if nearest is not None and off[nearest] <= EXACT:
+        return Weights(shares[nearest].tolist(), "models")
+    p, _, rank, _ = np.linalg.lstsq(A, b, rcond=1e-6)
+    if rank < len(updates) or np.linalg.norm(A @ p - b) > CLOSE * scale or p.min() < -CLOSE:
+        return None
+    p = p.clip(0)
+    return Weights((p / p.sum()).tolist(), "models")
+
+
+def _changes(released: State, incoming: State, updates: Sequence[State]) -> tuple[np.ndarray, np.ndarray]:
+    """[values, K] W_k - W_in and [values] W_g - W_in, at evenly spread values of every entry."""
+    names = [name for name, value in incoming.items() if value.is_floating_point() and _everywhere(name, updates)]
+    total = sum(incoming[name].numel() for name in names)
+    step = max(1, total // max(20 * len(updates), 20_000))
+    chosen = {name: slice(None, None, step if incoming[name].numel() > step else 1) for name in names}
+
+    def values(state: State) -> np.ndarray:
+        parts = [state[name].reshape(-1)[part].double().numpy() for name, part in chosen.items()]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    start = values(incoming)
+    return np.stack([values(update) - start for update in updates], axis=1), values(released) - start
+
+
+def _everywhere(name: str, updates: Sequence[State]) -> bool:
+    return all(name in update for update in updates)
