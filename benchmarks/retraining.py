@@ -216,6 +216,7 @@ ESTIMATES: dict[str, Callable[[Federation], Tensor]] = {
     "last round": by_trace_run(memory=0),
     "sum over rounds": by_trace_run(method="sum"),
     **{f"replay, memory {c:g}": by_trace_run(memory=c) for c in (0.3, 0.5, 0.7, 1)},
+    "replay, by proxy": by_trace_run(memory="proxy"),
     "default, proxies=2": by_trace_run(proxies=2),
     "replay, default": by_trace_run(),
 }
@@ -263,10 +264,10 @@ def main() -> None:
                     for name, (rho, first) in pairs.items():
                         print(f"    {name:20} {rho:.2f} / {first:.2f}", flush=True)
                         table.setdefault(name, {}).setdefault(column, []).append((rho, first))
+    print("\nmeans: rho / first".ljust(21), *(f"{column:>19}" for column in next(iter(table.values()), {})))
     for name, columns in table.items():
         means = [np.mean(pairs, 0) for pairs in columns.values()]
-        print(f"{name:20}", *(f"{rho:6.2f} /{first:5.2f}" for rho, first in means))
-    print(f"{'rho / first':20}", *(f"{column:>13}" for column in next(iter(table.values()), {})))
+        print(f"{name:20}", *(f"{rho:12.2f} /{first:5.2f}" for rho, first in means))
 
 
 if __name__ == "__main__":
