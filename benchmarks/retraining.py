@@ -14,6 +14,7 @@ retrained models, negative. Mean over inputs and seeds:
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -185,7 +186,10 @@ def federation(folder: Path, norm: bool, clients: int, a_round: int, seed: int, 
     everything, parts, server, test = of = digits(clients, seed)
     torch.manual_seed(seed)
     model, truth = small_cnn(norm), folder / f"truth-{R}.pt"
-    run = Run.open(folder) if truth.exists() else recorded(folder, model, of, a_round, ROUNDS[norm], seed)
+    if not truth.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was interrupted
+        recorded(folder, model, of, a_round, ROUNDS[norm], seed)
+    run = Run.open(folder)
     model.load_state_dict(dict(run.global_state(ROUNDS[norm])), strict=False)
     found = evaluate(model, test)
     wrong = torch.nonzero(found.predictions != test.labels)[: INPUTS // 4, 0]
