@@ -280,6 +280,7 @@ def test_a_proxy_stands_for_every_client_by_its_labels_and_weight(tmp_path, give
         ({"examples": X, "training": TRAINING}, "examples must be (inputs, labels), got a Tensor"),
         ({"examples": (2 * X, [0, 1, 2, 0, 0]), "training": TRAINING}, "labels of examples must be 0 to 1, got 2"),
         ({"examples": (2 * X, [0, 1]), "training": TRAINING}, "labels of examples must be 5 integers"),
+        ({"examples": Examples(2 * X, torch.zeros(3)), "training": TRAINING}, "a label for each input, got 3 labels"),
         ({"examples": (X, [0, 1, 0, 1, 0]), "training": TRAINING}, "others than the inputs that are explained"),
         ({"examples": (2 * X, [0] * 5), "training": {**TRAINING, "epochs": 0}}, "epochs must be a whole number"),
         ({"examples": (2 * X, [0] * 5), "training": {**TRAINING, "lr": "1"}}, "lr must be a number above 0, got '1'"),

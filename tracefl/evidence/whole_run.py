@@ -357,6 +357,8 @@ def _usable(examples: Examples | tuple[Batch, Tensor], at: Explained) -> Example
         require(pair, f"examples must be (inputs, labels), got a {type(examples).__name__}: correct them")
         inputs, labels = examples
         examples = Examples(inputs, as_classes(labels, batch_size(inputs), "the labels of examples"))  # type: ignore[arg-type]
+    fits = batch_size(examples.inputs) == len(examples)
+    require(fits, f"examples must have a label for each input, got {len(examples)} labels: correct them")
     padded = isinstance(examples.inputs, Tensor) or "attention_mask" in examples.inputs
     require(padded, "examples must be a Tensor, or texts with an attention_mask: add it, or pass memory as a number")
     with exact(at.work), torch.no_grad():
