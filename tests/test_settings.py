@@ -24,7 +24,8 @@ NOT_TRAINING = {
     *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv", "model.arch"),
     *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug", "do_audit"),
     *("enable_beta", "client_weights_normalization", "parallel_processes", "neuron_activation_threshold"),
-    *("provenance.scope", "provenance.methods", "provenance.inputs_per_label", "provenance.max_mispredictions"),
+    *("provenance.scope", "provenance.proxies", "provenance.methods"),
+    *("provenance.inputs_per_label", "provenance.max_mispredictions"),
     *("evaluation.coalitions", "evaluation.coalition_inputs", "faster_input_generation"),
 }
 # Of these every setting counts: texts, spread by Dirichlet, with faulty clients.

@@ -185,6 +185,9 @@ class ProvenanceConfig:
     scope: str = setting(
         "round", "run: trace the last round's inputs over all rounds too", one_of(SCOPES), trains=False
     )
+    proxies: int | None = setting(
+        None, "clients of a round that scope=run trains for, for each client; null: all", at_least(1), trains=False
+    )
     methods: list[str] = setting([*TRACED_METHODS], "the paper's and ours", some_of(TRACED_METHODS), trains=False)
     inputs_per_label: int = setting(2, "correct predictions per label, at least 10 in all", at_least(1), trains=False)
     max_mispredictions: int = setting(10, "of a round, where clients are faulty", at_least(1), trains=False)

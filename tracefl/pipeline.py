@@ -176,16 +176,18 @@ def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) 
         return None
 
     def make() -> pd.DataFrame:
+        log.info("tracing over all %d rounds; provenance.proxies=1 takes the fewest trainings", len(run.rounds))
         answers, memory = tracing.trace_whole_run(config, run, model, examples)
         log.info("traced %d inputs over all %d rounds: %s", answers["input"].nunique(), len(run.rounds), memory)
         return answers
 
-    return cached(run, WHOLE_RUN, [_of_rounds(config)], make, reuse=config.check_prov_cache)
+    settings = [_of_rounds(config), config.provenance.proxies]
+    return cached(run, WHOLE_RUN, settings, make, reuse=config.check_prov_cache)
 
 
 def _of_rounds(config: Config) -> dict[str, Any]:
     """What the answers depend on, whether the whole run is traced or not."""
-    return {name: value for name, value in vars(config.provenance).items() if name != "scope"}
+    return {name: value for name, value in vars(config.provenance).items() if name not in ("scope", "proxies")}
 
 
 def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:

@@ -119,7 +119,7 @@ def trace_whole_run(config: Config, run: Run, model: nn.Module, examples: Exampl
         others = torch.ones(len(examples), dtype=torch.bool)
         others[rows] = False
         rest = examples[torch.nonzero(others)[:, 0]] if others.any() else None
-        answer = trace_run(run, inputs, targets=targets, model=model, examples=rest)
+        answer = trace_run(run, inputs, targets=targets, model=model, examples=rest, proxies=config.provenance.proxies)
     except TraceFLError as error:
         raise TraceFLError(f"the whole run cannot be traced: {error}") from error
     unknown = torch.full((len(rows),), torch.nan, dtype=torch.float64)

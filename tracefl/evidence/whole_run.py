@@ -8,9 +8,9 @@ the global model would differ by without k,
     k's contribution:  y(W_T) - y(W_T + d_k),
 
 and R_t is how the clients of round t, who train on from another model, answer it: a memory,
-R(d) = c d; a proxy, R(d) = F(W + d) - F(W), with the training F on examples of the server's; or
-both, (c d + F(W + d) - F(W)) / 2 with c = 1/2: the proxy knows which directions last, but not these
-clients, and the memory keeps its errors from growing.
+R(d) = c d; a proxy, R(d) = Σ_j p'_j (F_j(W + d) - F_j(W)), with F_j a training on examples of the
+server's whose labels are as client j's; or both, 0.7 of the proxy's and 0.3 of memory 0.3's: the
+proxy knows which directions last, but what it errs would grow from round to round if all was kept.
 The other method is the sum over rounds of y(W_t) - y(W_t without k in round t).
 
 What the server did beyond averaging (noise, an optimizer), the released model - Σ p W, stays as it
@@ -18,7 +18,6 @@ was. Without its only client there is no round, and W_{t-1} + d_k stays. What no
 round stays. A running variance of W + d is at least a tenth of W's.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import Batch, batch_size, copied, exact, full_precision
+from tracefl.classifier import Batch, batch_size, copied, exact, full_precision, logits_of, take
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
 from tracefl.evidence.game import Explained
@@ -41,6 +40,7 @@ from tracefl.training import train
 
 METHODS = ("replay", "sum")
 MEMORY = 0.5  # where there is nothing to train a proxy on
+PROXY, FADING = 0.7, 0.3  # "mixed": R(d) = 0.7 of the proxy's + 0.3 of memory 0.3's
 LEAST_VARIANCE = 0.1  # of a running variance, in units of the model's own
 
 # How a client trains, and the settings of a run of TraceFL's that say so.
@@ -59,6 +59,7 @@ def trace_run(
     model: nn.Module | None = None,
     examples: Examples | tuple[Batch, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
+    proxies: int | None = None,
     scratch_bytes: int = 1 << 30,
 ) -> Provenance:
     """Explain predictions of a global model by all clients that took part up to its round.
@@ -71,15 +72,19 @@ def trace_run(
         method: "replay" (default), what the model would be without the client; or "sum", over the
             rounds, of what leaving the client out of that round alone would do to y.
         memory: of "replay", what the clients who train on leave of a difference: from 0, the last
-            round alone, to 1, everything; "proxy", found by training on `examples` from both
-            models, about two trainings of a client's per client and round; or "mixed", the mean of
-            this and of memory 0.5. Default: "mixed" where examples and training are known, or 0.5.
+            round alone, to 1, everything; "proxy", found by training on `examples` from the model
+            with the difference and from that without it, once for every other client of the round;
+            or "mixed", 0.7 of this and 0.3 of memory 0.3. Default: "mixed" where examples and
+            training are known, or 0.5.
         model: of the run's architecture; its weights do not matter, and it is left as it was.
             Default: built from the run, which can do so unless it is an own Flower app's.
-        examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels),
-            none of them among `inputs`. They are drawn as often as the label counts of a round's
-            clients say. Default: the run's.
+        examples: labelled examples of the server's for the proxy, `Examples` or (inputs, labels);
+            those among `inputs` are left out. Each class is drawn as often as a client holds it, by
+            the run's label counts. Default: the run's.
         training: `epochs`, `lr` and `batch_size` of a client's training. Default: the run's.
+        proxies: for how many clients of a round, drawn at random, the proxy trains; default: all.
+            A run of T rounds with n clients in each takes about T * n trainings for each of the K
+            clients, and with proxies=2 T * 2.
         scratch_bytes: memory to take beside the model (default 1 GiB). Differences that do not fit
             take more passes over the recorded states.
 
@@ -113,6 +118,8 @@ def trace_run(
     require(fine, f"scratch_bytes must be a number of at least 1, got {scratch_bytes!r}")
     fine = round is None or (isinstance(round, int) and not isinstance(round, bool))
     require(fine, f"round must be a whole number from 1 to {len(run.rounds)}, got {round!r}")
+    fine = proxies is None or (isinstance(proxies, int) and not isinstance(proxies, bool) and proxies >= 1)
+    require(fine, f"proxies must be a whole number of at least 1, got {proxies!r}")
     last = run.round(len(run.rounds) if round is None else round).number
     fine = (
         memory is None
@@ -129,7 +136,7 @@ def trace_run(
     if method == "sum":
         with exact(model):
             return _sum(recorded, at, int(scratch_bytes))
-    react = _reaction(run, recorded, memory, examples, training)
+    react = _reaction(run, recorded, at, memory, examples, training, proxies)
     with exact(model):
         return _replay(recorded, at, react, int(scratch_bytes))
 
@@ -241,89 +248,135 @@ class _Memory:
 
 @dataclass
 class _Proxy:
-    """R(d) = s (F(W + d) - F(W)) + (1 - s) c d, F the training of one client on server's examples.
+    """R(d) = s Σ_j p'_j (F_j(W + d) - F_j(W)) + (1 - s) c d, over the round's clients but k.
 
-    Each class is drawn as often as the round's other clients hold it, and of examples as many as
-    one of them has on average.
+    F_j is client j's training on server's examples: as many as it has, each class drawn as often
+    as it holds it.
     """
 
     examples: Examples
     training: Mapping[str, Any]
     recorded: Recorded
     share: float  # s
+    most: int | None  # how many of a round's clients are stood for
     trained: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         self.trained = copied(self.recorded.model)
         state = traced_state(self.trained, "all", True, frozenset(self.recorded.aliases))
         self.tensors = {name: as_real(w) for name, w in state.tensors.items()}
-        half = f"half memory {MEMORY:g}, half by proxy"
-        self.name = f"the whole run, {half if self.share < 1 else 'memory by proxy'}"
+        mixed = f"{self.share:g} by proxy, {1 - self.share:g} by memory {FADING:g}"
+        self.name = f"the whole run, {mixed if self.share < 1 else 'memory by proxy'}"
         self.counts = {client.id: client.trained_label_counts for client in self.recorded.run.clients}
 
     def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
+        if not differences:
+            return
         p, names = self.recorded.p[t], self.recorded.aliases_of(t)
-        of_all, trained_from_W = [*p], None
+        order = torch.randperm(len(p), generator=torch.Generator().manual_seed(t)).tolist()
+        drawn = [list(p)[i] for i in order]
+        others = {k: [j for j in drawn if j != k][: self.most] for k in differences}
+        answers = {k: {name: torch.zeros_like(d[name]) for name in names} for k, d in differences.items()}
+        for j in drawn:
+            answering = [k for k in differences if j in others[k]]
+            if not answering:
+                continue
+            rows, seed = self._drawn(t, j), 1000 * t + drawn.index(j)
+            start = self._train(W, None, rows, seed)
+            for k in answering:
+                end, share = self._train(W, differences[k], rows, seed), p[j] / sum(p[i] for i in others[k])
+                for name, answer in answers[k].items():
+                    answer.add_(end[name] - start[name], alpha=share)
         for k, d in differences.items():
-            if k in p:
-                rows = self._drawn(t, [j for j in of_all if j != k])
-                start = self._train(W, None, rows, t)
-            else:
-                rows = self._drawn(t, of_all)
-                trained_from_W = start = trained_from_W or self._train(W, None, rows, t)
-            end = self._train(W, d, rows, t)
             for name in names:
-                d[name].mul_((1 - self.share) * MEMORY).add_(end[name] - start[name], alpha=self.share)
+                d[name].mul_((1 - self.share) * FADING).add_(answers[k][name], alpha=self.share)
 
-    def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, t: int) -> dict[str, Tensor]:
+    def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, seed: int) -> dict[str, Tensor]:
         self.recorded.put(W, d)
         self.trained.load_state_dict(self.recorded.model.state_dict())
         with torch.random.fork_rng(), torch.enable_grad():
-            train(self.trained, self.examples[rows], seed=t, **self.training)
+            train(self.trained, self.examples[rows], seed=seed, **self.training)
         return {name: w.detach().clone() for name, w in self.tensors.items()}
 
-    def _drawn(self, t: int, clients: list[str]) -> Tensor:
+    def _drawn(self, t: int, client: str) -> Tensor:
         """Rows of the server's examples, with replacement."""
-        of_round = {client.id: client.num_examples for client in self.recorded.run.round(t).clients}
         labels = self.examples.labels
         held = labels.bincount().double()
         wanted = torch.zeros_like(held)
-        for client in clients:
-            for label, count in self.counts.get(client, {}).items():
-                if label < len(wanted):
-                    wanted[label] += count
+        for label, count in self.counts.get(client, {}).items():
+            if label < len(wanted):
+                wanted[label] += count
         chance = (wanted / held.clamp_min(1))[labels]
-        chance = chance if chance.any() else torch.ones_like(chance)  # what they hold is not known
-        number = max(2, math.ceil(sum(of_round[j] for j in clients) / len(clients)))
-        return torch.multinomial(chance, number, replacement=True, generator=torch.Generator().manual_seed(t))
+        chance = chance if chance.any() else torch.ones_like(chance)  # what it holds is not known
+        number = next(of.num_examples for of in self.recorded.run.round(t).clients if of.id == client)
+        generator = torch.Generator().manual_seed(1000 * t + self.recorded.ids.index(client))
+        return torch.multinomial(chance, max(2, number), replacement=True, generator=generator)
 
 
 def _reaction(
-    run: Run, recorded: Recorded, memory: float | str | None,
-    examples: Examples | tuple[Batch, Tensor] | None, training: Mapping[str, Any] | None,
+    run: Run, recorded: Recorded, at: Explained, memory: float | str | None,
+    examples: Examples | tuple[Batch, Tensor] | None, training: Mapping[str, Any] | None, proxies: int | None,
 ) -> _Memory | _Proxy:  # fmt: skip
     if isinstance(memory, int | float):
         return _Memory(float(memory), recorded)
-    if training is None:
-        training = _training_of(run)
-    if examples is None:
-        examples = _examples_of(run)
-    if memory is None and (examples is None or training is None):
+    given = training is not None or examples is not None
+    training = _training_of(run) if training is None else training
+    examples = _examples_of(run) if examples is None else examples
+    if memory is None and (examples is None or training is None) and not given:
         return _Memory(MEMORY, recorded)
-    memory = memory or "mixed"
-    known = f"memory={memory!r} needs labelled examples and how clients train, which {run.path} does not hold"
+    known = (
+        f"memory={memory or 'mixed'!r} needs labelled examples and how clients train, which {run.path} does not hold"
+    )
     if examples is None or training is None:
         raise TraceFLError(f"{known}: pass examples= and training=, or memory as a number")
-    kind = ", ".join(training) if isinstance(training, Mapping) else f"a {type(training).__name__}"
+    training, examples = _checked(training), _usable(examples, at)
+    if memory is None and not given and len(examples) == 0:
+        return _Memory(MEMORY, recorded)
+    must = "examples must hold others than the inputs that are explained"
+    require(len(examples), f"{must}: pass more, or memory as a number")
+    memory = memory or "mixed"
+    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else PROXY, proxies)
+
+
+def _checked(training: Mapping[str, Any]) -> dict[str, Any]:
+    kind = ", ".join(map(str, training)) if isinstance(training, Mapping) else f"a {type(training).__name__}"
     fits = isinstance(training, Mapping) and set(training) == set(_TRAINING)
     require(fits, f"training must be a dict of {', '.join(_TRAINING)}, got {kind}")
+    for name, value in training.items():
+        numbers = int if name != "lr" else int | float
+        fine = isinstance(value, numbers) and not isinstance(value, bool) and 0 < value < float("inf")
+        must = "a number" if name == "lr" else "a whole number"
+        require(fine, f"training's {name} must be {must} above 0, got {value!r}")
+    return dict(training)
+
+
+def _usable(examples: Examples | tuple[Batch, Tensor], at: Explained) -> Examples:
+    """Labelled examples to train on, without those that are explained."""
     if not isinstance(examples, Examples):
-        examples = Examples(*examples)  # type: ignore[arg-type]
-    fits = len(examples) > 0 and batch_size(examples.inputs) == len(examples)
+        pair = isinstance(examples, tuple | list) and len(examples) == 2
+        require(pair, f"examples must be (inputs, labels), got a {type(examples).__name__}: correct them")
+        inputs, labels = examples
+        examples = Examples(inputs, as_classes(labels, batch_size(inputs), "the labels of examples"))  # type: ignore[arg-type]
+    fits = batch_size(examples.inputs) == len(examples)
     require(fits, f"examples must have a label for each input, got {len(examples)} labels: correct them")
     padded = isinstance(examples.inputs, Tensor) or "attention_mask" in examples.inputs
     require(padded, "examples must be a Tensor, or texts with an attention_mask: add it, or pass memory as a number")
-    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else 0.5)
+    with exact(at.work), torch.no_grad():
+        C = logits_of(at.work, take(at.inputs, slice(0, 1))).shape[1]
+    for label in examples.labels[(examples.labels < 0) | (examples.labels >= C)].tolist():
+        require(False, f"the labels of examples must be 0 to {C - 1}, got {label}: leave such examples out")
+    explained = {_content(at.inputs, i) for i in range(at.N)}
+    rest = [i for i in range(len(examples)) if _content(examples.inputs, i) not in explained]
+    return examples[torch.tensor(rest, dtype=torch.int64)]
+
+
+def _content(inputs: Batch, i: int) -> bytes:
+    """What tells one input from another; of a text the tokens, not the padding."""
+    if isinstance(inputs, Tensor):
+        return inputs[i].detach().double().cpu().numpy().tobytes()
+    tokens = inputs.get("input_ids", next(iter(inputs.values())))[i]
+    mask = inputs.get("attention_mask")
+    return (tokens if mask is None else tokens[mask[i].bool()]).detach().double().cpu().numpy().tobytes()
 
 
 def _training_of(run: Run) -> dict[str, Any] | None:
@@ -349,7 +402,8 @@ def _replay(recorded: Recorded, at: Explained, react: _Memory | _Proxy, scratch_
     W_T, ids = recorded.load(recorded.last), recorded.ids
     y = at.of_model()
     share = torch.zeros(at.N, len(ids), dtype=torch.float64)
-    some = max(1, scratch_bytes // 4 * 3 // recorded.nbytes)
+    copies = 1 if isinstance(react, _Memory) else 2  # with a proxy, differences before and after a round
+    some = max(1, scratch_bytes // 4 * 3 // (copies * recorded.nbytes))
     for first in range(0, len(ids), some):
         followed = ids[first : first + some]
         for k, d in _differences(recorded, followed, react).items():
