@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OTHER = {"deploy_local"}  # no script of the paper; tests/federation/test_deployed.py
+OTHER = {"deploy_local"}  # no script of the paper; tests/federation/test_deploy_local.py
 SCRIPTS = sorted(file for file in (ROOT / "scripts").glob("*.sh") if file.stem not in OTHER)
 TINY = [
     "client.epochs=1", "data_dist.max_per_client_data_size=30", "data_dist.max_server_data_size=60", "num_rounds=1",
