@@ -267,7 +267,7 @@ class _Proxy:
         self.tensors = {name: as_real(w) for name, w in state.tensors.items()}
         mixed = f"{self.share:g} by proxy, {1 - self.share:g} by memory {FADING:g}"
         self.name = f"the whole run, {mixed if self.share < 1 else 'memory by proxy'}"
-        self.counts = {client.id: client.trained_label_counts for client in self.recorded.run.clients}
+        self.counts = {client.id: client.label_counts for client in self.recorded.run.clients}
 
     def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
         if not differences:
