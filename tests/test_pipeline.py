@@ -163,6 +163,7 @@ def small(finished, config):
     return again
 
 
+@pytest.mark.slow
 def test_clients_in_one_process_send_the_same_bytes(finished, config, tmp_path, in_process):
     settings = config(*SMALL, f"storage.dir={tmp_path}/logs")
     run_experiment(settings, "")
@@ -347,6 +348,7 @@ def test_a_text_model_goes_all_the_way_and_repeats_to_the_byte(real_data, tmp_pa
     assert Run.open(the_run(tmp_path / "one"))["class_names"][0] == "Company"
 
 
+@pytest.mark.slow
 def test_feddebug_runs_in_the_same_run_and_other_settings_of_it_repeat_nothing_else(
     config, tmp_path, in_process, capsys
 ):

@@ -39,6 +39,7 @@ def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_every_fault_changes_what_the_faulty_client_sends(sent):
     initial, honest, metrics = sent("fault.kind=free_rider", "faulty_clients_ids=[0]")  # client 1 is honest
     assert metrics["num-examples"] == 12

@@ -164,6 +164,7 @@ print(reply.content["metrics"]["num-examples"], BLOCKED & {name.split(".")[0] fo
 """
 
 
+@pytest.mark.slow
 def test_a_client_trains_with_torch_and_flower_and_the_library_of_its_model_on_its_own_file(config, tmp_path):
     data = prepare(c := config(*SMALL))
     (data.folder / "clients").rename(tmp_path / "nodes")

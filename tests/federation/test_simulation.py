@@ -57,6 +57,7 @@ def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_pat
         assert [len(record.clients) for record in Run.open(run.path).rounds] == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_simulation_that_cannot_start_ends_at_once(config, tmp_path):
     c = config(*SMALL)
     data = prepare(c)
