@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import which
 from types import SimpleNamespace
 
 import psutil
@@ -214,6 +215,7 @@ def test_flwr_run_gives_the_same_models(config, tmp_path):
     assert models(folder) == expected(config, "num_rounds=2")
 
 
+@pytest.mark.skipif(not (which("openssl") and which("ssh-keygen")), reason="makes certificates and keys")
 @pytest.mark.slow
 def test_a_deployment_goes_on_after_its_server_was_killed_and_turns_strangers_away(config, tmp_path):
     out, port = tmp_path / "out", free_port()
