@@ -95,7 +95,7 @@ def test_what_is_no_run_is_said_so(tmp_path):
     with pytest.raises(TraceFLError, match="no JSON"):
         Run.open(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(TraceFLError, match="must be 1 or 2, got 99"):
+    with pytest.raises(TraceFLError, match="must be 1, 2 or 3, got 99"):
         Run.open(tmp_path)
 
 

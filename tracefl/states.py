@@ -41,6 +41,9 @@ class StateFile(Mapping[str, Tensor]):
         whose: who an error says that the file is of, such as "client 'ann'".
         order: names in the order to go through them, others last; else as in the file, which
             safetensors sorts.
+
+    Attributes:
+        metadata: the file's, once an entry was looked at (`check`).
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class StateFile(Mapping[str, Tensor]):
     ) -> None:
         self._file, self._sha256, self._order = Path(file), sha256, order
         self._name = f"{whose}: {file}" if whose else str(file)
+        self.metadata: dict[str, str] = {}
 
     @cached_property
     def _entries(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
@@ -60,7 +64,7 @@ class StateFile(Mapping[str, Tensor]):
                 content.seek(0)
                 length, size = self._file.stat().st_size, int.from_bytes(content.read(8), "little")
                 header = json.loads(content.read(min(size, length)))
-            header.pop("__metadata__", None)
+            self.metadata = dict(header.pop("__metadata__", {}))
             entries, place = {}, {name: index for index, name in enumerate(self._order)}
             for name, entry in sorted(header.items(), key=lambda item: place.get(item[0], len(place))):
                 start, end = (8 + size + offset for offset in entry["data_offsets"])

@@ -201,7 +201,8 @@ class Rounds:
             self._fail(client, str(problem))
             return
         participant = self.run.record_client(self.index, client, update.state, update.num_examples)
-        update = replace(update, state=self.run.received(self.index, participant))  # memory is for replies
+        if self.run.storing.exact:  # otherwise the weights could not be found from it
+            update = replace(update, state=self.run.received(self.index, participant))  # memory is for replies
         self._updates[client] = reply.metadata.reply_to_message_id, update, participant
         self.options.on_client(self.index, client, update.metrics)
 
