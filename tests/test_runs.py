@@ -1,10 +1,12 @@
 """The run store: what is written is what is read, damage is noticed, an interrupted round does not count."""
 
+import hashlib
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+from torch import nn
 
 from tracefl import Run, runs, states
 from tracefl.errors import TraceFLError
@@ -195,3 +197,25 @@ def test_lazy_states_read_what_safetensors_reads(tmp_path):
         assert torch.equal(lazy[name], state[name])
     with pytest.raises(KeyError):
         lazy["other"]
+
+
+def test_a_file_is_as_the_library_writes_it(tmp_path):
+    """Byte for byte, so that what others read stays the same; tied weights are written twice."""
+    some = {f"{n}/{dtype}": torch.arange(n).to(dtype) for dtype in states._DTYPES.values() for n in (3, 0, 1)}
+    odd = {'"\\\n\u2028é': torch.tensor(1.5), "t": torch.arange(6.0).reshape(2, 3).T, "p": nn.Parameter(torch.ones(2))}
+    odd["conj"] = torch.tensor([1 + 2j]).conj()
+    for given in ({}, some, odd, some | odd):
+        plain = {name: value.detach().resolve_conj().contiguous() for name, value in given.items()}
+        for metadata in (None, {"a": "é"}):
+            sha256 = write_state(tmp_path / "state.safetensors", given, metadata)
+            content = (tmp_path / "state.safetensors").read_bytes()
+            assert content == save(plain, metadata)
+            assert hashlib.sha256(content).hexdigest() == sha256
+    tied = {"a": odd["t"], "b": odd["t"]}
+    write_state(tmp_path / "tied.safetensors", tied)
+    assert all(torch.equal(value, odd["t"]) for value in load_file(tmp_path / "tied.safetensors").values())
+
+
+def test_a_type_that_the_format_lacks_is_named(tmp_path):
+    with pytest.raises(TraceFLError, match=r"entry 'z' is of type torch.complex128, which safetensors does not know"):
+        write_state(tmp_path / "state.safetensors", {"z": torch.ones(2, dtype=torch.complex128)})

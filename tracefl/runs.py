@@ -32,12 +32,11 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from tracefl.data.examples import Examples, load_examples
 from tracefl.errors import TraceFLError, as_sentence, require
-from tracefl.states import State, StateFile
+from tracefl.states import State, StateFile, as_file
 from tracefl.storage import PackedFile, Storing, packed
 from tracefl.training import Evaluation
 
@@ -687,23 +686,27 @@ def file_stem(client: str) -> str:
 
 
 def write_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> str:
-    """Write a state dict as safetensors, atomically; return the file's SHA-256."""
-    seen, apart = set[int](), {}
-    for name, tensor in state.items():  # tied weights share their memory, which the format refuses
-        place = tensor.untyped_storage().data_ptr()
-        apart[name] = (tensor.clone() if place in seen else tensor).contiguous()
-        seen.add(place)
-    content = save(apart, metadata)
-    write_atomically(file, content)
-    return hashlib.sha256(content).hexdigest()
+    """Write a state dict as safetensors, atomically; return the file's SHA-256.
+
+    Each tensor is hashed and written from where it is.
+
+    Raises:
+        TraceFLError: a tensor is of a type that the format does not know.
+    """
+    parts, digest = as_file(state, metadata), hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    write_atomically(file, *parts)
+    return digest.hexdigest()
 
 
-def write_atomically(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, *content: bytes | memoryview) -> None:
     """Write so that the file has its old content or the new one, also after a power cut."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.tmp")
     with partial.open("wb") as handle:
-        handle.write(content)
+        for part in content:
+            handle.write(part)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(partial, file)

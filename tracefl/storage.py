@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tracefl.config import KEEP, TYPES
 from tracefl.rules import one_of
-from tracefl.states import State, StateFile
+from tracefl.states import State, StateFile, as_bytes
 
 METADATA = "tracefl"  # key in a file's metadata
 
@@ -106,7 +106,7 @@ def packed(state: State, base: State, storing: Storing) -> tuple[dict[str, Tenso
         if stored.dtype != value.dtype:
             how[name]["rounded"] = _name(value.dtype)
         if storing.deltas and name in base and (was := base[name]).shape == value.shape and was.dtype == value.dtype:
-            content = _compressed(_bytes(stored) ^ _bytes(was.to(stored.dtype)), stored.element_size())
+            content = _compressed(as_bytes(stored) ^ as_bytes(was.to(stored.dtype)), stored.element_size())
             if len(content) < stored.nbytes:
                 how[name] |= {"xor": _name(stored.dtype), "shape": list(value.shape)}
                 stored = torch.from_numpy(content)
@@ -140,7 +140,7 @@ class PackedFile(StateFile):
         if "xor" in how:
             dtype, shape = getattr(torch, how["xor"]), how["shape"]
             plain = _decompressed(stored.numpy(), dtype.itemsize, math.prod(shape))
-            stored = torch.from_numpy(plain ^ _bytes(self._base[name].to(dtype))).view(dtype).view(shape)
+            stored = torch.from_numpy(plain ^ as_bytes(self._base[name].to(dtype))).view(dtype).view(shape)
         return stored.to(getattr(torch, how["rounded"])) if "rounded" in how else stored
 
     def _packing(self) -> Mapping[str, Mapping[str, Any]]:
@@ -156,11 +156,6 @@ def _rounded(value: Tensor, storing: Storing) -> Tensor:
         return value
     rounded = value.to(narrow)
     return rounded if bool((rounded.isfinite() == value.isfinite()).all()) else value
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor, uint8 [bytes]."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _compressed(content: np.ndarray, size: int) -> np.ndarray:

@@ -14,7 +14,6 @@ from time import monotonic
 from typing import Any, cast
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, QFedAvg, Strategy
@@ -28,7 +27,7 @@ from tracefl.federation.privacy import Aggregated, Messages
 from tracefl.federation.replies import EXAMPLES, BadReplyError, Update, read_update
 from tracefl.federation.weights import Weights, find_weights
 from tracefl.runs import ClientInfo, Participant, Run
-from tracefl.states import State
+from tracefl.states import State, is_finite
 from tracefl.training import Evaluation
 
 EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
@@ -236,8 +235,7 @@ class Rounds:
         else:
             released |= self._fused(arrays)
         for entry, value in released.items():
-            finite = bool(torch.isfinite(value).all())
-            require(finite, f"round {number}: the released model has non-finite values in '{entry}'.")
+            require(is_finite(value), f"round {number}: the released model has non-finite values in '{entry}'.")
         weights = self._weights(released if arrays is not None else None, used)
         share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
         participants = [replace(participant, weight=share.get(participant.id, 0.0)) for _, _, participant in accepted]
