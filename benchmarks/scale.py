@@ -5,8 +5,9 @@
 Rounds of resnet18 on MNIST with 10 participants, which train on the same number of examples whether the federation has
 10 clients or 1,000. Every federation is a process of its own, in the order a, b, b, a; it trains in that process, one
 client after the other on one thread, or on Ray (--ray). Of every round are measured its wall and CPU seconds, the peak
-of the process's memory, and the recorder's own seconds: what it does in a round beside the strategy's own methods, the
-clients' training and the evaluation of the model. Further words are settings, such as storage.keep=deltas.
+of the process's memory, and the recorder's own seconds: how long the round waits for it, which is what it does beside
+the strategy's own methods, the clients' training and the evaluation of the model. "writing" is the CPU time of its
+thread, which writes while others train. Further words are settings, such as storage.keep=deltas.
 """
 
 import argparse
@@ -36,6 +37,13 @@ from tracefl.models import build_model, model_spec
 from tracefl.runs import Run
 
 PARTICIPANTS = 10
+
+
+class OneByOne(local.LocalGrid):
+    """Answers come one by one, as those of simulated clients do."""
+
+    def pull_messages(self, message_ids: Any) -> list[Any]:
+        return [self.answer(self.mailbox.pop(0))] if self.mailbox else []
 
 
 class Clock:
@@ -74,7 +82,18 @@ def watched_clock() -> Clock:
     for name in ("configure_train", "aggregate_train", "_receive", "_shown"):
         clock.watch(rounds.Rounds, name, "recorder")
     clock.watch(server_app, "evaluate", "evaluation")
-    clock.watch(local.LocalGrid, "pull_messages", "clients")
+    clock.watch(OneByOne, "pull_messages", "clients")
+    local.LocalGrid = OneByOne  # type: ignore[misc]
+    record = Run.record_client
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        started = time.thread_time()
+        try:
+            return record(*args, **kwargs)
+        finally:
+            clock.seconds["writing"] = clock.seconds.get("writing", 0.0) + time.thread_time() - started
+
+    Run.record_client = recorded  # type: ignore[method-assign]
     start = rounds.Rounds.__init__
 
     def started(self: rounds.Rounds, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ recorded model and metrics are returned; so a run that goes on has true round nu
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -32,6 +33,7 @@ from tracefl.training import Evaluation
 
 EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 WATCHED = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+MOST_UNWRITTEN = 3  # updates in memory beside the replies, until they are written
 log = logging.getLogger("tracefl")
 
 
@@ -94,6 +96,7 @@ class Rounds:
 
     def watch(self, undo: ExitStack) -> None:
         """Put these methods in place of the strategy's, until `undo` is closed."""
+        self._writer = undo.enter_context(ThreadPoolExecutor(1, "tracefl-writer"))  # while others train
         for name in WATCHED:
             _replace(undo, self.strategy, name, getattr(self, name))
         for part in parts(self.strategy):
@@ -135,6 +138,7 @@ class Rounds:
         if self._first_values is None:
             self._first_values = fingerprints(self.strategy)
         self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
+        self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
         self._failures: dict[str, str] = {}  # client -> why
         self._used = {}
         self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
@@ -199,17 +203,27 @@ class Rounds:
         except BadReplyError as problem:
             self._fail(client, str(problem))
             return
-        participant = self.run.record_client(self.index, client, update.state, update.num_examples)
-        if self.run.storing.exact:  # otherwise the weights could not be found from it
-            update = replace(update, state=self.run.received(self.index, participant))  # memory is for replies
-        self._updates[client] = reply.metadata.reply_to_message_id, update, participant
+        while len(self._unwritten) >= MOST_UNWRITTEN:
+            self._write_one()
+        written = self._writer.submit(self.run.record_client, self.index, client, update.state, update.num_examples)
+        self._unwritten.append((client, reply.metadata.reply_to_message_id, update, written))
         self.options.on_client(self.index, client, update.metrics)
+
+    def _write_one(self) -> None:
+        """Wait until the next update is written, and keep its file in its place."""
+        client, sent, update, written = self._unwritten.pop(0)
+        participant = written.result()
+        if self.run.storing.exact:  # otherwise the weights could not be found from it
+            update = replace(update, state=self.run.received(self.index, participant))
+        self._updates[client] = sent, update, participant
 
     def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
         """Aggregate the updates that were accepted, and record the released model."""
         number = self.index
         if self._recorded:
             return self._again(number)
+        while self._unwritten:
+            self._write_one()
         for client in self._chosen:
             if client not in self._updates and client not in self._failures:
                 self._fail(client, "it sent no reply in time (timeout, round_timeout)")
@@ -299,7 +313,7 @@ class Rounds:
 
     def _fail(self, client: str, reason: str) -> None:
         kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
-        others_can = self._updates or self.run.rounds
+        others_can = self._updates or self._unwritten or self.run.rounds
         tolerate = ", accept_failures=true goes on without such a client" if others_can else ""
         require(self.options.accept_failures, f"round {self.index}, client {client}: {reason}. {kept}{tolerate}.")
         self._failures[client] = reason
