@@ -40,6 +40,7 @@ from tracefl.results import (
 )
 from tracefl.runs import Run, locked, write_atomically
 from tracefl.settings import run_folder
+from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
 
 LOG_FILE = "TraceFL_clients_contributions.log"
@@ -189,7 +190,7 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
             log.info(line)
     for line in (*lines.fusion_lines(run, config.strategy.name), *lines.privacy_lines(config, len(run.rounds))):
         log.info(line)
-    log.info(lines.disk_line(run.disk()))
+    log.info(disk_line(run.disk()))
     if answers is not None or not (run.path / ROUNDS).exists():
         rounds = wide(metrics)
         write_csv(run.path / ROUNDS, rounds)

@@ -149,6 +149,39 @@ class PackedFile(StateFile):
         return self._how
 
 
+def disk_line(disk: Mapping[int, int]) -> str:
+    """The size on disk of every round; rounds of the same size are named together.
+
+    Example:
+        >>> disk_line({0: 44_800_000, 1: 492_000_000, 2: 492_010_000})
+        'Disk: 1.0 GB; round 0: 44.8 MB; rounds 1 to 2: 492.0 MB each'
+    """
+    alike: list[tuple[str, list[int]]] = []
+    for number, size in disk.items():
+        if alike and alike[-1][0] == _size(size):
+            alike[-1][1].append(number)
+        else:
+            alike.append((_size(size), [number]))
+    parts = [f"{rounds_named(of[0], of[-1])}: {size}{' each' * (len(of) > 1)}" for size, of in alike]
+    return "; ".join([f"Disk: {_size(sum(disk.values()))}", *parts])
+
+
+def rounds_named(first: int, last: int) -> str:
+    """Rounds as a line names them."""
+    return f"round {first}" if first == last else f"rounds {first} to {last}"
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    if count < 1000:
+        return f"{count} bytes"
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if round(count, 1) < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} GB"
+
+
 def _rounded(value: Tensor, storing: Storing) -> Tensor:
     """The tensor in the type to store it in: its own if that is no wider, or holds more."""
     narrow: torch.dtype = getattr(torch, storing.dtype)

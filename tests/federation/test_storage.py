@@ -13,9 +13,9 @@ from tracefl import audit_run, whatif
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
 from tracefl.federation.recorder import Recorder
-from tracefl.report.lines import disk_line, storage_lines
+from tracefl.report.lines import storage_lines
 from tracefl.runs import ClientInfo, Run
-from tracefl.storage import PackedFile, Storing
+from tracefl.storage import PackedFile, Storing, disk_line
 from tracefl.training import Evaluation
 
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3.4e38, 1.0, -1.0]

@@ -23,7 +23,7 @@ from tracefl.federation.nodes import KnownNodes, Nodes, by_number
 from tracefl.federation.rounds import Options, Rounds, draw
 from tracefl.runs import ClientInfo, Run, locked, same_state, writing
 from tracefl.states import State
-from tracefl.storage import Storing
+from tracefl.storage import Storing, disk_line
 from tracefl.training import Evaluation
 
 log = logging.getLogger("tracefl")
@@ -190,6 +190,8 @@ class Recorder:
             result = self.strategy.start(*bound.args, **bound.kwargs)
             went = rounds.index >= min(num_rounds, before + 1)  # through the recorded ones and a new one
             require(went, f"{call} went through no round: it must call its configure_train and aggregate_train")
+            if self._owned:
+                logging.getLogger("flwr").info("TraceFL: %s", disk_line(self.run.disk()))
             return result
 
     def participants(self, number: int) -> list[str]:

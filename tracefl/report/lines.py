@@ -14,6 +14,7 @@ from tracefl.data.prepare import PreparedData
 from tracefl.evaluation.localization import Judged
 from tracefl.evaluation.metrics import MODEL, means
 from tracefl.runs import Run
+from tracefl.storage import rounds_named
 
 SHOWN_CLIENTS = 20
 TITLES = {"neuron": "Neuron", "influence": "Influence", "shapley": "Shapley"}
@@ -67,42 +68,10 @@ def storage_lines(run: Run) -> Iterator[str]:
     """Which rounds can be traced, and of what; nothing if all states are as they were sent."""
     if gone := [record.number for record in run.rounds if not record.kept]:
         kept = [record.number for record in run.kept_rounds]
-        states = f"the clients' states of {_rounds(gone[0], gone[-1])} are gone"
-        yield f"storage.keep={run.storing.keep}: {states}; {_rounds(kept[0], kept[-1])} can be traced and audited"
+        states = f"the clients' states of {rounds_named(gone[0], gone[-1])} are gone"
+        yield f"storage.keep={run.storing.keep}: {states}; {rounds_named(kept[0], kept[-1])} can be traced and audited"
     if not run.storing.exact:
         yield f"storage.dtype={run.storing.dtype}: answers and audits are of clients' states that are rounded to it"
-
-
-def disk_line(disk: Mapping[int, int]) -> str:
-    """The size on disk of every round; rounds of the same size are named together.
-
-    Example:
-        >>> disk_line({0: 44_800_000, 1: 492_000_000, 2: 492_010_000})
-        'Disk: 1.0 GB; round 0: 44.8 MB; rounds 1 to 2: 492.0 MB each'
-    """
-    alike: list[tuple[str, list[int]]] = []
-    for number, size in disk.items():
-        if alike and alike[-1][0] == _size(size):
-            alike[-1][1].append(number)
-        else:
-            alike.append((_size(size), [number]))
-    parts = [f"{_rounds(of[0], of[-1])}: {size}{' each' * (len(of) > 1)}" for size, of in alike]
-    return "; ".join([f"Disk: {_size(sum(disk.values()))}", *parts])
-
-
-def _rounds(first: int, last: int) -> str:
-    return f"round {first}" if first == last else f"rounds {first} to {last}"
-
-
-def _size(count: float) -> str:
-    """Bytes in the unit that suits them."""
-    if count < 1000:
-        return f"{count} bytes"
-    for unit in ("kB", "MB"):
-        count /= 1000
-        if round(count, 1) < 1000:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} GB"
 
 
 def provenance_lines(
