@@ -384,6 +384,7 @@ def test_a_private_run_says_what_it_spent_and_whose_the_noise_is(config, tmp_pat
     assert pd.read_csv(the_run(tmp_path) / "rounds.csv")["noise_share"].iloc[0] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_its_last_round_answers_for_it_and_goes_on_as_recorded(config, in_process, tmp_path):
     typed = [*SMALL, "num_rounds=2", "faulty_clients_ids=[0]", "fault.kind=random_labels"]
     typed += ["clients_per_round=3", f"storage.dir={tmp_path}/logs", "data_dist.max_server_data_size=20"]

@@ -219,3 +219,15 @@ def test_a_file_is_as_the_library_writes_it(tmp_path):
 def test_a_type_that_the_format_lacks_is_named(tmp_path):
     with pytest.raises(TraceFLError, match=r"entry 'z' is of type torch.complex128, which safetensors does not know"):
         write_state(tmp_path / "state.safetensors", {"z": torch.ones(2, dtype=torch.complex128)})
+
+
+def test_the_header_is_what_json_makes_of_it(tmp_path):
+    run = one_round(tmp_path)
+    for number in (2, 3):
+        part = run.record_client(number, "0", state(1.0), 22, 1.0)
+        run.record_round(number, [part], state(1.5), None, {"7": "a\nline"}, metrics={"x": [1, 2]})
+    run.record_metrics(2, "server", {"loss": float("inf"), 'a"\n': 2})
+    for folder in (tmp_path, Run.create(tmp_path / "new", initial=state(0.0), clients=[], note={"é": []}).path):
+        text = (folder / "run.json").read_text()
+        assert text == json.dumps(json.loads(text), indent=1)
+    assert Run.open(tmp_path).rounds == run.rounds

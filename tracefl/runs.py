@@ -167,6 +167,7 @@ class Run:
         self._written = written  # run.json as this object last read or wrote it
         self.clients = [_client_from_json(entry) for entry in header["clients"]]
         self.storing = Storing(**header.get("storage", {}))
+        self._texts: dict[str, list[tuple[Any, str]]] = {}  # clients and rounds as run.json has them
         self._last_base: tuple[int, StateFile] = 0, StateFile(path)
         self.rounds = list[Round]()
         for entry in header["rounds"]:
@@ -608,22 +609,30 @@ class Run:
         changed = f"{file} was changed by another writer since it was opened: open the run again"
         require((file.read_bytes() if file.exists() else b"") == self._written, changed)
 
+    def _list_json(self, key: str, entries: Sequence[ClientInfo | Round]) -> str:
+        """The clients or rounds as run.json holds them. Text is kept: it is most of the work."""
+        kept, texts = self._texts.get(key, []), list[tuple[Any, str]]()
+        for index, entry in enumerate(entries):
+            if index < len(kept) and kept[index][0] is entry:
+                texts.append(kept[index])
+            else:
+                value = entry.as_json() if isinstance(entry, Round) else asdict(entry)
+                texts.append((entry, _json(key, value, 2)))
+        self._texts[key] = texts
+        return "[\n  " + ",\n  ".join(text for _, text in texts) + "\n ]" if texts else "[]"
+
     def _save(self) -> None:
         """Write run.json.
 
         Raises:
             TraceFLError: another writer has changed it since, or an entry is no plain JSON.
         """
-        lists = {"clients": [asdict(client) for client in self.clients], "rounds": [r.as_json() for r in self.rounds]}
-        file, header = self.path / "run.json", {**self._header, "initial_metrics": _strict(self.metrics(0)), **lists}
-        header["schema"] = PACKED_SCHEMA if self.storing.as_json() else SCHEMA
-        for key, value in header.items():
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                plain = "must be plain JSON: numbers, strings, lists and dicts"
-                raise TraceFLError(f"run.json's entry '{key}' {plain} ({error})") from None
-        content = json.dumps(header, indent=1, allow_nan=False).encode()
+        file, header = self.path / "run.json", {**self._header, "initial_metrics": _strict(self.metrics(0))}
+        header |= {"schema": PACKED_SCHEMA if self.storing.as_json() else SCHEMA, "clients": [], "rounds": []}
+        entries = {key: _json(key, value, 1) for key, value in header.items()}
+        entries["clients"] = self._list_json("clients", self.clients)
+        entries["rounds"] = self._list_json("rounds", self.rounds)
+        content = ("{\n " + ",\n ".join(f"{json.dumps(key)}: {text}" for key, text in entries.items()) + "\n}").encode()
         with writing(self.path):
             self._check_unchanged()
             write_atomically(file, content)
@@ -635,6 +644,15 @@ def _state_file(file: Path, sha256: str | None, base: StateFile, entries: Sequen
     if storing.plain:
         return StateFile(file, sha256, order=entries)
     return PackedFile(file, base, sha256, entries)
+
+
+def _json(key: str, value: Any, depth: int) -> str:
+    """A value of run.json as text, `depth` levels deep in it."""
+    try:
+        return json.dumps(value, indent=1, allow_nan=False).replace("\n", "\n" + " " * depth)
+    except (TypeError, ValueError) as error:
+        plain = "must be plain JSON: numbers, strings, lists and dicts"
+        raise TraceFLError(f"run.json's entry '{key}' {plain} ({error})") from None
 
 
 @contextmanager
