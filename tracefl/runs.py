@@ -166,7 +166,10 @@ class Run:
         self._header = header
         self._written = written  # run.json as this object last read or wrote it
         self.clients = [_client_from_json(entry) for entry in header["clients"]]
-        self.storing = Storing(**header.get("storage", {}))
+        told = header.get("storage", {}) if header["schema"] == PACKED_SCHEMA else {}
+        known = isinstance(told, dict) and told.keys() <= vars(Storing()).keys()
+        require(known, f"{path / 'run.json'}: storage must hold keep and dtype, got {told!r}: restore it")
+        self.storing = Storing(**told)
         self._texts: dict[str, list[tuple[Any, str]]] = {}  # clients and rounds as run.json has them
         self._last_base: tuple[int, StateFile] = 0, StateFile(path)
         self.rounds = list[Round]()
@@ -231,7 +234,8 @@ class Run:
             sha256 = write_state(path / "rounds" / "0000" / "global.safetensors", initial)
             start = {"schema": SCHEMA, **header, "initial_sha256": sha256, "entries": entries, "initial_metrics": {}}
             start["clients"] = [asdict(client) for client in clients]
-            start |= {"storage": storing.as_json()} if storing and storing.as_json() else {}
+            if storing is not None and not storing.usual:
+                start |= {"schema": PACKED_SCHEMA, "storage": storing.as_json()}
             cls(path, {**start, "rounds": []})._save()
             return cls.open(path)
 
@@ -628,7 +632,7 @@ class Run:
             TraceFLError: another writer has changed it since, or an entry is no plain JSON.
         """
         file, header = self.path / "run.json", {**self._header, "initial_metrics": _strict(self.metrics(0))}
-        header |= {"schema": PACKED_SCHEMA if self.storing.as_json() else SCHEMA, "clients": [], "rounds": []}
+        header |= {"schema": SCHEMA if self.storing.usual else PACKED_SCHEMA, "clients": [], "rounds": []}
         entries = {key: _json(key, value, 1) for key, value in header.items()}
         entries["clients"] = self._list_json("clients", self.clients)
         entries["rounds"] = self._list_json("rounds", self.rounds)

@@ -73,6 +73,11 @@ class Storing:
         return self.dtype == "float32"
 
     @property
+    def usual(self) -> bool:
+        """Whether these are the default settings."""
+        return self == Storing()
+
+    @property
     def plain(self) -> bool:
         """Whether a client's file holds its tensors as they were sent."""
         return self.exact and not self.deltas

@@ -1,5 +1,6 @@
 """What is kept of clients' states: it comes back as it should, and what is gone is said so in a sentence."""
 
+import json
 import math
 
 import pytest
@@ -193,6 +194,29 @@ def test_other_settings_are_refused_by_name(tmp_path, settings):
     (name,) = settings
     with pytest.raises(TraceFLError, match=rf"storage.{name} must be "):
         own(tmp_path, **settings)
+
+
+def test_a_run_that_the_caller_opened_is_gone_on_with_as_it_was_recorded_too(tmp_path):
+    with pytest.raises(TraceFLError, match=r"was recorded with storage\.keep=all, got deltas"):
+        start(own(new_run(tmp_path), keep="deltas"), 1)
+
+
+def test_a_run_that_failed_in_its_first_round_keeps_its_storage(tmp_path):
+    with pytest.raises(TraceFLError, match=r"round 1, client 3: .*out of data"):
+        own(tmp_path, keep="deltas").start(InstantGrid({3: "raise"}), ArrayRecord(START), 1)
+    start(own(tmp_path), 1)
+    assert Run.open(tmp_path).storing == Storing("deltas")
+
+
+@pytest.mark.parametrize(
+    ("storage", "told"), [({"kept": 1}, "must hold keep and dtype"), ({"keep": "x"}, "must be all")]
+)
+def test_a_header_that_says_something_else_is_refused(tmp_path, storage, told):
+    run, _ = recorded(tmp_path, Storing("deltas"))
+    header = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps(header | {"storage": storage}))
+    with pytest.raises(TraceFLError, match=told):
+        Run.open(tmp_path)
 
 
 def test_default_storage_leaves_no_trace_in_a_run(tmp_path):

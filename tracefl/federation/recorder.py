@@ -211,6 +211,7 @@ class Recorder:
         header |= {} if self.settings is None else {"settings": dict(self.settings)}
         if self._owned and self._run is not None and not self._run.rounds and "strategy" in self._run:
             (self.folder / "run.json").unlink()  # it failed in round 1, perhaps for its settings
+            self._storing = vars(self._run.storing) | self._storing
             self._run = None
         if self._owned and self._run is None:
             there = self._wait() if num_rounds else {}
@@ -221,11 +222,11 @@ class Recorder:
             logging.getLogger("flwr").info("TraceFL records this run into %s", self.folder.resolve())
         elif self._owned:
             self.run.check_header(**header)
-            if len(self.run.rounds) < num_rounds:
-                self.run.check_storing(replace(self.run.storing, **self._storing))
             if self._given is not None:
                 self.run.check_clients(self._given)
         state, last = initial.to_torch_state_dict(), len(self.run.rounds)
+        if last < num_rounds:
+            self.run.check_storing(replace(self.run.storing, **self._storing))
         if not (last and same_state(state, self.run.global_state(last))):
             self.run.check_initial(state)
         if last < num_rounds and (last or not self._owned):
