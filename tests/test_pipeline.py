@@ -409,3 +409,33 @@ def test_a_private_run_says_what_it_spent_and_whose_the_noise_is(config, tmp_pat
     assert "Differential privacy of the parameters after 1 rounds: epsilon = " in out
     assert "noise alone" in out
     assert pd.read_csv(the_run(tmp_path) / "rounds.csv")["noise_share"].iloc[0] > 0
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_its_last_round_answers_for_it_and_goes_on_as_recorded(config, in_process, tmp_path):
+    typed = [*SMALL, "num_rounds=2", "faulty_clients_ids=[0]", "fault.kind=random_labels"]
+    typed += ["clients_per_round=3", f"storage.dir={tmp_path}/logs", "data_dist.max_server_data_size=20"]
+    typed += ["faster_input_generation=true", "provenance.max_mispredictions=2"]
+    kept = config(*typed, "storage.keep=last:1", "storage.dtype=float16")
+    run_experiment(kept, OmegaConf.to_yaml(OmegaConf.structured(kept)))
+    folder = the_run(tmp_path)
+    log, run = (folder / "TraceFL_clients_contributions.log").read_text(), Run.open(folder)
+    assert "storage.keep=last:1: the clients' states of round 1 are gone; round 2 can be traced and audited" in log
+    assert "storage.dtype=float16: answers and audits are of clients' states that are rounded to it" in log
+    assert "INFO - Disk: " in log
+    assert "[Round 1] TraceFL" not in log
+    assert "[Round 2] TraceFL" in log
+    rounds = pd.read_csv(folder / "rounds.csv")
+    assert rounds["accuracy"].notna().all()
+    assert rounds["feddebug_accuracy"].notna().tolist() == [False, True]
+    assert set(pd.read_parquet(folder / "audit.parquet")["round"]) == {2}
+    assert set(pd.read_parquet(folder / "provenance.parquet")["round"]) <= {2}
+    with pytest.raises(TraceFLError, match=r"the clients' states of round 1 are gone, as storage.keep=last:1 asks"):
+        run.trace(0, round=1)
+    other = config(*typed)
+    run_experiment(other, "")  # all is recorded
+    assert "other storage settings change nothing" in (folder / "TraceFL_clients_contributions.log").read_text()
+    header = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**header, "rounds": header["rounds"][:1]}))
+    with pytest.raises(TraceFLError, match=r"was recorded with storage.keep=last:1, got all: give storage.keep=last:1"):
+        run_experiment(other, "")

@@ -1,12 +1,14 @@
 """The run store: what is written is what is read, damage is noticed, an interrupted round does not count."""
 
+import hashlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+from torch import nn
 
 from tracefl import Run, runs, states
 from tracefl.errors import TraceFLError
@@ -97,7 +99,7 @@ def test_what_is_no_run_is_said_so(tmp_path):
     with pytest.raises(TraceFLError, match="no JSON"):
         Run.open(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(TraceFLError, match="must be 1 or 2, got 99"):
+    with pytest.raises(TraceFLError, match="must be 1, 2 or 3, got 99"):
         Run.open(tmp_path)
 
 
@@ -219,3 +221,37 @@ def test_lazy_states_read_what_safetensors_reads(tmp_path):
         assert torch.equal(lazy[name], state[name])
     with pytest.raises(KeyError):
         lazy["other"]
+
+
+def test_a_file_is_as_the_library_writes_it(tmp_path):
+    """Byte for byte, so that what others read stays the same; tied weights are written twice."""
+    some = {f"{n}/{dtype}": torch.arange(n).to(dtype) for dtype in states._DTYPES.values() for n in (3, 0, 1)}
+    odd = {'"\\\n\u2028é': torch.tensor(1.5), "t": torch.arange(6.0).reshape(2, 3).T, "p": nn.Parameter(torch.ones(2))}
+    odd["conj"] = torch.tensor([1 + 2j]).conj()
+    for given in ({}, some, odd, some | odd):
+        plain = {name: value.detach().resolve_conj().contiguous() for name, value in given.items()}
+        for metadata in (None, {"a": "é"}):
+            sha256 = write_state(tmp_path / "state.safetensors", given, metadata)
+            content = (tmp_path / "state.safetensors").read_bytes()
+            assert content == save(plain, metadata)
+            assert hashlib.sha256(content).hexdigest() == sha256
+    tied = {"a": odd["t"], "b": odd["t"]}
+    write_state(tmp_path / "tied.safetensors", tied)
+    assert all(torch.equal(value, odd["t"]) for value in load_file(tmp_path / "tied.safetensors").values())
+
+
+def test_a_type_that_the_format_lacks_is_named(tmp_path):
+    with pytest.raises(TraceFLError, match=r"entry 'z' is of type torch.complex128, which safetensors does not know"):
+        write_state(tmp_path / "state.safetensors", {"z": torch.ones(2, dtype=torch.complex128)})
+
+
+def test_the_header_is_what_json_makes_of_it(tmp_path):
+    run = one_round(tmp_path)
+    for number in (2, 3):
+        part = run.record_client(number, "0", state(1.0), 22, 1.0)
+        run.record_round(number, [part], state(1.5), None, {"7": "a\nline"}, metrics={"x": [1, 2]})
+    run.record_metrics(2, "server", {"loss": float("inf"), 'a"\n': 2})
+    for folder in (tmp_path, Run.create(tmp_path / "new", initial=state(0.0), clients=[], note={"é": []}).path):
+        text = (folder / "run.json").read_text()
+        assert text == json.dumps(json.loads(text), indent=1)
+    assert Run.open(tmp_path).rounds == run.rounds

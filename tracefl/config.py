@@ -79,6 +79,8 @@ LABELS = Rule(
 )
 PART = Rule("be a share above 0 and below 1", lambda v: is_number(v) and 0 < v < 1)
 FILE_NAME = matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'")
+KEEP = matches(r"all|deltas|last:[1-9][0-9]*", "be all, last:N with N of 1 or more, or deltas")
+TYPES = ("float32", "float16", "bfloat16")
 DEVICE = matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")
 # The original has these settings twice. Either spelling is accepted, the second is stored.
 ALIASES = {
@@ -203,9 +205,13 @@ class EvaluationConfig:
 
 @dataclass
 class Storage:
-    """Where runs and prepared data are stored"""
+    """Where runs and prepared data are stored, and what is kept of the clients' states"""
 
     dir: str = setting("logs", "folder of all runs", trains=False)
+    keep: str = setting(
+        "all", "clients' states: all, those of the last N rounds, or as differences", KEEP, trains=False
+    )
+    dtype: str = setting("float32", "what they are rounded to; float32: not at all", one_of(TYPES), trains=False)
 
 
 @dataclass

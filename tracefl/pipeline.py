@@ -42,6 +42,7 @@ from tracefl.results import (
 )
 from tracefl.runs import Run, locked, write_atomically
 from tracefl.settings import run_folder
+from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
 
 LOG_FILE = "TraceFL_clients_contributions.log"
@@ -84,6 +85,8 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         write_atomically(folder / "config.yaml", resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples, simulate)
+        for line in lines.storage_lines(run):
+            log.info(line)
         audited = audit(config, run, model, examples)
         answers = trace(config, run, model, examples)
         whole = trace_whole(config, run, model, examples)
@@ -145,7 +148,8 @@ def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples
     for line in verdict.lines():
         log.info(line)
     if verdict.faulty:
-        for line in removal_lines(whatif(run, verdict.faulty, since=1, memory=0.5, examples=examples, model=model)):
+        since = run.kept_rounds[0].number
+        for line in removal_lines(whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)):
             log.info(line)
     write_atomically(run.path / VERDICT, verdict_json(verdict))
     write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
@@ -216,10 +220,12 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
     if answers is not None:
         if config.convert_cache_to_csv:
             write_csv(run.path / "provenance.csv", answers)
-        for line in lines.provenance_lines(metrics, answers, faulty_clients(config)):
+        gone = {record.number for record in run.rounds if not record.kept}
+        for line in lines.provenance_lines(metrics, answers, faulty_clients(config), gone):
             log.info(line)
     for line in (*lines.fusion_lines(run, config.strategy.name), *lines.privacy_lines(config, len(run.rounds))):
         log.info(line)
+    log.info(disk_line(run.disk()))
     if answers is not None or not (run.path / ROUNDS).exists():
         rounds = wide(metrics)
         write_csv(run.path / ROUNDS, rounds)
@@ -229,8 +235,8 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
 
 
 def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all rounds as one; what they took goes into timings.csv."""
+    """The tables of all rounds that can be traced as one; what they took goes into timings.csv."""
     watch = Stopwatch()
-    tables = [one_round(record.number, watch) for record in run.rounds]
+    tables = [one_round(record.number, watch) for record in run.kept_rounds]
     update_timings(run.path, watch.table())
     return pd.concat([table for table in tables if len(table)] or tables[:1])

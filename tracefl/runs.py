@@ -22,29 +22,31 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from tracefl.data.examples import Examples, load_examples
 from tracefl.errors import TraceFLError, as_sentence, require
-from tracefl.states import State, StateFile
+from tracefl.states import State, StateFile, as_file
+from tracefl.storage import PackedFile, Storing, packed
 from tracefl.training import Evaluation
 
 if TYPE_CHECKING:
     from tracefl.provenance.result import Provenance
 
-SCHEMA = 2
-READABLE = (1, 2)  # 1: without the order of entries and metrics, always with predictions
-NO_HEADER = ("schema", "initial_sha256", "entries", "clients", "rounds", "initial_metrics", "unsaved")
+SCHEMA, PACKED_SCHEMA = 2, 3  # 3: clients' states may be gone, differences or rounded (`storage`)
+READABLE = (1, 2, 3)  # 1: without the order of entries and metrics, always with predictions
+log = logging.getLogger("tracefl")
+NO_HEADER = ("schema", "initial_sha256", "entries", "clients", "rounds", "initial_metrics", "unsaved", "storage")
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,12 @@ class Round:
     `metrics` are those of the clients' training ("train"), of their evaluation ("evaluate") and of
     the app's evaluate_fn ("server"). `weights_from` says where p_k are from: "strategy", as it
     averaged; "models", found from the released model, which is that mean of the updates; or
-    "assumed", in proportion to num-examples, since neither could be had.
+    "assumed", in proportion to num-examples, since neither could be had. `kept` is False where the
+    clients' states are gone (storage.keep=last:N).
     """
 
     folder: Path = field(compare=False, repr=False)  # where its files are
+    base: StateFile = field(compare=False, repr=False)  # the model that it began with
     number: int
     clients: list[Participant]
     global_sha256: str
@@ -86,22 +90,30 @@ class Round:
     strategy_sha256: str | None = None  # of what the strategy carries to the next round
     metrics: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     weights_from: str = "strategy"
+    kept: bool = True
     entries: Sequence[str] = field(default=(), compare=False, repr=False)  # of the model, in its order
+    storing: Storing = field(default_factory=Storing, compare=False, repr=False)  # of the run
 
     def as_json(self) -> dict[str, Any]:
         """The record as run.json holds it."""
-        return {name: _strict(value) for name, value in asdict(self).items() if name not in ("folder", "entries")}
+        names = [entry.name for entry in fields(self) if entry.compare and not (entry.name == "kept" and self.kept)]
+        record = {name: _strict(getattr(self, name)) for name in names}
+        return record | {"clients": _strict([asdict(client) for client in self.clients])}
 
     def client_state(self, client_id: str) -> StateFile:
         """The model that a client sent, as received; a tensor is read when it is asked for.
 
         Raises:
-            TraceFLError: the client did not take part, or (on reading) its file is damaged.
+            TraceFLError: the client did not take part, its state is not kept, or (on reading) its
+                file is damaged.
         """
         participants = {client.id: client for client in self.clients}
         took_part = f"its participants were {', '.join(participants)}"
         require(client_id in participants, f"client '{client_id}' took no part in round {self.number}: {took_part}")
-        return StateFile(self.folder / participants[client_id].file, participants[client_id].sha256, order=self.entries)
+        gone = f"the clients' states of round {self.number} are gone, as storage.keep={self.storing.keep} asks"
+        require(self.kept, f"{gone}: choose a later round, or train again with storage.keep=all or deltas")
+        file, sha256 = self.folder / participants[client_id].file, participants[client_id].sha256
+        return _state_file(file, sha256, self.base, self.entries, self.storing)
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,15 @@ class Run:
         self._header = header
         self._written = written  # run.json as this object last read or wrote it
         self.clients = [_client_from_json(entry) for entry in header["clients"]]
-        self.rounds = [self._round_from_json(entry) for entry in header["rounds"]]
+        told = header.get("storage", {}) if header["schema"] == PACKED_SCHEMA else {}
+        known = isinstance(told, dict) and told.keys() <= vars(Storing()).keys()
+        require(known, f"{path / 'run.json'}: storage must hold keep and dtype, got {told!r}: restore it")
+        self.storing = Storing(**told)
+        self._texts: dict[str, list[tuple[Any, str]]] = {}  # clients and rounds as run.json has them
+        self._last_base: tuple[int, StateFile] = 0, StateFile(path)
+        self.rounds = list[Round]()
+        for entry in header["rounds"]:
+            self.rounds.append(self._round_from_json(entry))
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -175,18 +195,27 @@ class Run:
         except ValueError as error:
             raise TraceFLError(f"{path / 'run.json'} is no JSON ({error}): restore it or train again") from error
         schema = header.get("schema") if isinstance(header, dict) else None
-        known = " or ".join(map(str, READABLE))
+        known = f"{', '.join(map(str, READABLE[:-1]))} or {READABLE[-1]}"
         require(schema in READABLE, f"the schema of {path} must be {known}, got {schema}: train the run again")
         return cls(path, header, written)
 
     @classmethod
-    def create(cls, path: str | Path, *, initial: State, clients: list[ClientInfo], **header: Any) -> "Run":
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        initial: State,
+        clients: list[ClientInfo],
+        storing: Storing | None = None,
+        **header: Any,
+    ) -> "Run":
         """Start a run where none is recorded.
 
         Args:
             path: the run's folder; it is made if it is not there.
             initial: state dict of the model that the first round starts from, in the model's order.
             clients: every client of the federation that is known by now (`add_client`).
+            storing: what is kept of the clients' states; default: everything, as it was sent.
             **header: further entries of run.json, plain JSON; tracing a configuration's run needs
                 `seed`, an int.
 
@@ -205,17 +234,28 @@ class Run:
             sha256 = write_state(path / "rounds" / "0000" / "global.safetensors", initial)
             start = {"schema": SCHEMA, **header, "initial_sha256": sha256, "entries": entries, "initial_metrics": {}}
             start["clients"] = [asdict(client) for client in clients]
+            if storing is not None and not storing.usual:
+                start |= {"schema": PACKED_SCHEMA, "storage": storing.as_json()}
             cls(path, {**start, "rounds": []})._save()
             return cls.open(path)
 
     @classmethod
-    def open_or_create(cls, path: str | Path, *, initial: State, clients: list[ClientInfo], **header: Any) -> "Run":
+    def open_or_create(
+        cls,
+        path: str | Path,
+        *,
+        initial: State,
+        clients: list[ClientInfo],
+        storing: Storing | None = None,
+        **header: Any,
+    ) -> "Run":
         """The run that is recorded at `path`, to go on with; or else a new one.
 
         Args:
             path: the run's folder.
             initial: as of `create`; a recorded run must have started from the same.
             clients: as of `create`; a recorded run must have all of these, the same.
+            storing: as of `create`; a recorded run must have the same. Default: as it was recorded.
             **header: as of `create`; where a recorded run has these entries, they must be the same.
 
         Raises:
@@ -223,8 +263,10 @@ class Run:
         """
         path = Path(path)
         if not (path / "run.json").exists():
-            return cls.create(path, initial=initial, clients=clients, **header)
+            return cls.create(path, initial=initial, clients=clients, storing=storing, **header)
         run = cls.open(path)
+        if storing is not None:
+            run.check_storing(storing)
         run.check_initial(initial)
         run.check_clients(clients)
         run.check_header(**header)
@@ -262,6 +304,17 @@ class Run:
             known = there[name]
             told = f"client '{name}' was recorded with label counts {known.label_counts}, got {client.label_counts}"
             require(known == client, f"{self.path}: {told}: give the same or choose another folder")
+
+    def check_storing(self, storing: Storing) -> None:
+        """Refuse to go on with other storage settings than the recorded ones.
+
+        Raises:
+            TraceFLError: one differs; the message names it.
+        """
+        for name, was in vars(self.storing).items():
+            key, now = f"storage.{name}", getattr(storing, name)
+            told = f"the run in {self.path} was recorded with {key}={was}, got {now}"
+            require(was == now, f"{told}: give {key}={was} to go on with it, or choose another folder (exp_key)")
 
     def check_header(self, **header: Any) -> None:
         """Refuse entries of run.json that differ from the recorded ones; it may lack some.
@@ -316,7 +369,8 @@ class Run:
         """Client id -> the model that it sent, of every participant of a round.
 
         Raises:
-            TraceFLError: a file is missing or damaged; all are compared with their hashes here.
+            TraceFLError: a file is missing or damaged, or the states are not kept; all are compared
+                with their hashes here.
         """
         record = self.round(number)
         states = {client.id: record.client_state(client.id) for client in record.clients}
@@ -383,7 +437,10 @@ class Run:
         number = round or len(self.rounds)
         if self.round(number).weights_from == "assumed":
             told = "round %d: how the strategy weighed the updates is not known; shares go by num-examples"
-            logging.getLogger("tracefl").warning(told, number)
+            log.warning(told, number)
+        if not self.storing.exact:
+            rounded = "round %d: the answer is of clients' states that are rounded to %s (storage.dtype)"
+            log.warning(rounded, number, self.storing.dtype)
         return answer
 
     def predictions(self, number: int) -> Tensor:
@@ -417,15 +474,18 @@ class Run:
         Returns:
             What `record_round` takes.
         """
-        name = f"clients/{file_stem(client)}"
+        name, metadata = f"clients/{file_stem(client)}", None
+        if not self.storing.plain:
+            state, metadata = packed(state, self._base(number), self.storing)
         with writing(self.path):
             self._check_unchanged()
-            sha256 = write_state(self._file(number, name), state)
+            sha256 = write_state(self._file(number, name), state, metadata)
         return Participant(client, num_examples, weight, f"{name}.safetensors", sha256)
 
     def received(self, number: int, client: Participant) -> StateFile:
         """What `record_client` has written, also of a round that is not complete yet."""
-        return StateFile(self._file(number, "global").parent / client.file, order=self.entries)
+        file = self._file(number, "global").parent / client.file
+        return _state_file(file, None, self._base(number), self.entries, self.storing)
 
     def record_round(
         self,
@@ -457,7 +517,6 @@ class Run:
             self._check_unchanged()
             sha256 = {name: write_state(self._file(number, name), state) for name, state in states.items() if state}
             record = Round(
-                folder=self._file(number, "global").parent,
                 number=number,
                 clients=clients,
                 global_sha256=sha256["global"],
@@ -468,10 +527,13 @@ class Run:
                 strategy_sha256=sha256.get("strategy"),
                 metrics={} if metrics is None else {"train": dict(metrics)},
                 weights_from=weights_from,
-                entries=self.entries,
+                **self._place(number),
             )
             self.rounds.append(record)
+            for index in range(len(self.rounds) - (self.storing.rounds or len(self.rounds))):
+                self.rounds[index] = replace(self.rounds[index], kept=False)
             self._save()
+            self._remove_states()
 
     def record_metrics(self, number: int, kind: str, metrics: Mapping[str, Any] | None) -> None:
         """Add metrics of a recorded round, or of the initial model (round 0).
@@ -506,14 +568,44 @@ class Run:
         """Say what the strategy keeps that is not recorded; it is saved with the next round."""
         self._header["unsaved"] = names
 
+    @property
+    def kept_rounds(self) -> list[Round]:
+        """The rounds whose clients' states are there: those that can be traced."""
+        return [record for record in self.rounds if record.kept]
+
+    def disk(self) -> dict[int, int]:
+        """Bytes on disk of every round's folder; round 0 is the initial model."""
+        numbers = range(len(self.rounds) + 1)
+        folders = {number: self._file(number, "global").parent for number in numbers}
+        return {
+            number: sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+            for number, folder in folders.items()
+        }
+
+    def _remove_states(self) -> None:
+        """Remove the clients' states that are not kept; run.json says so by now."""
+        for record in self.rounds:
+            if not record.kept and (record.folder / "clients").exists():
+                shutil.rmtree(record.folder / "clients", ignore_errors=True)
+
+    def _place(self, number: int) -> dict[str, Any]:
+        """What a round knows of its run."""
+        folder = self._file(number, "global").parent
+        return {"folder": folder, "base": self._base(number), "entries": self.entries, "storing": self.storing}
+
+    def _base(self, number: int) -> StateFile:
+        """The model that a round begins with: one object, so that its hash is compared once."""
+        if self._last_base[0] != number:
+            self._last_base = number, self.global_state(number - 1)
+        return self._last_base[1]
+
     def _file(self, number: int, name: str) -> Path:
         return self.path / "rounds" / f"{number:04d}" / f"{name}.safetensors"
 
     def _round_from_json(self, entry: dict[str, Any]) -> Round:
         entry = entry | {name: _numbers(entry[name]) for name in ("loss", "accuracy", "metrics") if name in entry}
         clients = [Participant(**client) for client in entry["clients"]]
-        place = {"folder": self._file(entry["number"], "global").parent, "entries": self.entries}
-        return Round(**{**entry, "clients": clients, **place})
+        return Round(**{**entry, "clients": clients, **self._place(entry["number"])})
 
     def _check_unchanged(self) -> None:
         """Refuse to write after another writer, whose rounds would be lost."""
@@ -521,26 +613,50 @@ class Run:
         changed = f"{file} was changed by another writer since it was opened: open the run again"
         require((file.read_bytes() if file.exists() else b"") == self._written, changed)
 
+    def _list_json(self, key: str, entries: Sequence[ClientInfo | Round]) -> str:
+        """The clients or rounds as run.json holds them. Text is kept: it is most of the work."""
+        kept, texts = self._texts.get(key, []), list[tuple[Any, str]]()
+        for index, entry in enumerate(entries):
+            if index < len(kept) and kept[index][0] is entry:
+                texts.append(kept[index])
+            else:
+                value = entry.as_json() if isinstance(entry, Round) else asdict(entry)
+                texts.append((entry, _json(key, value, 2)))
+        self._texts[key] = texts
+        return "[\n  " + ",\n  ".join(text for _, text in texts) + "\n ]" if texts else "[]"
+
     def _save(self) -> None:
         """Write run.json.
 
         Raises:
             TraceFLError: another writer has changed it since, or an entry is no plain JSON.
         """
-        lists = {"clients": [asdict(client) for client in self.clients], "rounds": [r.as_json() for r in self.rounds]}
-        file, header = self.path / "run.json", {**self._header, "initial_metrics": _strict(self.metrics(0)), **lists}
-        header["schema"] = SCHEMA
-        for key, value in header.items():
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                plain = "must be plain JSON: numbers, strings, lists and dicts"
-                raise TraceFLError(f"run.json's entry '{key}' {plain} ({error})") from None
-        content = json.dumps(header, indent=1, allow_nan=False).encode()
+        file, header = self.path / "run.json", {**self._header, "initial_metrics": _strict(self.metrics(0))}
+        header |= {"schema": SCHEMA if self.storing.usual else PACKED_SCHEMA, "clients": [], "rounds": []}
+        entries = {key: _json(key, value, 1) for key, value in header.items()}
+        entries["clients"] = self._list_json("clients", self.clients)
+        entries["rounds"] = self._list_json("rounds", self.rounds)
+        content = ("{\n " + ",\n ".join(f"{json.dumps(key)}: {text}" for key, text in entries.items()) + "\n}").encode()
         with writing(self.path):
             self._check_unchanged()
             write_atomically(file, content)
         self._written = content
+
+
+def _state_file(file: Path, sha256: str | None, base: StateFile, entries: Sequence[str], storing: Storing) -> StateFile:
+    """A client's file, whatever it holds; `base` is the model that the round began with."""
+    if storing.plain:
+        return StateFile(file, sha256, order=entries)
+    return PackedFile(file, base, sha256, entries)
+
+
+def _json(key: str, value: Any, depth: int) -> str:
+    """A value of run.json as text, `depth` levels deep in it."""
+    try:
+        return json.dumps(value, indent=1, allow_nan=False).replace("\n", "\n" + " " * depth)
+    except (TypeError, ValueError) as error:
+        plain = "must be plain JSON: numbers, strings, lists and dicts"
+        raise TraceFLError(f"run.json's entry '{key}' {plain} ({error})") from None
 
 
 @contextmanager
@@ -594,24 +710,28 @@ def file_stem(client: str) -> str:
     return f"{quote(client, safe='')[:100]}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
 
 
-def write_state(file: Path, state: State) -> str:
-    """Write a state dict as safetensors, atomically; return the file's SHA-256."""
-    seen, apart = set[int](), {}
-    for name, tensor in state.items():  # tied weights share their memory, which the format refuses
-        place = tensor.untyped_storage().data_ptr()
-        apart[name] = (tensor.clone() if place in seen else tensor).contiguous()
-        seen.add(place)
-    content = save(apart)
-    write_atomically(file, content)
-    return hashlib.sha256(content).hexdigest()
+def write_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> str:
+    """Write a state dict as safetensors, atomically; return the file's SHA-256.
+
+    Each tensor is hashed and written from where it is.
+
+    Raises:
+        TraceFLError: a tensor is of a type that the format does not know.
+    """
+    parts, digest = as_file(state, metadata), hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    write_atomically(file, *parts)
+    return digest.hexdigest()
 
 
-def write_atomically(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, *content: bytes | memoryview) -> None:
     """Write so that the file has its old content or the new one, also after a power cut."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.tmp")
     with partial.open("wb") as handle:
-        handle.write(content)
+        for part in content:
+            handle.write(part)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(partial, file)

@@ -20,13 +20,15 @@ State = Mapping[str, Tensor]
 # Flower's ArrayRecord, or arrays in the order of the model's state dict.
 Source = Mapping[str, Any] | Sequence[Any] | str | PathLike[str]
 
-_DTYPES = {  # names of the safetensors format
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+_DTYPES = {  # names of the safetensors format, in the order in which their tensors lie in a file
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+    "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class StateFile(Mapping[str, Tensor]):
@@ -41,6 +43,9 @@ class StateFile(Mapping[str, Tensor]):
         whose: who an error says that the file is of, such as "client 'ann'".
         order: names in the order to go through them, others last; else as in the file, which
             safetensors sorts.
+
+    Attributes:
+        metadata: the file's, once an entry was looked at (`check`).
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class StateFile(Mapping[str, Tensor]):
     ) -> None:
         self._file, self._sha256, self._order = Path(file), sha256, order
         self._name = f"{whose}: {file}" if whose else str(file)
+        self.metadata: dict[str, str] = {}
 
     @cached_property
     def _entries(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
@@ -60,7 +66,7 @@ class StateFile(Mapping[str, Tensor]):
                 content.seek(0)
                 length, size = self._file.stat().st_size, int.from_bytes(content.read(8), "little")
                 header = json.loads(content.read(min(size, length)))
-            header.pop("__metadata__", None)
+            self.metadata = dict(header.pop("__metadata__", {}))
             entries, place = {}, {name: index for index, name in enumerate(self._order)}
             for name, entry in sorted(header.items(), key=lambda item: place.get(item[0], len(place))):
                 start, end = (8 + size + offset for offset in entry["data_offsets"])
@@ -98,6 +104,41 @@ class StateFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def as_file(state: State, metadata: Mapping[str, str] | None = None) -> list[memoryview]:
+    """The content of a safetensors file, in parts: its header, and every tensor from where it is.
+
+    The library's own writers copy the whole model, one of them twice.
+
+    Args:
+        state: tensors by name.
+        metadata: of the file, words by name.
+
+    Raises:
+        TraceFLError: a tensor is of a type that the format does not know.
+    """
+    for name, tensor in state.items():
+        unknown = f"entry '{name}' is of type {tensor.dtype}, which safetensors does not know"
+        require(tensor.dtype in _NAMES, f"{unknown}: convert it, or leave it out")
+    ranks = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+    names = sorted(state, key=lambda name: (ranks[state[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    parts, end = list[memoryview](), 0
+    for name in names:
+        tensor = state[name]
+        parts.append(as_bytes(tensor).data)
+        start, end = end, end + parts[-1].nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *parts]
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor on the CPU, uint8 [bytes]; a copy only where it is needed."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy()
 
 
 class Renamed(Mapping[str, Tensor]):
@@ -181,3 +222,16 @@ def as_real(tensor: Tensor) -> Tensor:
 def is_continuous(tensor: Tensor) -> bool:
     """Whether a tensor's values can change a little: floating-point or complex numbers."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite.
+
+    Example:
+        >>> is_finite(torch.tensor([1e38, 3e38])), is_finite(torch.tensor([1.0, float("nan")]))
+        (True, False)
+    """
+    if not is_continuous(tensor):
+        return True
+    # A sum is 10 times as fast; it may overflow, but no value that is not finite leaves it finite
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -152,10 +152,11 @@ def active_neurons(model: nn.Module, images: Tensor, threshold: float) -> tuple[
 def judge_votes(run: Run, votes: pd.DataFrame, faulty: set[str]) -> list[Metric]:
     """Per round, the share of the faulty participants that was found, mean over images.
 
-    NaN where no faulty client took part; chance finds their share of the participants.
+    NaN where no faulty client took part, nothing where the clients' states are gone; chance finds
+    their share of the participants.
     """
     rows = []
-    for record in run.rounds:
+    for record in run.kept_rounds:
         faults = sum(client.id in faulty for client in record.clients)
         hits = votes.loc[votes["round"] == record.number, "client"].isin(faulty).sum()
         judged = (hits / (IMAGES * faults), faults / len(record.clients)) if faults else (NAN, NAN)

@@ -104,7 +104,7 @@ class Verdict:
 
 
 def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | None = None) -> pd.DataFrame:
-    """Audit every round of a recorded run.
+    """Audit every round of a recorded run whose clients' states are there (storage.keep).
 
     Args:
         run: the recorded run.
@@ -124,7 +124,8 @@ def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | 
     model = run.model(0) if model is None else model
     examples = run.server_examples() if examples is None else examples
     examples = examples[evenly(examples.labels, MOST_EXAMPLES)].to(next(model.parameters()).device)
-    return pd.concat([_audit_round(run, record.number, model, examples) for record in run.rounds], ignore_index=True)
+    tables = [_audit_round(run, record.number, model, examples) for record in run.kept_rounds]
+    return pd.concat(tables, ignore_index=True)
 
 
 def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verdict:

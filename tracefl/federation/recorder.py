@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tracefl.federation.nodes import KnownNodes, Nodes, by_number
 from tracefl.federation.rounds import Options, Rounds, draw
 from tracefl.runs import ClientInfo, Run, locked, same_state, writing
 from tracefl.states import State
+from tracefl.storage import Storing, disk_line
 from tracefl.training import Evaluation
 
 log = logging.getLogger("tracefl")
@@ -40,6 +42,11 @@ class Recorder:
         clients: all clients, by id or `ClientInfo`; none: those whose nodes are there. Nodes of
             others take no part.
         settings: the app's settings, plain JSON; a run that goes on must have the same.
+        keep: whether all clients' states are kept ("all"), those of the last N rounds ("last:N"),
+            or all as differences ("deltas"). A run that goes on must have the same; None: as it was
+            recorded, a new one "all".
+        dtype: what they are rounded to, "float16" or "bfloat16"; "float32": not at all. None: as
+            `keep`.
         evaluate: called with the state dict of every released model; returns its evaluation on the
             server's data. None: the run is recorded without predictions.
         accept_failures: record why a client failed and go on without it, instead of stopping the
@@ -75,6 +82,8 @@ class Recorder:
         node_key: str = KEY,
         clients: Iterable[ClientInfo | str] | None = None,
         settings: Mapping[str, Any] | None = None,
+        keep: str | None = None,
+        dtype: str | None = None,
         evaluate: Callable[[State], Evaluation] | None = None,
         accept_failures: bool = False,
         clients_per_round: int | None = None,
@@ -86,6 +95,9 @@ class Recorder:
         on_round: Callable[[Run], None] = lambda _: None,
     ) -> None:
         self.strategy, self.settings = strategy, settings
+        given = {"keep": keep, "dtype": dtype}
+        self._storing = {name: value for name, value in given.items() if value is not None}
+        Storing(**self._storing)  # refused before anything is asked
         self._given = None if clients is None else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
         ids = [client.id for client in self._given or []]
         twice = next((client for client in ids if ids.count(client) > 1), None)
@@ -183,6 +195,8 @@ class Recorder:
             result = self.strategy.start(*bound.args, **bound.kwargs)
             went = rounds.index > 0 or num_rounds < 1
             require(went, f"{call} went through no round: it must call its configure_train and aggregate_train")
+            if self._owned:
+                logging.getLogger("flwr").info("TraceFL: %s", disk_line(self.run.disk()))
             return result
 
     def participants(self, number: int) -> list[str]:
@@ -202,18 +216,22 @@ class Recorder:
         header |= {} if self.settings is None else {"settings": dict(self.settings)}
         if self._owned and self._run is not None and not self._run.rounds and "strategy" in self._run:
             (self.folder / "run.json").unlink()  # it failed in round 1, perhaps for its settings
+            self._storing = vars(self._run.storing) | self._storing
             self._run = None
         if self._owned and self._run is None:
             there = self._wait() if num_rounds else {}
             clients = self._given or [ClientInfo(client) for client in sorted(there.values(), key=by_number)]
             state = initial.to_torch_state_dict()
-            self._run = Run.create(self.folder, initial=state, clients=clients, **header)
+            storing = Storing(**self._storing)
+            self._run = Run.create(self.folder, initial=state, clients=clients, storing=storing, **header)
             logging.getLogger("flwr").info("TraceFL records this run into %s", self.folder.resolve())
         elif self._owned:
             self.run.check_header(**header)
             if self._given is not None:
                 self.run.check_clients(self._given)
         state, last = initial.to_torch_state_dict(), len(self.run.rounds)
+        if last < num_rounds:
+            self.run.check_storing(replace(self.run.storing, **self._storing))
         if not (last and same_state(state, self.run.global_state(last))):
             self.run.check_initial(state)
         if last < num_rounds and (last or not self._owned):

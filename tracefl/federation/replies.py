@@ -6,7 +6,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.constant import ErrorCode
 
-from tracefl.states import State
+from tracefl.states import State, is_finite
 
 EXAMPLES = "num-examples"
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
@@ -55,7 +55,7 @@ def read_update(reply: Message, expected: State, weight_key: str | None, record:
         half = value.dtype in (torch.float16, torch.bfloat16) and expected[name].is_floating_point()
         if sent[0] != wanted[0] or not (sent == wanted or half):
             raise BadReplyError(f"its '{name}' must be {wanted}, got {sent}")
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             raise BadReplyError(f"its '{name}' has non-finite values")
     return Update(state, metrics, int(examples), weight)
 

@@ -8,13 +8,13 @@ recorded model and metrics are returned; so a run that goes on has true round nu
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, cast
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, QFedAvg, Strategy
@@ -28,11 +28,12 @@ from tracefl.federation.privacy import Aggregated, Messages
 from tracefl.federation.replies import EXAMPLES, BadReplyError, Update, read_update
 from tracefl.federation.weights import Weights, find_weights
 from tracefl.runs import ClientInfo, Participant, Run
-from tracefl.states import State
+from tracefl.states import State, is_finite
 from tracefl.training import Evaluation
 
 EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 WATCHED = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+MOST_UNWRITTEN = 3  # updates in memory beside the replies, until they are written
 log = logging.getLogger("tracefl")
 
 
@@ -95,6 +96,7 @@ class Rounds:
 
     def watch(self, undo: ExitStack) -> None:
         """Put these methods in place of the strategy's, until `undo` is closed."""
+        self._writer = undo.enter_context(ThreadPoolExecutor(1, "tracefl-writer"))  # while others train
         for name in WATCHED:
             _replace(undo, self.strategy, name, getattr(self, name))
         for part in parts(self.strategy):
@@ -136,6 +138,7 @@ class Rounds:
         if self._first_values is None:
             self._first_values = fingerprints(self.strategy)
         self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
+        self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
         self._failures: dict[str, str] = {}  # client -> why
         self._used = {}
         self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
@@ -200,16 +203,27 @@ class Rounds:
         except BadReplyError as problem:
             self._fail(client, str(problem))
             return
-        participant = self.run.record_client(self.index, client, update.state, update.num_examples)
-        update = replace(update, state=self.run.received(self.index, participant))  # memory is for replies
-        self._updates[client] = reply.metadata.reply_to_message_id, update, participant
+        while len(self._unwritten) >= MOST_UNWRITTEN:
+            self._write_one()
+        written = self._writer.submit(self.run.record_client, self.index, client, update.state, update.num_examples)
+        self._unwritten.append((client, reply.metadata.reply_to_message_id, update, written))
         self.options.on_client(self.index, client, update.metrics)
+
+    def _write_one(self) -> None:
+        """Wait until the next update is written, and keep its file in its place."""
+        client, sent, update, written = self._unwritten.pop(0)
+        participant = written.result()
+        if self.run.storing.exact:  # otherwise the weights could not be found from it
+            update = replace(update, state=self.run.received(self.index, participant))
+        self._updates[client] = sent, update, participant
 
     def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
         """Aggregate the updates that were accepted, and record the released model."""
         number = self.index
         if self._recorded:
             return self._again(number)
+        while self._unwritten:
+            self._write_one()
         for client in self._chosen:
             if client not in self._updates and client not in self._failures:
                 self._fail(client, "it sent no reply in time (timeout, round_timeout)")
@@ -235,8 +249,7 @@ class Rounds:
         else:
             released |= self._fused(arrays)
         for entry, value in released.items():
-            finite = bool(torch.isfinite(value).all())
-            require(finite, f"round {number}: the released model has non-finite values in '{entry}'.")
+            require(is_finite(value), f"round {number}: the released model has non-finite values in '{entry}'.")
         weights = self._weights(released if arrays is not None else None, used)
         share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
         participants = [replace(participant, weight=share.get(participant.id, 0.0)) for _, _, participant in accepted]
@@ -302,7 +315,7 @@ class Rounds:
 
     def _fail(self, client: str, reason: str) -> None:
         kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
-        others_can = self._updates or self.run.rounds
+        others_can = self._updates or self._unwritten or self.run.rounds
         tolerate = ", accept_failures=true goes on without such a client" if others_can else ""
         require(self.options.accept_failures, f"round {self.index}, client {client}: {reason}. {kept}{tolerate}.")
         self._failures[client] = reason

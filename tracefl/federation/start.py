@@ -1,5 +1,6 @@
 """The run of a configuration: a new one, or the recorded one to go on with."""
 
+import logging
 import os
 import platform
 import shutil
@@ -17,6 +18,9 @@ from tracefl.results import ROUNDS
 from tracefl.runs import ClientInfo, Run
 from tracefl.settings import training_settings
 from tracefl.states import State
+from tracefl.storage import Storing
+
+log = logging.getLogger("tracefl")
 
 
 def initial_state(config: Config, data: PreparedData, folder: Path) -> State | None:
@@ -38,13 +42,19 @@ def open_or_create(config: Config, data: PreparedData, folder: Path, initial: St
     """The run that `folder` holds or, from `initial`, a new one in its place.
 
     Raises:
-        TraceFLError: the recorded run was trained on other data.
+        TraceFLError: the recorded run was trained on other data, or is to go on with other storage
+            settings.
     """
+    storing = Storing(config.storage.keep, config.storage.dtype)
     if initial is None:
         run = Run.open(folder)
         other = f"{folder} was trained on other data than dataset.name={config.dataset.name} gives now"
         remedy = "choose another exp_key, or set check_train_cache=false to train it again"
         require(run["data_sha256"] == data.digest, f"{other}: {remedy}")
+        if config.do_training and len(run.rounds) < config.num_rounds:
+            run.check_storing(storing)
+        elif run.storing != storing:
+            log.warning("all rounds are recorded with %s: other storage settings change nothing", run.storing)
         return run
     for stale in ("run.json", ROUNDS):
         (folder / stale).unlink(missing_ok=True)
@@ -58,6 +68,7 @@ def open_or_create(config: Config, data: PreparedData, folder: Path, initial: St
         folder,
         initial=initial,
         clients=clients,
+        storing=storing,
         seed=config.seed,
         data_sha256=data.digest,
         class_names=data.class_names,

@@ -5,7 +5,7 @@ Each of the artifact's accuracies is followed by a line of our own with what cha
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import pandas as pd
 
@@ -14,6 +14,7 @@ from tracefl.data.prepare import PreparedData
 from tracefl.evaluation.localization import Judged
 from tracefl.evaluation.metrics import MODEL, means
 from tracefl.runs import Run
+from tracefl.storage import rounds_named
 
 SHOWN_CLIENTS = 20
 TITLES = {"neuron": "Neuron", "influence": "Influence", "shapley": "Shapley"}
@@ -63,15 +64,28 @@ def _by_label(parts: Mapping[str, Mapping[int, int]]) -> Counter[int]:
     return sum((Counter(part) for part in parts.values()), start=Counter())
 
 
-def provenance_lines(metrics: pd.DataFrame, answers: pd.DataFrame, faulty: set[str]) -> Iterator[str]:
+def storage_lines(run: Run) -> Iterator[str]:
+    """Which rounds can be traced, and of what; nothing if all states are as they were sent."""
+    if gone := [record.number for record in run.rounds if not record.kept]:
+        kept = [record.number for record in run.kept_rounds]
+        states = f"the clients' states of {rounds_named(gone[0], gone[-1])} are gone"
+        yield f"storage.keep={run.storing.keep}: {states}; {rounds_named(kept[0], kept[-1])} can be traced and audited"
+    if not run.storing.exact:
+        yield f"storage.dtype={run.storing.dtype}: answers and audits are of clients' states that are rounded to it"
+
+
+def provenance_lines(
+    metrics: pd.DataFrame, answers: pd.DataFrame, faulty: set[str], gone: Collection[int] = ()
+) -> Iterator[str]:
     """Lines of the first method in `answers`, round by round, and the averages at the end.
 
     Args:
         metrics: tidy rows (see `evaluation.metrics`) of every round.
         answers: what was traced, one row per (round, method, input, client).
         faulty: ids of the faulty clients.
+        gone: rounds that cannot be traced.
     """
-    for number, part in metrics.groupby("round"):
+    for number, part in metrics[~metrics["round"].isin(gone)].groupby("round"):
         traced = answers[answers["round"] == number]
         first = traced[traced["method"] == traced["method"].iloc[0]] if len(traced) else traced
         for _, answer in first.groupby("input", sort=False):
