@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from tracefl import Run, runs, states
+from tracefl import Run, states
 from tracefl.errors import TraceFLError
-from tracefl.runs import ClientInfo, locked, write_state
+from tracefl.files import locked, write_state
+from tracefl.record import ClientInfo
 from tracefl.states import StateFile
 from tracefl.training import Evaluation
 
@@ -212,7 +213,7 @@ def test_the_same_state_gives_the_same_bytes(tmp_path):
 def test_lazy_states_read_what_safetensors_reads(tmp_path):
     state = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in states._DTYPES.values()}
     state |= {"scalar": torch.tensor(3), "none": torch.empty(0, 4)}
-    lazy = StateFile(tmp_path / "a.safetensors", runs.write_state(tmp_path / "a.safetensors", state))
+    lazy = StateFile(tmp_path / "a.safetensors", write_state(tmp_path / "a.safetensors", state))
     expected = load_file(tmp_path / "a.safetensors")
     assert set(lazy) == set(expected) == set(state)
     for name, tensor in expected.items():

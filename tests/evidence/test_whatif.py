@@ -11,7 +11,7 @@ from torch import nn
 from tracefl import Run, TraceFLError, fuse, whatif
 from tracefl.data.examples import Examples
 from tracefl.evidence.whatif import WhatIf, removal_lines, state_without
-from tracefl.runs import ClientInfo
+from tracefl.record import ClientInfo
 from tracefl.training import Evaluation, evaluate
 
 EVALUATION = Evaluation(0.5, 0.5, torch.tensor([0, 1]))

@@ -14,8 +14,9 @@ from tracefl import audit_run, whatif
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
 from tracefl.federation.recorder import Recorder
+from tracefl.record import ClientInfo
 from tracefl.report.lines import storage_lines
-from tracefl.runs import ClientInfo, Run
+from tracefl.runs import Run
 from tracefl.storage import PackedFile, Storing, disk_line
 from tracefl.training import Evaluation
 

@@ -33,7 +33,8 @@ from tracefl.errors import TraceFLError, require
 from tracefl.evidence.fusion import as_ids, mean_of, same_names, wide
 from tracefl.models import exchanged_state
 from tracefl.provenance.trace import as_classes
-from tracefl.runs import Round, Run
+from tracefl.record import Round
+from tracefl.runs import Run
 from tracefl.states import State, is_continuous
 from tracefl.training import Evaluation, evaluate
 
@@ -164,7 +165,7 @@ def whatif(
         Client 1 says the opposite of client 0, with more weight:
 
         >>> import tempfile
-        >>> from tracefl.runs import ClientInfo
+        >>> from tracefl.record import ClientInfo
         >>> good = {"weight": torch.tensor([[2.0], [-2.0]])}
         >>> bad = {"weight": torch.tensor([[-4.0], [4.0]])}
         >>> ids = [ClientInfo("0", {0: 1}), ClientInfo("1", {0: 2})]

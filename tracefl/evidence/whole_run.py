@@ -34,7 +34,8 @@ from tracefl.provenance.clients import States
 from tracefl.provenance.result import Provenance
 from tracefl.provenance.state import names_of_adapters, traced_state
 from tracefl.provenance.trace import as_classes, normalised
-from tracefl.runs import Round, Run
+from tracefl.record import Round
+from tracefl.runs import Run
 from tracefl.states import State, as_real, as_state
 from tracefl.training import train
 
@@ -99,7 +100,7 @@ def trace_run(
     Example:
         >>> import tempfile, torch
         >>> from tracefl import Run, trace_run
-        >>> from tracefl.runs import ClientInfo
+        >>> from tracefl.record import ClientInfo
         >>> from tracefl.training import Evaluation
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> initial, clients = {"weight": torch.zeros(2, 1)}, [ClientInfo(who, {}) for who in "ab"]
