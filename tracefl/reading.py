@@ -1,6 +1,5 @@
 """A recorded run as it is read: its header, its rounds, and the models in its folder."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +9,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tracefl.data.examples import Examples, load_examples
-from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.errors import as_sentence, require
+from tracefl.header import READABLE, STORED_SINCE, Checker
 from tracefl.record import Participant, Round, client_from_json, numbers
+from tracefl.sealed import read_sealed
 from tracefl.states import State, StateFile
 from tracefl.storage import Storing
 
 if TYPE_CHECKING:
     from tracefl.provenance.result import Provenance
 
-SCHEMA, PACKED_SCHEMA = 2, 3  # 3: clients' states may be gone, differences or rounded (`storage`)
-READABLE = (1, 2, 3)  # 1: without the order of entries and metrics, always with predictions
+RESTORE = "restore it from a copy, or train again in another folder"
 log = logging.getLogger("tracefl")
 
 
@@ -31,10 +31,7 @@ class Recorded:
         self._header = header
         self._written = written  # run.json as this object last read or wrote it
         self.clients = [client_from_json(entry) for entry in header["clients"]]
-        told = header.get("storage", {}) if header["schema"] == PACKED_SCHEMA else {}
-        known = isinstance(told, dict) and told.keys() <= vars(Storing()).keys()
-        require(known, f"{path / 'run.json'}: storage must hold keep and dtype, got {told!r}: restore it")
-        self.storing = Storing(**told)
+        self.storing = Storing(**header.get("storage", {}))
         self._last_base: tuple[int, StateFile] = 0, StateFile(path)
         self.rounds = list[Round]()
         for entry in header["rounds"]:
@@ -42,25 +39,29 @@ class Recorded:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a recorded run. Its files are compared with their hashes when they are read.
+        """Open a recorded run: run.json is checked, entry by entry (`header`).
+
+        Its files are compared with their hashes when they are read.
 
         Args:
             path: the run's folder.
 
         Raises:
-            TraceFLError: there is no run at `path`, or its header cannot be read.
+            TraceFLError: there is no run at `path`, or its header is damaged; the message names the
+                entry.
         """
         path = Path(path)
-        try:
-            written = (path / "run.json").read_bytes()
-            header = json.loads(written)
-        except FileNotFoundError:
-            raise TraceFLError(f"{path} holds no recorded run (no run.json): give a run's folder") from None
-        except ValueError as error:
-            raise TraceFLError(f"{path / 'run.json'} is no JSON ({error}): restore it or train again") from error
-        schema = header.get("schema") if isinstance(header, dict) else None
+        file = path / "run.json"
+        with as_sentence(f"{file} cannot be read", RESTORE, OSError, ValueError):
+            require(file.exists(), f"{path} holds no recorded run (no run.json): give a run's folder")
+        written, header = read_sealed(file, RESTORE)
+        schema = header.get("schema")
         known = f"{', '.join(map(str, READABLE[:-1]))} or {READABLE[-1]}"
-        require(schema in READABLE, f"the schema of {path} must be {known}, got {schema}: train the run again")
+        readable = type(schema) is int and schema in READABLE
+        require(readable, f"the schema of {path} must be {known}, got {schema!r}: train the run again")
+        Checker(str(file), RESTORE).header(header)
+        if header["schema"] < STORED_SINCE:
+            header.pop("storage", None)
         return cls(path, header, written)
 
     def __getitem__(self, key: str) -> Any:

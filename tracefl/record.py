@@ -114,7 +114,8 @@ def state_file(file: Path, sha256: str | None, base: StateFile, entries: Sequenc
 def client_from_json(entry: dict[str, Any]) -> ClientInfo:
     """JSON's keys are strings, labels are numbers."""
     names = ("label_counts", "flipped_label_counts")
-    counts = {name: entry[name] and {int(label): n for label, n in entry[name].items()} for name in names}
+    given = {name: entry[name] for name in names if name in entry}
+    counts = {name: of and {int(label): n for label, n in of.items()} for name, of in given.items()}
     return ClientInfo(**{**entry, **counts})
 
 

@@ -2,7 +2,7 @@
 
     run.json                            schema, versions, seed, clients with label counts, the
                                         model's entries in its order, rounds with their metrics,
-                                        SHA-256 of every file; strict JSON
+                                        SHA-256 of every file and of itself; strict JSON
     config.yaml                         the resolved configuration
     rounds/0000/global.safetensors      the initial model
     rounds/0003/global.safetensors      the released model of round 3
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from tracefl.errors import TraceFLError, require
-from tracefl.files import file_stem, write_atomically, write_state, writing
-from tracefl.reading import PACKED_SCHEMA, SCHEMA
+from tracefl.files import file_stem, holds, read_file, write_atomically, write_state, writing
+from tracefl.header import ROUND, SCHEMA, Checker
 from tracefl.record import ClientInfo, Participant, Round, state_file, strict
 from tracefl.same import NO_HEADER, Compared
+from tracefl.sealed import KEY, sealed
 from tracefl.states import State, StateFile
 from tracefl.storage import Storing, packed
 from tracefl.training import Evaluation
@@ -55,6 +56,9 @@ class Run(Compared):
     def __init__(self, path: Path, header: dict[str, Any], written: bytes = b"") -> None:
         super().__init__(path, header, written)
         self._texts: dict[str, list[tuple[Any, str]]] = {}  # clients and rounds as run.json has them
+        self._checker = Checker(f"the run in {path}", "correct it")
+        if holds(path):
+            self._remove_states()  # a process may have died before it did
 
     @classmethod
     def create(
@@ -92,8 +96,10 @@ class Run(Compared):
             start = {"schema": SCHEMA, **header, "initial_sha256": sha256, "entries": entries, "initial_metrics": {}}
             start["clients"] = [asdict(client) for client in clients]
             if storing is not None and not storing.usual:
-                start |= {"schema": PACKED_SCHEMA, "storage": storing.as_json()}
-            cls(path, {**start, "rounds": []})._save()
+                start["storage"] = storing.as_json()
+            run = cls(path, {**start, "rounds": []})
+            run._checker.header(json.loads(sealed(run._json())))
+            run._save()
             return cls.open(path)
 
     @classmethod
@@ -144,6 +150,7 @@ class Run(Compared):
         Returns:
             What `record_round` takes.
         """
+        self._check_next(number)
         name, metadata = f"clients/{file_stem(client)}", None
         if not self.storing.plain:
             state, metadata = packed(state, self._base(number), self.storing)
@@ -181,6 +188,7 @@ class Run(Compared):
             metrics: the mean of the clients' metrics, as the strategy returns it.
             weights_from: where the participants' weights are from (`Round`).
         """
+        self._check_next(number)
         predictions = {"predictions": evaluation.predictions} if evaluation else None
         states = {"global": released, "predictions": predictions, "strategy": strategy_state}
         with writing(self.path):
@@ -199,11 +207,14 @@ class Run(Compared):
                 weights_from=weights_from,
                 **self._place(number),
             )
+            told = json.loads(_json("rounds", record.as_json(), 0))
+            self._checker.round(f"round {number}", told, number, {each.id for each in self.clients})
             self.rounds.append(record)
             for index in range(len(self.rounds) - (self.storing.rounds or len(self.rounds))):
                 self.rounds[index] = replace(self.rounds[index], kept=False)
             self._save()
             self._remove_states()
+            self._remove_strays(record)
 
     def record_metrics(self, number: int, kind: str, metrics: Mapping[str, Any] | None) -> None:
         """Add metrics of a recorded round, or of the initial model (round 0).
@@ -214,6 +225,8 @@ class Run(Compared):
             metrics: name -> number or list of numbers; None: there were none.
         """
         found = None if metrics is None else dict(metrics)
+        told = json.loads(_json("metrics", strict({kind: found}), 0))
+        self._checker.entry(f"round {number}: metrics", told, ROUND["metrics"])
         if number:
             record = self.round(number)
             self.rounds[number - 1] = replace(record, metrics={**record.metrics, kind: found})
@@ -223,6 +236,8 @@ class Run(Compared):
 
     def add_client(self, client: ClientInfo) -> None:
         """Add a client that joined after the run was created; it is saved with the next round."""
+        self._checker.client(f"client {client.id!r}", json.loads(_json("clients", asdict(client), 0)))
+        self._checker.once("clients", [each.id for each in (*self.clients, client)])
         self.clients.append(client)
 
     def note_unsaved(self, names: list[str]) -> None:
@@ -235,11 +250,23 @@ class Run(Compared):
             if not record.kept and (record.folder / "clients").exists():
                 shutil.rmtree(record.folder / "clients", ignore_errors=True)
 
+    def _remove_strays(self, record: Round) -> None:
+        """Remove states of a round that is no part of it: an earlier attempt had other clients."""
+        named = {record.folder / client.file for client in record.clients}
+        for file in (record.folder / "clients").glob("*.safetensors"):
+            if file not in named:
+                file.unlink(missing_ok=True)
+
+    def _check_next(self, number: int) -> None:
+        """Recorded rounds are not written over."""
+        follows = f"{self.path} has {len(self.rounds)} rounds: the next is round {len(self.rounds) + 1}"
+        require(number == len(self.rounds) + 1, f"{follows}, got {number}")
+
     def _check_unchanged(self) -> None:
         """Refuse to write after another writer, whose rounds would be lost."""
-        file = self.path / "run.json"
-        changed = f"{file} was changed by another writer since it was opened: open the run again"
-        require((file.read_bytes() if file.exists() else b"") == self._written, changed)
+        file, again = self.path / "run.json", "open the run again"
+        changed = f"{file} was changed by another writer since it was opened: {again}"
+        require((read_file(file, again) if file.exists() else b"") == self._written, changed)
 
     def _list_json(self, key: str, entries: Sequence[ClientInfo | Round]) -> str:
         """The clients or rounds as run.json holds them. Text is kept: it is most of the work."""
@@ -253,21 +280,29 @@ class Run(Compared):
         self._texts[key] = texts
         return "[\n  " + ",\n  ".join(text for _, text in texts) + "\n ]" if texts else "[]"
 
+    def _json(self) -> str:
+        """run.json, not sealed yet.
+
+        Raises:
+            TraceFLError: an entry is no plain JSON.
+        """
+        header = {**self._header, "initial_metrics": strict(self.metrics(0)), "schema": SCHEMA}
+        header |= {"clients": [], "rounds": []}
+        entries = {key: _json(key, value, 1) for key, value in header.items() if key != KEY}
+        entries["clients"] = self._list_json("clients", self.clients)
+        entries["rounds"] = self._list_json("rounds", self.rounds)
+        return "{\n " + ",\n ".join(f"{json.dumps(key)}: {text}" for key, text in entries.items()) + "\n}"
+
     def _save(self) -> None:
         """Write run.json.
 
         Raises:
             TraceFLError: another writer has changed it since, or an entry is no plain JSON.
         """
-        file, header = self.path / "run.json", {**self._header, "initial_metrics": strict(self.metrics(0))}
-        header |= {"schema": SCHEMA if self.storing.usual else PACKED_SCHEMA, "clients": [], "rounds": []}
-        entries = {key: _json(key, value, 1) for key, value in header.items()}
-        entries["clients"] = self._list_json("clients", self.clients)
-        entries["rounds"] = self._list_json("rounds", self.rounds)
-        content = ("{\n " + ",\n ".join(f"{json.dumps(key)}: {text}" for key, text in entries.items()) + "\n}").encode()
+        content = sealed(self._json())
         with writing(self.path):
             self._check_unchanged()
-            write_atomically(file, content)
+            write_atomically(self.path / "run.json", content)
         self._written = content
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.reading import Recorded
 from tracefl.record import ClientInfo, strict
+from tracefl.sealed import KEY
 from tracefl.states import State
 from tracefl.storage import Storing
 
-NO_HEADER = ("schema", "initial_sha256", "entries", "clients", "rounds", "initial_metrics", "unsaved", "storage")
+NO_HEADER = ("schema", "initial_sha256", "entries", "clients", "rounds", "initial_metrics", "unsaved", "storage", KEY)
 
 
 class Compared(Recorded):
