@@ -24,22 +24,25 @@ from tracefl.evidence.verdict import audit_run, class_by_client, verdict_json
 from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
 from tracefl.federation.start import initial_state, open_or_create
-from tracefl.files import locked, write_atomically
+from tracefl.files import locked
 from tracefl.models import build_model, model_spec
 from tracefl.report import figures, lines, progress, tables
 from tracefl.results import (
     AUDIT,
     CLASS_BY_CLIENT,
+    CONFIG,
     FEDDEBUG,
     PROVENANCE,
     ROUNDS,
+    TIMINGS,
     VERDICT,
     WHOLE_RUN,
     cached,
+    intact,
     read_timings,
-    update_timings,
-    write_csv,
     write_events,
+    write_result,
+    write_table,
 )
 from tracefl.runs import Run
 from tracefl.settings import run_folder
@@ -83,7 +86,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         for note in notes:
             log.info(note)
         run = open_or_create(config, data, folder, initial)
-        write_atomically(folder / "config.yaml", resolved.encode())
+        write_result(folder, CONFIG, resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples, simulate)
         for line in lines.storage_lines(run):
@@ -152,8 +155,8 @@ def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples
         since = run.kept_rounds[0].number
         for line in removal_lines(whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)):
             log.info(line)
-    write_atomically(run.path / VERDICT, verdict_json(verdict))
-    write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
+    write_result(run.path, VERDICT, verdict_json(verdict))
+    write_table(run.path, CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
 def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -220,24 +223,28 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
     """Log the lines, and write rounds.csv, TensorBoard's events and the figures."""
     if answers is not None:
         if config.convert_cache_to_csv:
-            write_csv(run.path / "provenance.csv", answers)
+            write_table(run.path, "provenance.csv", answers)
         gone = {record.number for record in run.rounds if not record.kept}
         for line in lines.provenance_lines(metrics, answers, faulty_clients(config), gone):
             log.info(line)
     for line in (*lines.fusion_lines(run, config.strategy.name), *lines.privacy_lines(config, len(run.rounds))):
         log.info(line)
     log.info(disk_line(run.disk()))
-    if answers is not None or not (run.path / ROUNDS).exists():
+    timings = read_timings(run.path)
+    if len(timings):
+        write_table(run.path, TIMINGS, timings)
+    if answers is not None or intact(run.path, ROUNDS) is None:
         rounds = wide(metrics)
-        write_csv(run.path / ROUNDS, rounds)
+        write_table(run.path, ROUNDS, rounds)
         write_events(run.path / "tensorboard", rounds)
     if config.plotting:
         figures.draw_run(run.path)
 
 
 def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all rounds that can be traced as one; what they took goes into timings.csv."""
+    """The tables of all rounds that can be traced as one; `attrs["timings"]`: what they took."""
     watch = Stopwatch()
     tables = [one_round(record.number, watch) for record in run.kept_rounds]
-    update_timings(run.path, watch.table())
-    return pd.concat([table for table in tables if len(table)] or tables[:1])
+    table = pd.concat([table for table in tables if len(table)] or tables[:1])
+    table.attrs["timings"] = watch.rows()
+    return table

@@ -119,7 +119,9 @@ class Recorded:
         """
         from tracefl.models import build_model, load_exchanged_state
 
-        model = build_model(self["model"])
+        unknown = f"{self.path / 'run.json'}: model {self['model']!r:.80} cannot be built"
+        with as_sentence(unknown, RESTORE, LookupError, TypeError, ValueError, RuntimeError, AttributeError):
+            model = build_model(self["model"])
         load_exchanged_state(model, self.global_state(number))
         return model.eval()
 
