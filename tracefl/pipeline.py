@@ -14,7 +14,8 @@ from tracefl.checks import numbered_labels
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import unchanged
-from tracefl.data.prepare import PreparedData, prepare
+from tracefl.data.prepare import prepare
+from tracefl.data.prepared import PreparedData
 from tracefl.errors import require
 from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judge_times, wide

@@ -1,10 +1,10 @@
 """Which figures a run gets, which several runs together, and which prepared data."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
+from tracefl.data.prepared import read_info
 from tracefl.errors import require
 from tracefl.evidence.verdict import class_by_client
 from tracefl.report.plots import plot_accuracies, plot_contributions, plot_labels, plot_times, plot_values
@@ -62,7 +62,7 @@ def draw_data(folders: list[Path], out: Path) -> None:
     """
     rows: list[tuple[str, str, int, int]] = []
     for folder in folders:
-        info = json.loads((folder / "data.json").read_text())
+        info = read_info(folder)
         settings = info["settings"]
         skew = f"_alpha_{settings['dirichlet_alpha']:g}" if "dirichlet_alpha" in settings else ""
         name = f"{settings['dataset.name'].rsplit('/', 1)[-1]}_{settings['data_dist.dist_type']}{skew}"
