@@ -46,7 +46,7 @@ from tracefl.results import (
     write_table,
 )
 from tracefl.runs import Run
-from tracefl.settings import run_folder
+from tracefl.settings import run_folder, training_settings
 from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
 
@@ -87,6 +87,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         for note in notes:
             log.info(note)
         run = open_or_create(config, data, folder, initial)
+        run.check_header(settings=training_settings(config))
         write_result(folder, CONFIG, resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples, simulate)

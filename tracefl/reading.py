@@ -214,7 +214,7 @@ class Recorded:
         numbers = range(len(self.rounds) + 1)
         folders = {number: self._file(number, "global").parent for number in numbers}
         return {
-            number: sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+            number: sum(file.lstat().st_size for file in folder.rglob("*.safetensors"))
             for number, folder in folders.items()
         }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.files import read_file, write_atomically
 from tracefl.runs import Run
 from tracefl.sealed import read_sealed, sealed
@@ -155,13 +155,17 @@ def write_events(folder: Path, rounds: pd.DataFrame) -> None:
     """Every metric of `rounds` as a TensorBoard scalar by round, in place of what `folder` held.
 
     Nothing is written where tensorboard is not installed (pip install tracefl[tensorboard]).
+
+    Raises:
+        TraceFLError: they cannot be written.
     """
     if find_spec("tensorboard") is None:
         return
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(folder) as writer:
+    problem = as_sentence(f"{folder} cannot be written", "make room or correct the path", OSError)
+    with problem, SummaryWriter(folder) as writer:
         for name in rounds.columns.drop("round"):
             for number, value in rounds.set_index("round")[name].dropna().items():
                 writer.add_scalar(str(name), value, number)

@@ -108,7 +108,7 @@ def folder(storage: Path, file: Path, rng: Random) -> None:
 def link(storage: Path, file: Path, rng: Random) -> None:
     other = rng.choice([each for each in files_of(storage) if each != file])
     file.unlink()
-    file.symlink_to(other)
+    file.symlink_to(other.resolve())
 
 
 @kind("link to nothing")
