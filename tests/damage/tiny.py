@@ -80,7 +80,7 @@ def numbers(folder: Path) -> dict[str, object]:
 
     look("run", lambda: Run.open(folder))
     if isinstance(run := found.pop("run"), Run):
-        found["header"] = repr((run.rounds, run.clients, run["class_names"], run["data_sha256"], run.metrics(0)))
+        look("header", lambda: repr((run.rounds, run.clients, run["class_names"], run["data_sha256"], run.metrics(0))))
         for record in run.rounds:
             look(f"strategy {record.number}", lambda t=record.number: _sums(run.strategy_state(t)))
             look(f"predictions {record.number}", lambda t=record.number: run.predictions(t).tolist())
