@@ -263,6 +263,7 @@ class Config:
     check_train_cache: bool = setting(True, "false: train again", trains=False)
     check_prov_cache: bool = setting(True, "false: trace again", trains=False)
     plotting: bool = setting(False, "true: draw the run's figures", trains=False)
+    report: bool = setting(True, "false: write no report.html", trains=False)
     convert_cache_to_csv: bool = setting(False, "true: write provenance.csv too", trains=False)
     accept_failures: bool = setting(False, "true: record a client that failed, and go on without it", trains=False)
     round_timeout: float = setting(3600, "seconds until a silent client has failed", POSITIVE, trains=False)

@@ -25,7 +25,7 @@ from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
-from tracefl.report import figures, lines, progress, tables
+from tracefl.report import figures, lines, progress, tables, write_page
 from tracefl.results import (
     AUDIT,
     CLASS_BY_CLIENT,
@@ -39,6 +39,7 @@ from tracefl.results import (
     update_timings,
     write_csv,
     write_events,
+    write_layers,
 )
 from tracefl.runs import Run, locked, write_atomically
 from tracefl.settings import run_folder
@@ -97,6 +98,8 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         if whole is not None and len(whole):
             tables.print_whole_run(whole)
         report(config, run, answers, metrics)
+        if config.report:
+            log.info("The run's page: %s", write_page(run.path))
     tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
         tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
@@ -144,14 +147,15 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples) -> None:
     """Log the verdict and what removing the faulty clients would give, and write both."""
     names = run["class_names"]
-    verdict = judge_clients(audited, names)
+    verdict, removal = judge_clients(audited, names), None
     for line in verdict.lines():
         log.info(line)
     if verdict.faulty:
         since = run.kept_rounds[0].number
-        for line in removal_lines(whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)):
+        removal = whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)
+        for line in removal_lines(removal):
             log.info(line)
-    write_atomically(run.path / VERDICT, verdict_json(verdict))
+    write_atomically(run.path / VERDICT, verdict_json(verdict, removal and removal.as_json()))
     write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
@@ -164,7 +168,9 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
-        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples))
+        by_layer = list[pd.DataFrame]()
+        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples, layers=by_layer))
+        write_layers(run, by_layer)
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers

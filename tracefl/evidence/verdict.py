@@ -187,9 +187,15 @@ def _reasons(of: Mapping[Hashable, Any], middle: float, taught: str) -> Iterator
         yield f"moves the model against the others ({cosine})"
 
 
-def verdict_json(verdict: Verdict) -> bytes:
-    """The bytes of verdict.json."""
-    return json.dumps(verdict.as_json(), indent=1, allow_nan=False).encode()
+def verdict_json(verdict: Verdict, removal: dict[str, Any] | None = None) -> bytes:
+    """The bytes of verdict.json.
+
+    Args:
+        verdict: of the run.
+        removal: what leaving out the faulty clients would give (`WhatIf.as_json`), if it was tried.
+    """
+    content = verdict.as_json() if removal is None else {**verdict.as_json(), "removal": removal}
+    return json.dumps(content, indent=1, allow_nan=False).encode()
 
 
 def class_by_client(table: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:

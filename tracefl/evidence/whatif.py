@@ -18,11 +18,12 @@ How the others would have trained from the changed model is left out: later roun
 change, for which c below 1 stands. Only a training without the clients (exclude_clients) has it.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,20 @@ class WhatIf:
             "righted": self._by_class(flipped[0]).long(), "wronged": self._by_class(flipped[1]).long(),
         }  # fmt: skip
         return pd.DataFrame(columns)
+
+    def as_json(self) -> dict[str, Any]:
+        """What verdict.json holds of it, strict JSON: a number that is not finite is null."""
+        counts = {"examples": len(self.labels), "mispredictions": self.mispredictions}
+        counts |= {"righted": len(self.righted), "wronged": len(self.wronged)}
+        models = {"before": self.before, "after": self.after}
+        scores = {
+            f"{name}_{when}": value if math.isfinite(value := getattr(model, name)) else None
+            for when, model in models.items()
+            for name in ("accuracy", "loss")
+        }
+        return (
+            {"without": self.without, "since": self.since, "round": self.round, "rounds": self.rounds} | scores | counts
+        )
 
     def __repr__(self) -> str:
         loss = f"loss {self.before.loss:.3f} -> {self.after.loss:.3f}"
