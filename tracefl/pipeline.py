@@ -137,7 +137,8 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started = time.perf_counter()
-        table = audit_run(run, model=model, examples=examples)
+        with progress.bar("auditing rounds", len(run.kept_rounds)) as done:
+            table = audit_run(run, model=model, examples=examples, on_round=done)
         log.info("audited %d updates in %.1f s", len(table), time.perf_counter() - started)
         return table
 
@@ -169,7 +170,9 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
         by_layer = list[pd.DataFrame]()
-        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples, layers=by_layer))
+        answers = _every_round(
+            "tracing rounds", run, partial(tracing.trace_round, config, run, model, examples, layers=by_layer)
+        )
         write_layers(run, by_layer)
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
@@ -187,7 +190,8 @@ def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) 
 
     def make() -> pd.DataFrame:
         log.info("tracing over all %d rounds; provenance.proxies=1 takes the fewest trainings", len(run.rounds))
-        answers, memory = tracing.trace_whole_run(config, run, model, examples)
+        with progress.bar("tracing over all rounds"):
+            answers, memory = tracing.trace_whole_run(config, run, model, examples)
         log.info("traced %d inputs over all %d rounds: %s", answers["input"].nunique(), len(run.rounds), memory)
         return answers
 
@@ -204,7 +208,7 @@ def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
     """FedDebug's votes of every round (`feddebug.COLUMNS`); None where it is not to run."""
     if not (config.do_provenance and config.faulty_clients_ids and config.do_feddebug and config.arch == "cnn"):
         return None
-    make = partial(_every_round, run, partial(feddebug.debug_round, config, run, model))
+    make = partial(_every_round, "FedDebug on rounds", run, partial(feddebug.debug_round, config, run, model))
     settings = [config.neuron_activation_threshold, config.faster_input_generation]
     return cached(run, FEDDEBUG, settings, make, reuse=config.check_prov_cache)
 
@@ -240,9 +244,12 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
         figures.draw_run(run.path)
 
 
-def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
+def _every_round(doing: str, run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
     """The tables of all rounds that can be traced as one; what they took goes into timings.csv."""
-    watch = Stopwatch()
-    tables = [one_round(record.number, watch) for record in run.kept_rounds]
+    watch, tables = Stopwatch(), list[pd.DataFrame]()
+    with progress.bar(doing, len(run.kept_rounds)) as done:
+        for record in run.kept_rounds:
+            tables.append(one_round(record.number, watch))
+            done()
     update_timings(run.path, watch.table())
     return pd.concat([table for table in tables if len(table)] or tables[:1])

@@ -16,7 +16,7 @@ close to 0.
 """
 
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,7 +103,13 @@ class Verdict:
         return {"faulty": self.faulty, "clients": clients}
 
 
-def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | None = None) -> pd.DataFrame:
+def audit_run(
+    run: Run,
+    *,
+    model: nn.Module | None = None,
+    examples: Examples | None = None,
+    on_round: Callable[[], object] = lambda: None,
+) -> pd.DataFrame:
     """Audit every round of a recorded run whose clients' states are there (storage.keep).
 
     Args:
@@ -112,6 +118,7 @@ def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | 
             Default: what the run knows of it.
         examples: labelled examples of the server, of which 1,000 at most are used; default: those
             of the run.
+        on_round: called when a round is audited.
 
     Returns:
         A table with `COLUMNS` and the values by class, from which `judge` makes the verdict.
@@ -124,7 +131,10 @@ def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | 
     model = run.model(0) if model is None else model
     examples = run.server_examples() if examples is None else examples
     examples = examples[evenly(examples.labels, MOST_EXAMPLES)].to(next(model.parameters()).device)
-    tables = [_audit_round(run, record.number, model, examples) for record in run.kept_rounds]
+    tables = []
+    for record in run.kept_rounds:
+        tables.append(_audit_round(run, record.number, model, examples))
+        on_round()
     return pd.concat(tables, ignore_index=True)
 
 
