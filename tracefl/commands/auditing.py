@@ -57,7 +57,7 @@ def audit(folder: Path) -> Answer:
 def tables(found: Answer) -> Iterator[Table | str]:
     """The answer of `audit` for people."""
     yield from (printable(line) for line in found["verdict"])
-    columns = ["client", "judged", "loss without it", "z", "aim", "agreement", "length", "rounds"]
+    columns = ["client", "judged", "loss\nwithout it", "z", "aim", "agreement", "length", "rounds"]
     rows = [
         [
             *(client["client"], "faulty" if client["faulty"] else "-", number(client["value"], "+.3g")),
@@ -66,6 +66,6 @@ def tables(found: Answer) -> Iterator[Table | str]:
         ]
         for client in sorted(found["clients"], key=lambda client: (not client["faulty"], client["value"]))
     ]
-    title = "What every client did, mean over its rounds"
-    yield table(title, columns, rows, left=("client", "judged"))
+    yield "What every client did, mean over its rounds"
+    yield table(columns, rows, words=("client", "judged"))
     yield "Loss without it: by how much the loss would rise if the client were left out; negative: it does harm."

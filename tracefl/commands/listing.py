@@ -3,11 +3,13 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich import filesize
 from rich.table import Table
 
 from tracefl.commands.find import run_folders
@@ -20,9 +22,9 @@ from tracefl.runs import Run
 # What rounds.csv calls a localization accuracy and its chance level, by method.
 LOCALIZATION = {"neuron": "localization_accuracy", "influence": "localization_accuracy_influence"}
 CHANCE = "chance_accuracy"
-ALWAYS = ("dataset.name", "model.name")  # settings that are shown in any case
-SHOWN_SETTINGS = 6
-EMPTY = (None, [], {})
+ALWAYS = ("dataset.name", "model.name")  # what the title says where all runs have the same
+COLUMNS = 3  # settings that are columns of the table
+EMPTY: tuple[object, ...] = (None, [], {})
 
 
 def runs_in(folder: Path) -> Answer:
@@ -49,17 +51,26 @@ def entry(folder: Path) -> Answer:
 
 
 def tables(found: Answer) -> Iterator[Table | str]:
-    """The answer of `runs_in` for people; damaged runs below, a line each."""
-    good = [run for run in found["runs"] if "error" not in run]
+    """The answer of `runs_in` for people.
+
+    A few settings that differ are columns, more are lines below, and so are damaged runs.
+    """
+    good, folder = [run for run in found["runs"] if "error" not in run], Path(found["folder"])
+    usual = [*ALWAYS, *SETTINGS.values(), *found["differing"]]
+    differing = [key for key in dict.fromkeys(usual) if key in found["differing"]]  # the usual ones first
+    shown = differing if len(differing) <= COLUMNS else []
     if not found["runs"]:
-        yield f"{found['folder']} holds no recorded run"
+        yield f"{folder} holds no recorded run"
     if good:
-        known = [*SETTINGS.values(), *found["differing"]]  # the usual ones first
-        shown = list(dict.fromkeys([*ALWAYS, *(key for key in known if key in found["differing"])]))
-        columns = ["run", "settings", "rounds", "accuracy", "localized", "by chance", "verdict", "disk"]
-        rows = [_row(run, shown) for run in good]
-        title = f"Runs in {found['folder']}; shares in %, means over rounds"
-        yield table(title, columns, rows, left=("run", "settings", "verdict"))
+        columns = ["run", *shown, "rounds", "accuracy", "localized", "by\nchance", "verdict", "disk"]
+        rows = [_row(run, folder, shown) for run in good]
+        same = [_value(good[0]["settings"].get(key)) for key in ALWAYS if key not in differing]
+        title = f"Runs in {folder}: {', '.join([*same, 'shares in %, means over rounds'])}"
+        yield printable(title)
+        yield table(columns, rows, words=("run", "verdict"))
+    for run in good if len(differing) > COLUMNS else []:
+        given = [f"{key}={_value(run['settings'][key])}" for key in differing if run["settings"].get(key) not in EMPTY]
+        yield printable(f"{_name(run, folder)}: {' '.join(given)}")
     yield from (printable(f"damaged: {run['error']}") for run in found["runs"] if "error" in run)
 
 
@@ -114,19 +125,22 @@ def _faulty(file: Path) -> list[str] | None:
     return [str(who) for who in verdict["faulty"]] if judged else None
 
 
-def _row(run: Answer, keys: list[str]) -> list[str]:
-    found = run["localization"]
-    best = [f"{share(of['share'])} {method}" for method, of in found.items()]
-    chance = share(next(iter(found.values()))["chance"]) if found else "-"
-    given = [f"{key}={_value(run['settings'][key])}" for key in keys if run["settings"].get(key) not in EMPTY]
-    more = [f"and {len(given) - SHOWN_SETTINGS} more"] if len(given) > SHOWN_SETTINGS else []
-    settings = "\n".join(given[:SHOWN_SETTINGS] + more)
+def _row(run: Answer, folder: Path, shown: list[str]) -> list[str]:
+    settings = [_value(run["settings"].get(key)) for key in shown]
     rounds = f"{run['rounds']} of {run['wanted_rounds']}" if run["wanted_rounds"] else str(run["rounds"])
-    accuracy, size = share(run["accuracy"]), f"{run['bytes'] / 1e6:,.1f} MB"
-    return [run["run"], settings, rounds, accuracy, "\n".join(best) or "-", chance, _verdict(run["faulty"]), size]
+    localized = [f"{share(of['share'])} {method}" for method, of in run["localization"].items()] or ["-"]
+    chance = share(next((of["chance"] for of in run["localization"].values()), None))
+    results = [share(run["accuracy"]), "\n".join(localized), chance, _verdict(run["faulty"])]
+    return [_name(run, folder), *settings, rounds, *results, filesize.decimal(run["bytes"])]
+
+
+def _name(run: Answer, folder: Path) -> str:
+    return run["run"] if Path(run["run"]) == folder else os.path.relpath(run["run"], folder)
 
 
 def _value(value: Any) -> str:
+    if value is None:
+        return "-"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 

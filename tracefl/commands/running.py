@@ -26,9 +26,9 @@ class Finished(Callback):
         self.file = Path(file)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if job_return.status == JobStatus.COMPLETED:
+        if job_return.status == JobStatus.COMPLETED and isinstance(job_return.cfg, DictConfig):
             with self.file.open("a", encoding="utf-8") as handle:
-                handle.write(f"{run_folder(load(config))}\n")
+                handle.write(f"{run_folder(load(job_return.cfg))}\n")
 
 
 def run(typed: Sequence[str]) -> tuple[Answer, int]:

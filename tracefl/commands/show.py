@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 SCHEMA = 1  # of every JSON answer
+LEAST_WIDTH = 72  # of a table: on a narrower terminal its lines are broken
 PIPED_WIDTH = 120  # columns where standard output is no terminal and COLUMNS is not set
 Answer = dict[str, Any]
 
@@ -24,15 +26,18 @@ def print_tables(parts: Iterable[Table | str]) -> None:
     """Tables and lines, as wide as the terminal; nothing in them is taken for markup."""
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPED_WIDTH
     console = Console(width=width, markup=False, highlight=False, emoji=False)
+    console.width = max(console.width, LEAST_WIDTH)
     for part in list(parts):
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[str] = ()) -> Table:
-    """A table of these columns; those in `left` hold words, the others numbers."""
-    made = Table(title=printable(title), title_justify="left")
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], words: Sequence[str] = ()) -> Table:
+    """A table of these columns; those in `words` hold texts, which may be broken, else numbers."""
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
-        made.add_column(printable(column), justify="left" if column in left else "right", overflow="fold")
+        text = column in words
+        justify: JustifyMethod = "left" if text else "right"
+        made.add_column(printable(column), justify=justify, overflow="fold", no_wrap=not text)
     for row in rows:
         made.add_row(*(printable(str(cell)) for cell in row))
     return made

@@ -97,14 +97,15 @@ def tables(found: Answer) -> Iterator[Table | str]:
     label = "" if found["label"] is None else f"true class {found['label']}, "
     chance = f"class {explained} has probability {found['probability']:.2f}"
     yield printable(f"{label}predicted {found['predicted']}; {chance}")
-    columns = ["rank", "client", "contribution", "standard error", f"its examples of {explained}", "all its labels"]
+    columns = ["rank", "client", "contribution", "standard\nerror", f"examples\nof {explained}", "all its labels"]
     rows = [_row(client) for client in clients[:SHOWN_CLIENTS]]
     if all(client["standard_error"] is None for client in clients):
         columns, rows = _without(3, columns), [_without(3, row) for row in rows]
     if any(client["fault"] for client in clients):
         columns, rows = [*columns, "fault"], [[*row, c["fault"] or ""] for row, c in zip(rows, clients, strict=False)]
     title = f"Who is behind class {explained}, by {found['method']}"
-    yield table(title, columns, rows, left=("client", "all its labels", "fault"))
+    yield printable(title)
+    yield table(columns, rows, words=("client", "all its labels", "fault"))
     if len(clients) > SHOWN_CLIENTS:
         yield f"... and {len(clients) - SHOWN_CLIENTS} more clients (--json has all)"
     yield f"A contribution is {MEANING[found['method']]}."
