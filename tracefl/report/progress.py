@@ -52,8 +52,9 @@ def log_to_file(file: Path) -> Iterator[None]:
 class Bars(Progress):
     """Bars on standard error, where that is a terminal."""
 
-    def __init__(self, *, transient: bool = False) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    def __init__(self, *, transient: bool = False, counted: bool = True) -> None:
+        steps = [MofNCompleteColumn()] if counted else []
+        columns = (TextColumn("{task.description}"), BarColumn(), *steps, TimeElapsedColumn())
         shown, lines = sys.stderr.isatty(), sys.stdout.isatty()
         options: dict[str, Any] = {"redirect_stdout": lines, "transient": transient, "disable": not shown}
         super().__init__(*columns, console=Console(stderr=True), **options)  # lines go above the bars
@@ -63,7 +64,7 @@ class Bars(Progress):
 @contextmanager
 def bar(doing: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """A bar while something is done, which leaves nothing behind; call what it gives for a step."""
-    with Bars(transient=True) as bars:
+    with Bars(transient=True, counted=total is not None) as bars:
         task = bars.add_task(doing, total=total)
         yield lambda: bars.advance(task)
 
