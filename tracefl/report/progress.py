@@ -50,14 +50,15 @@ def log_to_file(file: Path) -> Iterator[None]:
 
 
 class Bars(Progress):
-    """Bars on standard error, where that is a terminal."""
+    """Bars on standard error, where that is a terminal, and not a dumb one."""
 
     def __init__(self, *, transient: bool = False, counted: bool = True) -> None:
         steps = [MofNCompleteColumn()] if counted else []
         columns = (TextColumn("{task.description}"), BarColumn(), *steps, TimeElapsedColumn())
-        shown, lines = sys.stderr.isatty(), sys.stdout.isatty()
+        console, lines = Console(stderr=True), sys.stdout.isatty()
+        shown = sys.stderr.isatty() and not console.is_dumb_terminal
         options: dict[str, Any] = {"redirect_stdout": lines, "transient": transient, "disable": not shown}
-        super().__init__(*columns, console=Console(stderr=True), **options)  # lines go above the bars
+        super().__init__(*columns, console=console, **options)  # lines go above the bars
         self.alone = shown and lines
 
 
