@@ -391,7 +391,7 @@ def test_an_interrupt_ends_with_130(command, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tracefl.commands.auditing.Run.open", interrupted)
+    monkeypatch.setattr("tracefl.commands.tracing.Run.open", interrupted)
     assert command("audit", "words") == (130, "", "interrupted\n")
 
 

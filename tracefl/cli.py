@@ -8,10 +8,10 @@ Every command finds its answer in `commands`, as a plain dict, and prints it as 
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -98,28 +98,28 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Who is responsible for one prediction: give --index, or an input of your own."""
-    given = {"--index": index, "--image": image, "--text": text, "--text-file": text_file}
-    several = ", ".join(option for option, value in given.items() if value is not None)
-    if several.count("--") != 1:
-        raise click.UsageError(f"Give one of {', '.join(given)}, got {several or 'none'}.")
+    options = {"--index": index, "--image": image, "--text": text, "--text-file": text_file}
+    given = [option for option, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise click.UsageError(f"Give one of {', '.join(options)}, got {', '.join(given) or 'none'}.")
     if evaluations is not None and method != Method.shapley:
         raise click.UsageError(f"--evaluations goes with --method shapley, got --method {method}.")
     folder = _run_folder(name)
-    from tracefl.commands import show, tracing
+    from tracefl.commands import tracing
 
     asked = tracing.Asked(index, image, text, text_file)
     found = tracing.trace(folder, asked, round, str(method), evaluations, target)
-    show.print_json(found) if as_json else show.print_tables(tracing.tables(found))
+    _tell(found, tracing.tables, as_json)
 
 
 @app.command(epilog=RUN)
 def audit(name: RunName, as_json: Json = False) -> None:
     """The verdict: which clients are faulty, and what every client did."""
     folder = _run_folder(name)
-    from tracefl.commands import auditing, show
+    from tracefl.commands import auditing
 
     found = auditing.audit(folder)
-    show.print_json(found) if as_json else show.print_tables(auditing.tables(found))
+    _tell(found, auditing.tables, as_json)
 
 
 @app.command(epilog=RUN)
@@ -135,10 +135,10 @@ def whatif(
 ) -> None:
     """What the model would predict without some clients."""
     folder = _run_folder(name)
-    from tracefl.commands import removing, show
+    from tracefl.commands import removing
 
     found = removing.whatif(folder, without, round, since, memory)
-    show.print_json(found) if as_json else show.print_tables(removing.tables(found))
+    _tell(found, removing.tables, as_json)
 
 
 @app.command(epilog=RUN)
@@ -152,10 +152,10 @@ def report(
 ) -> None:
     """Write a run's page: one file that loads nothing, for any browser."""
     folders = [_run_folder(name) for name in names]
-    from tracefl.commands import reporting, show
+    from tracefl.commands import reporting
 
     found = reporting.report(folders, out)
-    show.print_json(found) if as_json else show.print_tables(reporting.lines(found))
+    _tell(found, reporting.lines, as_json)
 
 
 @app.command("list")
@@ -166,10 +166,10 @@ def list_runs(
     """The runs in FOLDER (default: logs), three levels deep: differing settings, results."""
     if not folder.is_dir():
         raise TraceFLError(f"{folder} is no folder: give one that holds runs")
-    from tracefl.commands import listing, show
+    from tracefl.commands import listing
 
     found = listing.runs_in(folder)
-    show.print_json(found) if as_json else show.print_tables(listing.tables(found))
+    _tell(found, listing.tables, as_json)
 
 
 def main(typed: Sequence[str] | None = None) -> None:
@@ -212,6 +212,16 @@ def _status(typed: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 1
+
+
+def _tell(answer: dict[str, Any], tables: Callable[[dict[str, Any]], Iterable[Any]], as_json: bool) -> None:
+    """Print an answer."""
+    from tracefl.commands import show
+
+    if as_json:
+        show.print_json(answer)
+    else:
+        show.print_tables(tables(answer))
 
 
 def _say(sentence: str) -> None:

@@ -8,12 +8,12 @@ import pandas as pd
 from rich.table import Table
 
 from tracefl.commands.show import Answer, number, printable, table
-from tracefl.commands.tracing import check_own_model
-from tracefl.errors import require
+from tracefl.commands.tracing import open_run
 from tracefl.evidence.verdict import audit_run, judge
 from tracefl.report.progress import bar
 from tracefl.results import AUDIT, cached
-from tracefl.runs import Run
+
+MEANS = ("value", "aim", "agreement", "norm")  # over its rounds; see `verdict.COLUMNS`
 
 
 def audit(folder: Path) -> Answer:
@@ -25,9 +25,7 @@ def audit(folder: Path) -> Answer:
     Raises:
         TraceFLError: there is no round, or one cannot be audited.
     """
-    run = Run.open(folder)
-    check_own_model(run)
-    require(run.rounds, f"{run.path} has no complete round to audit: train it first")
+    run = open_run(folder)
 
     def make() -> pd.DataFrame:
         with bar("auditing rounds", len(run.kept_rounds)) as done:
@@ -35,23 +33,17 @@ def audit(folder: Path) -> Answer:
 
     audited = cached(run, AUDIT, [], make) if os.access(folder, os.W_OK) else make()
     names = [str(name) for name in run["class_names"]]
-    verdict, by_class = judge(audited, names), [f"value_{c}" for c in range(len(names))]
-    columns = ["value", "aim", "agreement", "norm", *by_class]
+    verdict, columns = judge(audited, names), [*MEANS, *(f"value_{c}" for c in range(len(names)))]
     means = audited.groupby("client", sort=False)[columns].mean().to_dict("index")
     clients = [
-        {
-            "client": who,
-            "faulty": who in verdict.faulty,
-            "why": found.why,
-            "z": found.z,
-            "rounds": found.rounds,
-            **{name: means[who][name] for name in ("value", "aim", "agreement", "norm")},
-            "by_class": {name: means[who][column] for name, column in zip(names, by_class, strict=True)},
-        }
+        {"client": who, "faulty": who in verdict.faulty, "why": found.why, "z": found.z, "rounds": found.rounds}
+        | {name: means[who][name] for name in MEANS}
+        | {"by_class": {name: means[who][f"value_{c}"] for c, name in enumerate(names)}}
         for who, found in verdict.clients.items()
     ]
-    return {"run": str(folder), "rounds": [record.number for record in run.kept_rounds], "faulty": verdict.faulty,
-            "verdict": verdict.lines(), "clients": clients}  # fmt: skip
+    rounds = [record.number for record in run.kept_rounds]
+    lines = {"faulty": verdict.faulty, "verdict": verdict.lines()}
+    return {"run": str(folder), "rounds": rounds, **lines, "clients": clients}
 
 
 def tables(found: Answer) -> Iterator[Table | str]:

@@ -6,11 +6,10 @@ from pathlib import Path
 from rich.table import Table
 
 from tracefl.commands.show import Answer, printable, share, table
-from tracefl.commands.tracing import check_own_model
+from tracefl.commands.tracing import open_run
 from tracefl.evidence.whatif import removal_lines
 from tracefl.evidence.whatif import whatif as without_clients
 from tracefl.report.progress import bar
-from tracefl.runs import Run
 
 
 def whatif(folder: Path, without: list[str], round: int | None, since: int | None, memory: float) -> Answer:
@@ -25,8 +24,7 @@ def whatif(folder: Path, without: list[str], round: int | None, since: int | Non
     Raises:
         TraceFLError: as of `tracefl.whatif`.
     """
-    run = Run.open(folder)
-    check_own_model(run)
+    run = open_run(folder)
     known = {client.id for client in run.clients}
     ids = [who[1:] if who not in known and who[:1] == "c" and who[1:] in known else who for who in without]
     with bar("fusing the rounds without them"):

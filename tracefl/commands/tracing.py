@@ -59,9 +59,7 @@ def trace(
     Raises:
         TraceFLError: as of `Run.trace`; the input cannot be read; there is no such class.
     """
-    run = Run.open(folder)
-    check_own_model(run)
-    require(run.rounds, f"{run.path} has no complete round to trace: train it first")
+    run = open_run(folder)
     round = len(run.rounds) if round is None else round
     run.round(round)
     names = [str(name) for name in run["class_names"]]
@@ -72,17 +70,13 @@ def trace(
     predicted = int(chances.argmax())
     explained = predicted if target is None else class_number(target, names)
     found, sets_from = _explained(run, round, model, inputs, explained, asked, method, evaluations)
-    classes = {"predicted": names[predicted], "explained": names[explained]}
-    label = {"label": names[int(run.server_examples().labels[asked.index])]} if asked.index is not None else {}
+    label = None if asked.index is None else names[int(run.server_examples().labels[asked.index])]
+    about = {"label": label, "predicted": names[predicted], "explained": names[explained]}
+    how = {"probability": float(chances[explained]), "method": method, "evaluations": evaluations}
     return {
-        "run": str(folder),
-        "round": round,
-        "input": of_input,
-        **{"label": None, **label},
-        **classes,
-        "probability": float(chances[explained]),
-        "method": method,
-        "evaluations": evaluations,
+        **{"run": str(folder), "round": round, "input": of_input},
+        **about,
+        **how,
         "clients": _clients(run, found, names, names[explained]),
         "set": None if sets_from is None else found.sets().sets[0],
         "set_from": sets_from,
@@ -114,14 +108,17 @@ def tables(found: Answer) -> Iterator[Table | str]:
         yield f"What the server itself added: {found['server']:+.3g}"
 
 
-def check_own_model(run: Run) -> None:
-    """Refuse a run of an own Flower app.
+def open_run(folder: Path) -> Run:
+    """A run with rounds, whose model is known.
 
     Raises:
-        TraceFLError: it is one.
+        TraceFLError: it is one of an own Flower app, or has no complete round.
     """
+    run = Run.open(folder)
     own = f"{run.path} was recorded by an own Flower app, which alone knows how its model is built"
     require("model" in run, f"{own}: ask in Python, by tracefl.Run.open and model=")
+    require(run.rounds, f"{run.path} has no complete round: train it first")
+    return run
 
 
 def class_number(target: str, names: list[str]) -> int:
