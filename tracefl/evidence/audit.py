@@ -100,6 +100,7 @@ class Audit:
         return torch.where(off == 0, off, off / spread)
 
 
+@classifier.whole_float32()
 def audit(
     model: nn.Module,
     clients: Mapping[str, Source],
