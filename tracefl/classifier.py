@@ -194,8 +194,9 @@ def copied(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
-    """Products of float32 on a GPU with all their bits: TF32, torch's choice for convolutions, has 11."""
-    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    """On a GPU, float32 with all its bits: TF32, which torch takes for convolutions, has 11."""
+    cudnn: Any = torch.backends.cudnn
+    cuda = torch.backends.cuda
     named: list[tuple[Any, str, Any, Any]]
     try:
         named = [(of, "allow_tf32", of.allow_tf32, False) for of in (cudnn, cuda.matmul)]
