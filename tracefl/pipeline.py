@@ -23,6 +23,7 @@ from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evidence.verdict import audit_run, class_by_client, verdict_json
 from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
+from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
 from tracefl.report import figures, lines, progress, tables
@@ -134,7 +135,8 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started = time.perf_counter()
-        table = audit_run(run, model=model, examples=examples)
+        with spread_over(config) as spread:
+            table = audit_run(run, model=model, examples=examples, spread=spread)
         log.info("audited %d updates in %.1f s", len(table), time.perf_counter() - started)
         return table
 
@@ -164,7 +166,8 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
-        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples))
+        with spread_over(config) as spread:
+            answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples, spread=spread))
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers
