@@ -10,7 +10,8 @@ from torch import nn
 
 from tracefl import Run, TraceFLError, fuse, whatif
 from tracefl.data.examples import Examples
-from tracefl.evidence.whatif import WhatIf, removal_lines, state_without
+from tracefl.evidence.whatif import WhatIf, removal_lines
+from tracefl.evidence.without import state_without
 from tracefl.runs import ClientInfo
 from tracefl.training import Evaluation, evaluate
 
