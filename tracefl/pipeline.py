@@ -25,6 +25,7 @@ from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
 from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
+from tracefl.files import locked, write_atomically
 from tracefl.models import build_model, model_spec
 from tracefl.report import figures, lines, progress, tables
 from tracefl.results import (
@@ -41,7 +42,7 @@ from tracefl.results import (
     write_csv,
     write_events,
 )
-from tracefl.runs import Run, locked, write_atomically
+from tracefl.runs import Run
 from tracefl.settings import run_folder
 from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory

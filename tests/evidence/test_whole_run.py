@@ -12,7 +12,7 @@ from tests.evidence.small import log_odds_of
 from tracefl import Run, TraceFLError, trace_run
 from tracefl.data.examples import Examples
 from tracefl.evidence import reaction
-from tracefl.runs import ClientInfo
+from tracefl.record import ClientInfo
 from tracefl.training import Evaluation, train
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double()

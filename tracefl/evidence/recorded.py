@@ -9,7 +9,8 @@ from tracefl.errors import require
 from tracefl.provenance.clients import States
 from tracefl.provenance.state import names_of_adapters, traced_state
 from tracefl.provenance.trace import normalised
-from tracefl.runs import Round, Run
+from tracefl.record import Round
+from tracefl.runs import Run
 from tracefl.states import State, as_real, as_state
 
 LEAST_VARIANCE = 0.1  # of a running variance, in units of the model's own

@@ -148,7 +148,7 @@ def whatif(
         Client 1 says the opposite of client 0, with more weight:
 
         >>> import tempfile
-        >>> from tracefl.runs import ClientInfo
+        >>> from tracefl.record import ClientInfo
         >>> good = {"weight": torch.tensor([[2.0], [-2.0]])}
         >>> bad = {"weight": torch.tensor([[-4.0], [4.0]])}
         >>> ids = [ClientInfo("0", {0: 1}), ClientInfo("1", {0: 2})]

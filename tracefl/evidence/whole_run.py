@@ -90,7 +90,7 @@ def trace_run(
     Example:
         >>> import tempfile, torch
         >>> from tracefl import Run, trace_run
-        >>> from tracefl.runs import ClientInfo
+        >>> from tracefl.record import ClientInfo
         >>> from tracefl.training import Evaluation
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> initial, clients = {"weight": torch.zeros(2, 1)}, [ClientInfo(who, {}) for who in "ab"]

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from tracefl.errors import require
 from tracefl.evidence.fusion import as_ids, mean_of, same_names, wide
-from tracefl.runs import Round, Run
+from tracefl.record import Round
+from tracefl.runs import Run
 from tracefl.states import State, is_continuous
 
 LEAST_VARIANCE = 0.1  # of what it is without the clients, or in the model if that is less
