@@ -23,6 +23,7 @@ from tracefl.data.prepare import prepare
 from tracefl.evaluation.own import image_inputs, text_inputs
 from tracefl.pipeline import run_experiment
 from tracefl.runs import ClientInfo
+from tracefl.sealed import KEY, sealed
 
 WORDS = (("red apple and cherry", "a ripe plum"), ("blue sea and sky", "a deep lake"))
 SETTINGS = (
@@ -229,15 +230,20 @@ def test_what_if(answer, run):
     assert found["by_class"] == expected.to_frame().to_dict("records")
 
 
+def reseal(folder: Path, header: dict) -> None:
+    """Write run.json with a hash that fits."""
+    (folder / "run.json").write_bytes(sealed(json.dumps({k: v for k, v in header.items() if k != KEY}, indent=1)))
+
+
 def test_the_list_tells_runs_apart(answer, command, place, run):
     other = place / "logs" / "deeper" / "words-00000000"
     shutil.copytree(run.path, other)
     header = json.loads((other / "run.json").read_text())
     header["settings"]["client.lr"] = 0.5
-    (other / "run.json").write_text(json.dumps(header))
+    reseal(other, header)
     columns = "round,localization_accuracy,chance_accuracy,localization_accuracy_influence"
     (other / "rounds.csv").write_text(f"{columns}\n1,0.25,0.25,1\n2,,,\n3,0.75,0.25,1.0\n")
-    broken = {"gone": "global.safetensors is missing", "cut": "is no JSON", "odd": "the schema of .* must be"}
+    broken = {"gone": "global.safetensors is missing", "cut": "is no JSON", "odd": "must hold a JSON object"}
     for name in broken:
         shutil.copytree(run.path, place / "logs" / name)
     (place / "logs" / "gone" / "rounds" / "0002" / "global.safetensors").unlink()
@@ -360,7 +366,7 @@ def test_names_cannot_steer_a_terminal(answer, command, place, run):
     try:
         header = json.loads((copy / "run.json").read_text())
         header["class_names"] = ["\x1b[31m[red]a", "[/b]ä"]
-        (copy / "run.json").write_text(json.dumps(header))
+        reseal(copy, header)
         status, out, _ = command("trace", str(copy), "--index", "0")
         found = answer("trace", str(copy), "--index", "0", "--target", "[/b]ä")
     finally:

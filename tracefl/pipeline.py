@@ -23,7 +23,9 @@ from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evidence.verdict import audit_run, class_by_client, verdict_json
 from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
+from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
+from tracefl.files import locked, write_atomically
 from tracefl.models import build_model, model_spec
 from tracefl.report import figures, lines, progress, tables, write_page
 from tracefl.results import (
@@ -41,7 +43,7 @@ from tracefl.results import (
     write_events,
     write_layers,
 )
-from tracefl.runs import Run, locked, write_atomically
+from tracefl.runs import Run
 from tracefl.settings import run_folder
 from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
@@ -137,8 +139,8 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started = time.perf_counter()
-        with progress.bar("auditing rounds", len(run.kept_rounds)) as done:
-            table = audit_run(run, model=model, examples=examples, on_round=done)
+        with spread_over(config) as spread, progress.bar("auditing rounds", len(run.kept_rounds)) as done:
+            table = audit_run(run, model=model, examples=examples, spread=spread, on_round=done)
         log.info("audited %d updates in %.1f s", len(table), time.perf_counter() - started)
         return table
 
@@ -170,9 +172,9 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
         by_layer = list[pd.DataFrame]()
-        answers = _every_round(
-            "tracing rounds", run, partial(tracing.trace_round, config, run, model, examples, layers=by_layer)
-        )
+        with spread_over(config) as spread:
+            one_round = partial(tracing.trace_round, config, run, model, examples, layers=by_layer, spread=spread)
+            answers = _every_round("tracing rounds", run, one_round)
         write_layers(run, by_layer)
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from tracefl.errors import as_sentence
-from tracefl.runs import Run, write_atomically
+from tracefl.files import write_atomically
+from tracefl.runs import Run
 from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"

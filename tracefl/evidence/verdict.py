@@ -29,6 +29,7 @@ from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
 from tracefl.evidence.audit import audit
 from tracefl.models import load_exchanged_state
+from tracefl.provenance.spread import Spread, here
 from tracefl.runs import Run
 
 MOST_EXAMPLES = 1000  # of the server's, drawn evenly from the classes
@@ -108,6 +109,7 @@ def audit_run(
     *,
     model: nn.Module | None = None,
     examples: Examples | None = None,
+    spread: Spread = here,
     on_round: Callable[[], object] = lambda: None,
 ) -> pd.DataFrame:
     """Audit every round of a recorded run whose clients' states are there (storage.keep).
@@ -118,6 +120,7 @@ def audit_run(
             Default: what the run knows of it.
         examples: labelled examples of the server, of which 1,000 at most are used; default: those
             of the run.
+        spread: does parts of the work elsewhere; default: all here.
         on_round: called when a round is audited.
 
     Returns:
@@ -133,7 +136,7 @@ def audit_run(
     examples = examples[evenly(examples.labels, MOST_EXAMPLES)].to(next(model.parameters()).device)
     tables = []
     for record in run.kept_rounds:
-        tables.append(_audit_round(run, record.number, model, examples))
+        tables.append(_audit_round(run, record.number, model, examples, spread))
         on_round()
     return pd.concat(tables, ignore_index=True)
 
@@ -239,12 +242,13 @@ def evenly(labels: Tensor, most: int) -> Tensor:
     return torch.argsort(place, stable=True)[:most].sort().values
 
 
-def _audit_round(run: Run, number: int, model: nn.Module, examples: Examples) -> pd.DataFrame:
+def _audit_round(run: Run, number: int, model: nn.Module, examples: Examples, spread: Spread) -> pd.DataFrame:
     weights: Mapping[str, float] = {client.id: client.weight for client in run.round(number).clients}
     try:
         load_exchanged_state(model, dict(run.global_state(number)))
         states, reference = run.client_states(number), run.global_state(number - 1)
-        found = audit(model, states, examples.inputs, examples.labels, weights=weights, reference=reference, aims=True)
+        given: dict[str, Any] = {"weights": weights, "reference": reference, "aims": True, "spread": spread}
+        found = audit(model, states, examples.inputs, examples.labels, **given)
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be audited: {error}") from error
     taught = torch.as_tensor(found.taught).clamp(min=0)
