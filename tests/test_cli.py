@@ -318,6 +318,7 @@ def test_a_report_is_written_where_it_is_asked_for(command, answer, run, tmp_pat
         ("audit logs", 1, "logs holds no recorded run itself (no run.json): it holds logs/words-"),
         ("audit set", 1, "set holds no recorded run itself (no run.json): give a run's folder"),
         ("audit set/train-0.parquet", 1, "is a file: give a run's folder"),
+        (f"audit {300 * 'x'}", 1, f"error: {100 * 'x'} is no folder"),
         ("whatif words", 2, "Missing option '--without'"),
         ("whatif words --without 9", 1, "without must name clients, got '9'"),
         ("whatif words --without 3 --since 4", 1, "since must be a round from 1 to round=3, got 4"),

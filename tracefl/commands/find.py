@@ -25,13 +25,13 @@ def find_run(name: str) -> Path:
             been meant.
     """
     path = Path(name)
-    if (path / "run.json").exists() or (path / "rounds").is_dir():  # a damaged one has its own sentence
+    if os.path.exists(path / "run.json") or os.path.isdir(path / "rounds"):  # a damaged one has its own sentence
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = [str(found) for found in run_folders(path)]
         hint = f"it holds {_several(inside)}: name one" if inside else "give a run's folder"
         raise TraceFLError(f"{path} holds no recorded run itself (no run.json): {hint}")
-    require(not path.exists(), f"{path} is a file: give a run's folder")
+    require(not os.path.exists(path), f"{path} is a file: give a run's folder")
     there = {str(found.relative_to(LOGS)): found for found in run_folders(LOGS)}
     if name in there:
         return there[name]
@@ -41,7 +41,7 @@ def find_run(name: str) -> Path:
     near = difflib.get_close_matches(name, [*there, *(HASH.sub("", full) for full in there)], SHOWN, 0.5)
     meant = f"did you mean {_several(list(dict.fromkeys(near)), 'or')}?" if near else "tracefl list shows those there"
     hint = meant if there else "give a run's folder"
-    raise TraceFLError(f"{name} is no folder, and {LOGS} has no run called so: {hint}")
+    raise TraceFLError(f"{name:.100} is no folder, and {LOGS} has no run called so: {hint}")
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
