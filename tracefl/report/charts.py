@@ -4,15 +4,16 @@ Colours are classes of page.css, which knows light and dark; markers and dashes 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 40, 92, 10, 26
+WIDTH, HEIGHT = 340, 180
+LEFT, RIGHT, TOP, BOTTOM = 42, 76, 10, 26
 MOST_MARKERS = 30
 LABEL_HEIGHT = 13
+Place = Callable[[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def bar(value: float, most: float) -> Markup:
     )
 
 
-def _axes(x: Sequence[int], low: float, top: float, at, percent: bool) -> list[Markup]:  # type: ignore[no-untyped-def]
+def _axes(x: Sequence[int], low: float, top: float, at: Place, percent: bool) -> list[Markup]:
     parts = []
     for step in range(3):
         y = low + (top - low) * step / 2
@@ -113,14 +114,16 @@ def _mark(across: float, down: float, style: str) -> str:
 
 def _names(ends: Sequence[tuple[float, Line]]) -> list[Markup]:
     """The lines' names at their ends, moved apart where they would overlap."""
-    parts, last = [], -math.inf
-    ordered = sorted(ends, key=lambda end: end[0])
-    excess = max(0.0, ordered[-1][0] + 4 + LABEL_HEIGHT * (len(ordered) - 1) - (HEIGHT - 4))
-    for down, line in ordered:
-        last = max(last + LABEL_HEIGHT, min(down + 4, HEIGHT - 4 - LABEL_HEIGHT * (len(ordered) - 1)) if excess else down + 4)
-        place = f'x="{WIDTH - RIGHT + 8}" y="{last:.1f}"'
-        parts.append(Markup(f'<text class="name {line.style}" {place}>') + escape(line.name) + Markup("</text>"))
-    return parts
+    ordered, places = sorted(ends, key=lambda end: end[0]), list[float]()
+    for down, _ in ordered:
+        places.append(max(down + 4, places[-1] + LABEL_HEIGHT) if places else down + 4)
+    lowest = float(HEIGHT - BOTTOM + 6)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], lowest)
+        lowest = places[i] - LABEL_HEIGHT
+    text = Markup('<text class="name {}" x="{}" y="{:.1f}">{}</text>')
+    across = WIDTH - RIGHT + 8
+    return [text.format(line.style, across, y, line.name) for y, (_, line) in zip(places, ordered, strict=True)]
 
 
 def _described(line: Line, x: Sequence[int], percent: bool) -> str:

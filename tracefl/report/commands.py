@@ -25,7 +25,7 @@ def run_command(settings: Mapping[str, Any]) -> str:
         settings: of its config.yaml.
 
     Example:
-        >>> print(run_command({"seed": 3, "dataset": {"path": None}, "storage": {"dir": "my runs"}}))
+        >>> print(run_command({"seed": 3, "storage": {"dir": "my runs"}}))
         python -m tracefl.main seed=3 'storage.dir='"'"'my runs'"'"''
     """
     wanted = {key: _at(settings, key) for key in KEYS if _has(settings, key)}

@@ -1,4 +1,4 @@
-"""What a run's page holds, as plain JSON: gathered from the run's folder, nothing is computed anew."""
+"""What a run's page holds, as plain JSON: gathered from the run's folder."""
 
 import csv
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.evidence.verdict import FEWEST_CLIENTS
@@ -77,8 +78,8 @@ def _filled(table: pd.DataFrame | None) -> pd.DataFrame | None:
 def _settings(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    with as_sentence(f"{file} cannot be read", "run the same command again", OSError, yaml.YAMLError, ValueError):
-        found = yaml.safe_load(file.read_text())
+    with as_sentence(f"{file} cannot be read", "run the same command again", OSError, YAMLError, ValueError):
+        found: Any = OmegaConf.to_container(OmegaConf.load(file))
     require(isinstance(found, dict), f"{file} holds no settings: run the same command again")
     return found
 
@@ -95,10 +96,15 @@ def _about(run: Run, settings: Mapping[str, Any], folder: Path) -> dict[str, Any
     about = {name: _at(settings, key) for name, key in keys.items()}
     if not settings.get("faulty_clients_ids"):
         about["fault"] = None
-    about |= {"name": folder.resolve().name, "seed": run["seed"] if "seed" in run else None, "own_app": not settings}
-    about |= {"versions": run["versions"] if "versions" in run else {}, "rounds": len(run.rounds)}
+    about |= {"name": folder.resolve().name, "seed": _header(run, "seed", None), "own_app": not settings}
+    about |= {"versions": _header(run, "versions", {}), "rounds": len(run.rounds)}
     about |= {"kept": [record.number for record in run.kept_rounds], "storage": dict(run.storing.as_json())}
     return about | {"faulty": [str(who) for who in settings.get("faulty_clients_ids") or []]}
+
+
+def _header(run: Run, key: str, missing: Any) -> Any:
+    """An entry of run.json, which an own app's may lack."""
+    return run[key] if key in run else missing  # noqa: SIM401 (a run has no get)
 
 
 def _ids(run: Run) -> list[str]:
@@ -109,7 +115,7 @@ def _ids(run: Run) -> list[str]:
 
 def _class_names(run: Run, answers: pd.DataFrame | None) -> list[str]:
     """The run's; numbers where it has none."""
-    names = [str(name) for name in run["class_names"]] if "class_names" in run else []
+    names = [str(name) for name in _header(run, "class_names", [])]
     labels = [label for client in run.clients for label in (*client.label_counts, *client.trained_label_counts)]
     if answers is not None:
         labels += [int(answers[column].max()) for column in ("label", "predicted")]
@@ -152,9 +158,25 @@ def _rounds(run: Run, folder: Path) -> Columns:
         names = ("loss", "accuracy")
         found = {"round": [record.number for record in run.rounds]}
         table = pd.DataFrame(found | {name: [getattr(record, name) for record in run.rounds] for name in names})
+    if table["accuracy"].isna().all():
+        table = table.join(_told(run))
     table["participants"] = [len(record.clients) for record in run.rounds]
     table["failures"] = [len(record.failures) for record in run.rounds]
     return columns(table.dropna(axis=1, how="all") if len(table) else table)
+
+
+def _told(run: Run) -> pd.DataFrame:
+    """What the clients of every round told of their training and tests: the numbers, by name."""
+    rows = [
+        {
+            f"{kind}: {name}": value
+            for kind, found in record.metrics.items()
+            for name, value in (found or {}).items()
+            if isinstance(value, int | float)
+        }
+        for record in run.rounds
+    ]
+    return pd.DataFrame(rows, index=range(len(rows))).astype(float)
 
 
 def _read_csv(file: Path) -> pd.DataFrame | None:

@@ -28,9 +28,9 @@
   const named = (text) => element("bdi", {}, show(text));
   const number = (value, sign = false) => {
     if (value === null || value === undefined) return "–";
-    const digits = Number(value).toPrecision(3);
-    const plain = Math.abs(value) >= 1e6 || (value !== 0 && Math.abs(value) < 1e-4) ? Number(digits).toExponential() : String(Number(digits));
-    return (sign && value > 0 ? "+" : "") + plain.replace(/-/g, "−");
+    const large = Math.abs(value) >= 1000, small = value !== 0 && Math.abs(value) < 1e-4;
+    const plain = small || Math.abs(value) >= 1e6 ? value.toExponential(2) : large ? value.toFixed(0) : value.toPrecision(3);
+    return (sign && value > 0 ? "+" : "") + plain.replace(/^-/, "−");
   };
   const bar = (value, most) => {
     const drawn = document.createElementNS(SVG, "svg"), rect = document.createElementNS(SVG, "rect");
@@ -139,11 +139,8 @@
   };
   const server = (one) => {
     if (one.s === undefined) return "";
+    if (Math.abs(one.s) <= 1e-4 * largest(one.v) && !one.n) return " The server itself added next to nothing.";
     return " The server itself added " + number(one.s, true) + (one.n ? ", of which its noise " + number(one.n, true) : "") + ".";
-  };
-  const head = (...names) => {
-    const cells = names.map((name) => element("th", { scope: "col", ...(name === "bars" ? { class: "unseen-head" } : {}) }, name));
-    return element("thead", {}, element("tr", {}, ...cells));
   };
   const boxed = (label, table) => element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": label }, table);
   const wideHead = (name) => element("th", { scope: "col", colspan: "2" }, name);
@@ -155,7 +152,7 @@
     if (one.e) titles.append(element("th", { scope: "col" }, "Standard error"));
     if (truth) titles.append(element("th", { scope: "col" }, "Coalition truth"));
     if (data.label_counts.length) titles.append(element("th", { scope: "col" }, "Examples of ", named(data.classes[one.p])));
-    titles.append(element("th", { scope: "col" }, "Answer"));
+    titles.append(element("th", { scope: "col", class: "text" }, "Answer"));
     const rows = one.c.map((who, place) => {
       const row = element("tr", {}, element("th", { scope: "row" }, named(data.clients.client[who])));
       row.append(element("td", {}, number(one.v[place], true)), element("td", { class: "bars" }, bar(one.v[place] ?? 0, most)));
@@ -166,7 +163,7 @@
         row.append(element("td", {}, there < 0 ? "–" : number(truth.v[there], true) + error));
       }
       if (data.label_counts.length) row.append(element("td", {}, String(held.get(who + " " + one.p) ?? 0)));
-      row.append(element("td", { class: "text" }, one.in.includes(place) ? (place ? "not told from the first" : "first") : "–"));
+      row.append(element("td", { class: "text" }, one.in.includes(place) ? (place ? "in the answer" : "first") : "–"));
       return row;
     });
     const left = one.k - one.c.length;
@@ -198,7 +195,8 @@
     if (isWrong(one)) line.append(element("span", { class: "wrong-mark" }, "✗ wrong: true class ", named(data.classes[one.y])));
     else line.append("✓ which is the true class");
     line.append(".");
-    const text = element("div", {}, heading, line, element("p", {}, answer(one) + server(one)), ranking(one), layers(one));
+    const tables = element("div", { class: "tables" }, ranking(one), layers(one));
+    const text = element("div", {}, heading, line, element("p", {}, answer(one) + server(one)), tables);
     if (again(one)) {
       const what = data.again.methods.includes(one.m) ? "This command gives the answer again:" : "The run’s command gives the answer again:";
       text.append(element("p", { class: "note" }, what), command(again(one), "The command of this answer"));

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tracefl.errors import as_sentence
-from tracefl.report import view
+from tracefl.report import charts, static, view, words
 from tracefl.report.commands import trace_command
 from tracefl.report.content import Gathered
 from tracefl.report.pictures import Inputs
@@ -81,7 +81,7 @@ def _inputs(inputs: Inputs, found: list[Prediction], depth: Depth) -> dict[str, 
 
 
 def _fitted(run: Gathered, content: dict[str, Any], found: list[Prediction], inputs: Inputs) -> bytes:
-    """The page with what fits: the last rounds first, then pictures; what is left out as a table."""
+    """The page with what fits: the last rounds first, then pictures; the rest as a table."""
     found = sorted(found, key=lambda one: -one["r"])
     room = MOST_BYTES - len(_page({**content, "predictions": found[:1]})) - 100_000  # what has no script
     kept, used = list[Prediction](), 0
@@ -104,15 +104,15 @@ def _fitted(run: Gathered, content: dict[str, Any], found: list[Prediction], inp
 
 
 def _page(content: dict[str, Any], csv: str = "") -> bytes:
-    static = view.static_predictions(content)
     parts = {"css": _own("page.css"), "js": _own("page.js")}
     hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in parts.items()}
     html = _template().render(
         content=content, run=content["run"], verdict=view.verdict_view(content), facts=view.facts(content),
         rounds=view.rounds_view(content), holdings=view.holdings(content), values=view.values_by_class(content),
-        whole=view.whole_view(content), static=static, data=_json(content), csv=csv, hashes=hashes, **parts,
+        whole=view.whole_view(content), static=static.static_predictions(content), data=_json(content), csv=csv,
+        hashes=hashes, **parts,
     )  # fmt: skip
-    return view.UNSEEN.sub("\ufffd", html).encode()
+    return words.UNSEEN.sub("\ufffd", html).encode()
 
 
 @cache
@@ -121,8 +121,8 @@ def _template() -> Any:
     around = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    around.filters |= {"show": view.show, "number": view.number, "percent": view.percent}
-    around.globals |= {"bar": view.bar, "methods": view.METHODS, "head_letters": view.HEAD_LETTERS}
+    around.filters |= {"show": words.show, "number": words.number, "fixed": words.fixed, "percent": words.percent}
+    around.globals |= {"bar": charts.bar, "head_letters": view.HEAD_LETTERS}
     return around.get_template("page.html.j2")
 
 

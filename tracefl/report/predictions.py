@@ -53,9 +53,10 @@ def predictions(
     through = _by_prediction(layers, {name: n for n, name in enumerate(names)})
     found = list[Prediction]()
     number = {client: n for n, client in enumerate(clients)}
-    for (t, method), part in answers.groupby(["round", "method"], sort=False):
+    for _, part in answers.groupby(["round", "method"], sort=False):
+        t, method = int(part["round"].iloc[0]), str(part["method"].iloc[0])
         for one in _answers(part, number, depth):
-            one |= {"r": int(t), "m": str(method)}
+            one |= {"r": t, "m": method}
             found.append(one | _layers(through.get((one["r"], one["m"], one["i"]), []), depth.layers))
     return found
 
@@ -75,7 +76,7 @@ def _answers(part: pd.DataFrame, number: dict[str, int], depth: Depth) -> Iterat
     for n, row in enumerate(first.to_dict("records")):
         order = np.argsort(-values[n], kind="stable")
         shown, rest = order[: depth.clients], order[depth.clients :]
-        one = {"i": int(row["input"]), "y": int(row["label"]), "p": int(row["predicted"]), "k": K}
+        one: Prediction = {"i": int(row["input"]), "y": int(row["label"]), "p": int(row["predicted"]), "k": K}
         one |= {"c": [number[ids[k]] for k in shown], "v": [short(values[n, k]) for k in shown]}
         one |= {"set": int(named[n].sum()), "in": [place for place, k in enumerate(shown) if named[n, k]]}
         if errors is not None:

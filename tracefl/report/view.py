@@ -1,7 +1,6 @@
-"""The page's data in the words and tables that a reader sees with scripts off."""
+"""The run in words and tables: the verdict, the rounds, who holds what, class by client."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +8,12 @@ from markupsafe import Markup
 
 from tracefl.evidence.verdict import UNKNOWN
 from tracefl.report.charts import Line, bar, line_chart
+from tracefl.report.words import number, percent, show
 
 Content = Mapping[str, Any]
 MOST_CELLS, MOST_ROWS = 2500, 200  # of a heat map
-HEAD_LETTERS, NAME_LETTERS = 24, 60
-STATIC_INPUTS, STATIC_CLIENTS, STATIC_LAYERS = 24, 10, 5
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+HEAD_LETTERS = 24  # of a class above a heat map
+MOST_METRICS = 8  # that clients told of a round
 # column of rounds.csv, its title, and whether it is a share
 ROUND_COLUMNS = [
     ("participants", "Clients", "whole"),
@@ -31,46 +30,14 @@ ROUND_COLUMNS = [
     ("top_holder_chance", "Top holder by chance", "share"),
     ("server_share", "Server’s own share", "share"),
 ]
-METHODS = {
-    "influence": "influence (first-order effect of leaving the client out)",
-    "neuron": "neuron (the paper’s)",
-    "shapley": "Shapley values (the coalition truth)",
-    "replay": "the whole run (what the prediction would lose without the client)",
-}
-
-
-def show(text: object, most: int = NAME_LETTERS) -> str:
-    """A text of others as it may stand in a page: control characters replaced, cut if long.
-
-    Example:
-        >>> show("a\\x00b"), show("x" * 100, 4)
-        ('a�b', 'xxx…')
-    """
-    seen = UNSEEN.sub("\ufffd", str(text))
-    return seen if len(seen) <= most else f"{seen[: most - 1]}…"
-
-
-def number(value: Any, sign: bool = False) -> str:
-    """A number for people, with a true minus; a dash for none.
-
-    Example:
-        >>> number(-0.51234), number(12.0, sign=True), number(None)
-        ('−0.512', '+12', '–')
-    """
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:{'+' if sign and value else ''}.3g}".replace("-", "−")
-
-
-def percent(value: Any) -> str:
-    """A share in percent; a dash for none."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
 
 
 def verdict_view(content: Content) -> dict[str, Any]:
     """The verdict in a sentence, the reasons, and a row per client, the accused ones first."""
     verdict, about = content["verdict"], content["run"]
-    planted = [who for who, fault in zip(content["clients"]["client"], content["clients"]["fault"], strict=True) if fault]
+    planted = [
+        who for who, fault in zip(content["clients"]["client"], content["clients"]["fault"], strict=True) if fault
+    ]
     view: dict[str, Any] = {"planted": planted, "reasons": [], "rows": [], "removal": None, "state": "none"}
     if verdict is None:
         view["headline"] = "No verdict: the clients of this run were not audited."
@@ -143,6 +110,7 @@ def rounds_view(content: Content) -> dict[str, Any]:
     ]
     titles = ["Accuracy of the global model", "Loss of the global model", right]
     told = [entry for entry in ROUND_COLUMNS if any(value is not None for value in rounds.get(entry[0], []))]
+    told += [(name, show(name), "number") for name in [name for name in rounds if ": " in name][:MOST_METRICS]]
     told = [entry for entry in told if entry[0] not in ("failures", "server_share") or _matters(rounds[entry[0]])]
     rows = [[_written(rounds[column][n], kind) for column, _, kind in told] for n in range(len(numbers))]
     drawn = [(title, chart) for title, chart in zip(titles, charts, strict=True) if chart]
@@ -175,13 +143,15 @@ def holdings(content: Content) -> dict[str, Any] | None:
         {
             "client": content["clients"]["client"][who],
             "fault": content["clients"]["fault"][who],
-            "cells": [(held, math.ceil(8 * math.sqrt(held / most))) for held in (counts[who].get(n, 0) for n in labels)],
+            "cells": [
+                (held, math.ceil(8 * math.sqrt(held / most))) for held in (counts[who].get(n, 0) for n in labels)
+            ],
             "sum": sum(counts[who].values()),
         }
         for who in clients
     ]
     shown = {"clients": (len(clients), len(counts)), "classes": (len(labels), len(of_class))}
-    return {"classes": [content["classes"][n] for n in labels], "rows": rows, "shown": shown}
+    return _heat([content["classes"][n] for n in labels], rows, shown)
 
 
 def values_by_class(content: Content) -> dict[str, Any] | None:
@@ -192,7 +162,9 @@ def values_by_class(content: Content) -> dict[str, Any] | None:
     strength = [max((abs(value) for value in row[1:] if value is not None), default=0.0) for row in table["values"]]
     clients = _largest(dict(enumerate(strength)), MOST_ROWS)
     C = len(table["class"])
-    by_class = {n: max((abs(row[n]) for row in table["values"] if row[n] is not None), default=0.0) for n in range(1, C)}
+    by_class = {
+        n: max((abs(row[n]) for row in table["values"] if row[n] is not None), default=0.0) for n in range(1, C)
+    }
     columns = [0, *_largest(by_class, max(5, MOST_CELLS // len(clients)))]
     most = max(by_class.values(), default=0.0) or 1.0
 
@@ -204,11 +176,19 @@ def values_by_class(content: Content) -> dict[str, Any] | None:
         return "–" if value is None else f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0"
 
     rows = [
-        {"client": table["client"][n], "cells": [(told(table["values"][n][c]), step(table["values"][n][c])) for c in columns]}
+        {
+            "client": table["client"][n],
+            "cells": [(told(table["values"][n][c]), step(table["values"][n][c])) for c in columns],
+        }
         for n in clients
     ]
     shown = {"clients": (len(clients), len(table["client"])), "classes": (len(columns) - 1, C - 1)}
-    return {"classes": [table["class"][c] for c in columns[1:]], "rows": rows, "shown": shown}
+    return _heat([table["class"][c] for c in columns[1:]], rows, shown)
+
+
+def _heat(classes: list[str], rows: list[dict[str, Any]], shown: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """A heat map; the names of its columns stand upright where they are long."""
+    return {"classes": classes, "rows": rows, "shown": shown, "upright": max(map(len, classes), default=0) > 4}
 
 
 def _largest(sizes: Mapping[int, float], most: int) -> list[int]:
@@ -225,77 +205,3 @@ def whole_view(content: Content) -> list[tuple[str, str, Markup, str]] | None:
     most = max(abs(value or 0) for value in table["contribution"])
     columns = zip(*(table[name] for name in ("client", "contribution", "first", "inputs")), strict=True)
     return [(who, number(c, True), bar(c or 0, most), f"{first} of {inputs}") for who, c, first, inputs in columns]
-
-
-def static_predictions(content: Content) -> dict[str, Any] | None:
-    """The predictions of the last round that was traced, for a page without scripts."""
-    found = content["predictions"]
-    if not found:
-        return None
-    last = max(one["r"] for one in found)
-    by_input: dict[int, list[Mapping[str, Any]]] = {}
-    for one in found:
-        if one["r"] == last:
-            by_input.setdefault(one["i"], []).append(one)
-    inputs = [_static(content, answers) for answers in list(by_input.values())[:STATIC_INPUTS]]
-    return {"round": last, "inputs": inputs, "more": max(0, len(by_input) - STATIC_INPUTS)}
-
-
-def _static(content: Content, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A prediction by all methods, a row per client of the first."""
-    first = min(answers, key=lambda one: list(METHODS).index(one["m"]) if one["m"] in METHODS else 9)
-    ordered = sorted(answers, key=lambda one: one is not first)
-    held = {who: count for who, label, count in content["label_counts"] if label == first["p"]}
-    most = max((abs(value or 0) for value in first["v"]), default=0.0)
-    rows = []
-    for place, who in enumerate(first["c"][:STATIC_CLIENTS]):
-        values = [_value(one, who) for one in ordered[1:]]
-        rows.append({
-            "client": content["clients"]["client"][who], "named": place in first["in"], "values": values,
-            "first": _value(first, who), "bar": bar(first["v"][place] or 0, most),
-            "held": held.get(who, 0) if content["label_counts"] else None,
-        })  # fmt: skip
-    names, most = content["layers"], max((abs(value or 0) for _, value in first.get("l", [])), default=0.0)
-    layers = [(names[n], number(value, True), bar(value or 0, most)) for n, value in first.get("l", [])[:STATIC_LAYERS]]
-    return {
-        "one": first, "methods": [one["m"] for one in ordered], "rows": rows, "layers": layers,
-        "more": first["k"] - len(rows), "answer": answer_line(content, first), "server": server_line(first),
-        "input": content["inputs"].get(str(first["i"]), {}), "command": command_of(content, first),
-    }  # fmt: skip
-
-
-def _value(one: Mapping[str, Any], who: int) -> str:
-    if who not in one["c"]:
-        return "–"
-    place = one["c"].index(who)
-    error = f" ± {number(one['e'][place])}" if one.get("e") else ""
-    return number(one["v"][place], True) + error
-
-
-def answer_line(content: Content, one: Mapping[str, Any]) -> str:
-    """Who is behind the prediction, in a sentence. page.js says the same."""
-    name = f"Client \u2068{show(content['clients']['client'][one['c'][0]])}\u2069"
-    if one["k"] == 1:
-        return f"{name} alone took part."
-    if not one["set"]:
-        return f"{name} contributes most, but nobody can be told apart from the others."
-    if one["set"] == 1:
-        return f"{name} contributes most, ahead of all others."
-    others = one["set"] - 1
-    return f"{name} contributes most; {others} other{'s' if others > 1 else ''} cannot be told from it."
-
-
-def server_line(one: Mapping[str, Any]) -> str:
-    """What the server itself added, in a sentence; page.js says the same."""
-    if one.get("s") is None:
-        return ""
-    noise = f", of which its noise {number(one['n'], True)}" if one.get("n") else ""
-    return f"The server itself added {number(one['s'], True)}{noise}."
-
-
-def command_of(content: Content, one: Mapping[str, Any]) -> str | None:
-    """The command that gives a prediction's answer again; page.js says the same."""
-    if one["m"] in content["again"]["methods"]:
-        return f"{content['again']['trace']} --round {one['r']} --index {one['i']} --method {one['m']}"
-    command: str | None = content["command"]
-    return command
