@@ -40,7 +40,9 @@ def record_page(
     rng, state, C = np.random.default_rng(0), {"w": torch.zeros(2)}, len(class_names)
     infos = [
         ClientInfo(
-            who, {c: int(n) for c, n in enumerate(rng.integers(0, 50, C))}, fault="label_flip" if who in faulty else None
+            who,
+            {c: int(n) for c, n in enumerate(rng.integers(0, 50, C))},
+            fault="label_flip" if who in faulty else None,
         )
         for who in clients
     ]

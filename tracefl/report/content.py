@@ -19,6 +19,7 @@ from tracefl.results import AUDIT, CLASS_BY_CLIENT, LAYERS, PROVENANCE, ROUNDS, 
 from tracefl.runs import Run
 
 FORMAT = 1
+MOST_VALUES = 20_000  # of clients for classes
 Columns = dict[str, list[Any]]
 
 
@@ -61,7 +62,7 @@ class Gathered:
             "folder": str(folder),
             "classes": self.class_names,
             "clients": _clients(run, self.clients),
-            "label_counts": _counts(run, self.clients),
+            "label_counts": _counts(run, self.clients, len(self.class_names)),
             "rounds": _rounds(run, folder),
             "verdict": _verdict(folder),
             "evidence": _evidence(of_this_run(run, AUDIT)),
@@ -140,15 +141,11 @@ def _clients(run: Run, ids: Sequence[str]) -> Columns:
     }
 
 
-def _counts(run: Run, ids: Sequence[str]) -> list[list[int]]:
-    """[client's number, label, examples that it trains on] of what is known and not 0."""
-    number = {who: n for n, who in enumerate(ids)}
-    return [
-        [number[client.id], label, count]
-        for client in run.clients
-        for label, count in sorted(client.trained_label_counts.items())
-        if count
-    ]
+def _counts(run: Run, ids: Sequence[str], num_classes: int) -> list[list[int] | None]:
+    """Of every client the examples of each class that it trains on; None where it is not known."""
+    held = {client.id: client.trained_label_counts for client in run.clients}
+    known = {who: counts for who, counts in held.items() if counts}
+    return [[known[who].get(label, 0) for label in range(num_classes)] if who in known else None for who in ids]
 
 
 def _rounds(run: Run, folder: Path) -> Columns:
@@ -225,18 +222,33 @@ def _evidence(audited: pd.DataFrame | None) -> Columns | None:
     return columns(means.reset_index().astype({"client": str}))
 
 
-def _class_by_client(folder: Path) -> Columns | None:
-    """class_by_client.csv: a class may be called as another column is."""
+def _class_by_client(folder: Path) -> dict[str, Any] | None:
+    """class_by_client.csv; of many clients those that change a class most."""
     file = folder / CLASS_BY_CLIENT
     if not file.exists():
         return None
     remedy = "remove it, and run the same command again"
-    with as_sentence(f"{file} cannot be read", remedy, OSError, ValueError, StopIteration, IndexError):
+    with as_sentence(f"{file} cannot be read", remedy, OSError, ValueError, IndexError, csv.Error):
         csv.field_size_limit(1 << 30)
-        with file.open(newline="") as lines:
+        with file.open(newline="", encoding="utf-8") as lines:
             head, *rows = csv.reader(lines)
-        values = [[short(float(value)) if value else None for value in row[1:]] for row in rows]
-    return {"client": [row[0] for row in rows], "class": head[1:], "values": values}
+        numbers = [[float(value) if value else math.nan for value in row[1:]] for row in rows]
+    require(all(len(row) == len(head) for row in rows), f"{file} is no table: {remedy}")
+    strength = [max((abs(value) for value in row if math.isfinite(value)), default=0.0) for row in numbers]
+    kept = largest(dict(enumerate(strength)), max(20, MOST_VALUES // len(head)))
+    values = [[short(value, 4) for value in numbers[n]] for n in kept]
+    return {"client": [rows[n][0] for n in kept], "of": len(rows), "class": head[1:], "values": values}
+
+
+def largest(sizes: Mapping[int, float], most: int) -> list[int]:
+    """At most so many keys, those with the largest sizes, in their order.
+
+    Example:
+        >>> largest({0: 5, 1: 9, 2: 7}, 2)
+        [1, 2]
+    """
+    kept = set(sorted(sizes, key=lambda key: -sizes[key])[:most])
+    return [key for key in sizes if key in kept]
 
 
 def _whole(answers: pd.DataFrame | None) -> Columns | None:

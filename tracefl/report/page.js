@@ -73,7 +73,7 @@
   };
 
   if (!byId("choose")) return;
-  const held = new Map(data.label_counts.map(([who, label, count]) => [who + " " + label, count]));
+  const anyHeld = data.label_counts.some((counts) => counts !== null);
   const all = data.predictions;
   const rounds = [...new Set(all.map((one) => one.r))].sort((a, b) => a - b);
   const now = { r: rounds[rounds.length - 1], m: "influence", i: null };
@@ -151,7 +151,7 @@
     const titles = element("tr", {}, element("th", { scope: "col" }, "Client"), wideHead("Contribution"));
     if (one.e) titles.append(element("th", { scope: "col" }, "Standard error"));
     if (truth) titles.append(element("th", { scope: "col" }, "Coalition truth"));
-    if (data.label_counts.length) titles.append(element("th", { scope: "col" }, "Examples of ", named(data.classes[one.p])));
+    if (anyHeld) titles.append(element("th", { scope: "col" }, "Examples of ", named(data.classes[one.p])));
     titles.append(element("th", { scope: "col", class: "text" }, "Answer"));
     const rows = one.c.map((who, place) => {
       const row = element("tr", {}, element("th", { scope: "row" }, named(data.clients.client[who])));
@@ -162,7 +162,7 @@
         const error = there >= 0 && truth.e ? " ± " + number(truth.e[there]) : "";
         row.append(element("td", {}, there < 0 ? "–" : number(truth.v[there], true) + error));
       }
-      if (data.label_counts.length) row.append(element("td", {}, String(held.get(who + " " + one.p) ?? 0)));
+      if (anyHeld) row.append(element("td", {}, String(data.label_counts[who]?.[one.p] ?? "–")));
       row.append(element("td", { class: "text" }, one.in.includes(place) ? (place ? "in the answer" : "first") : "–"));
       return row;
     });

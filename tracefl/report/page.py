@@ -24,7 +24,10 @@ from tracefl.report.predictions import DEPTHS, Depth, Prediction, predictions, r
 from tracefl.runs import write_atomically
 
 MOST_BYTES = 980_000  # of a page
-CSV_BYTES = 60_000  # of what it has no room for
+LEAST_BYTES = 7  # of a contribution
+CSV_BYTES = 100_000  # of what it has no room for
+WITHOUT_SCRIPT = 90_000  # bytes of the last round without scripts, at most
+SHARE_OF_NUMBERS = 0.85  # of the room; the rest is for pictures
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -51,16 +54,27 @@ def write_page(run_folder: str | Path, out: str | Path | None = None) -> Path:
 
 def render(run: Gathered) -> bytes:
     """The page, told in as much depth as it has room for."""
-    trigger = run.backdoor
-    inputs, all_found = Inputs(run.run, trigger), list[Prediction]()
+    inputs, found, pictures = Inputs(run.run, run.backdoor), list[Prediction](), dict[str, dict[str, str]]()
     again = {"trace": trace_command(str(run.content["folder"])), "methods": _repeated(run)}
-    content = {**run.content, "again": again, "missing": inputs.missing, "predictions": [], "inputs": {}, "left_out": 0}
+    content = {**run.content, "again": again, "missing": inputs.missing, "left_out": 0, "listed": 0}
     for depth in DEPTHS:
-        all_found = _predictions(run, depth)
-        page = _page({**content, "predictions": all_found, "inputs": _inputs(inputs, all_found, depth)})
+        if depth is not DEPTHS[-1] and _numbers(run, depth) * LEAST_BYTES > MOST_BYTES / 2:
+            continue
+        found = _predictions(run, depth)
+        rows = sorted({one["i"] for one in found})
+        pictures = {str(row): told for row, told in inputs.show(rows, depth.colours, depth.letters).items()}
+        page = _page({**content, "predictions": found, "inputs": pictures})
         if len(page) <= MOST_BYTES:
             return page
-    return _fitted(run, content, all_found, inputs)
+    return _fitted(run, content, found, pictures)
+
+
+def _numbers(run: Gathered, depth: Depth) -> int:
+    """How many contributions are told at least, at a depth."""
+    if run.answers is None:
+        return 0
+    inputs = run.answers.groupby(["round", "method"])["input"].nunique().sum()
+    return int(min(len(run.answers), inputs * depth.clients))
 
 
 def _repeated(run: Gathered) -> list[str]:
@@ -75,32 +89,30 @@ def _predictions(run: Gathered, depth: Depth) -> list[Prediction]:
     return predictions(run.answers, run.layers, run.clients, run.layer_names, depth)
 
 
-def _inputs(inputs: Inputs, found: list[Prediction], depth: Depth) -> dict[str, dict[str, str]]:
-    rows = sorted({one["i"] for one in found})
-    return {str(row): told for row, told in inputs.show(rows, depth.colours, depth.letters).items()}
-
-
-def _fitted(run: Gathered, content: dict[str, Any], found: list[Prediction], inputs: Inputs) -> bytes:
+def _fitted(
+    run: Gathered, content: dict[str, Any], found: list[Prediction], pictures: dict[str, dict[str, str]]
+) -> bytes:
     """The page with what fits: the last rounds first, then pictures; the rest as a table."""
     found = sorted(found, key=lambda one: -one["r"])
-    room = MOST_BYTES - len(_page({**content, "predictions": found[:1]})) - 100_000  # what has no script
+    room = MOST_BYTES - WITHOUT_SCRIPT - len(_page({**content, "predictions": found[:1], "inputs": {}}))
     kept, used = list[Prediction](), 0
     for one in found:
-        used += len(_json(one)) + 1
-        if used > room * 2 / 3:
+        used += len(_json(one).encode()) + 1
+        if used > room * SHARE_OF_NUMBERS:
             break
         kept.append(one)
-    left_out = found[len(kept) :]
-    room -= used + (CSV_BYTES * 2 if left_out else 0)
-    shown = dict[str, dict[str, str]]()
-    for row, told in _inputs(inputs, kept, DEPTHS[-1]).items():
-        room -= len(_json(told)) + 10
-        if room < 0:
-            break
-        shown[row] = told
-    table = rest_csv(left_out, run.clients, run.class_names).encode()[:CSV_BYTES]
-    link = base64.b64encode(table.rpartition(b"\n")[0]).decode() if left_out else ""
-    return _page({**content, "predictions": kept, "inputs": shown, "left_out": len(left_out)}, link)
+    lines = rest_csv(found[len(kept) :], run.clients, run.class_names)
+    while len(table := "\r\n".join(lines).encode()) > CSV_BYTES:
+        lines = lines[: len(lines) * CSV_BYTES // len(table)]
+    listed = len(lines) - 1
+    room -= used + len(table) * 4 // 3
+    shown, rows = dict[str, dict[str, str]](), {str(one["i"]) for one in kept}
+    for row, told in pictures.items():
+        room -= (len(_json(told).encode()) + 10) if row in rows else 0
+        if row in rows and room > 0:
+            shown[row] = told
+    content |= {"left_out": len(found) - len(kept), "listed": listed}
+    return _page({**content, "predictions": kept, "inputs": shown}, base64.b64encode(table).decode())
 
 
 def _page(content: dict[str, Any], csv: str = "") -> bytes:

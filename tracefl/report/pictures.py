@@ -37,7 +37,7 @@ class Inputs:
         try:
             self._examples = run.server_examples()
         except TraceFLError as error:
-            self.missing = str(error) if "data_folder" in run else "The server's data are not in the run."
+            self.missing = str(error) if "data_folder" in run else "the server's data are not in the run."
 
     def show(self, rows: Sequence[int], colours: int = 256, letters: int = MOST_LETTERS) -> dict[int, dict[str, str]]:
         """Row -> {"picture": a PNG in base64} or {"text": ...}.
@@ -75,11 +75,17 @@ def png(pixels: Tensor, colours: int = 256) -> str:
     image = Image.fromarray(np.ascontiguousarray(values[..., 0] if grey else values))
     options: dict[str, Any] = {"optimize": True}
     if colours < 256:
-        image = image.quantize(colours, dither=Image.Dither.NONE)
         options["bits"] = 4
+        image = _sixteen_greys(values[..., 0]) if grey else image.quantize(colours, dither=Image.Dither.NONE)
     file = io.BytesIO()
     image.save(file, "PNG", **options)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def _sixteen_greys(values: np.ndarray) -> Image.Image:
+    image = Image.fromarray((values.astype(float) / 17).round().astype(np.uint8))
+    image.putpalette([level for grey in range(0, 256, 17) for level in (grey, grey, grey)])
+    return image
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,8 @@ server added, "n": what its noise added, "l": [layer's number, contribution] of 
 "lk": through how many layers, "lrest": the sum over those left out}. What is not known is left out.
 """
 
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ import pandas as pd
 
 from tracefl.errors import require
 from tracefl.evidence.answers import members
+from tracefl.report.words import show
 
 WHOLE = "replay"  # the method of whole_run.parquet
 Prediction = dict[str, Any]
@@ -108,27 +111,25 @@ def _layers(through: list[tuple[int, float]], most: int) -> Prediction:
     return told | ({"lrest": short(sum(value for _, value in rest))} if rest else {})
 
 
-def short(value: Any) -> float | None:
-    """A number with five digits; None for what is not finite.
+def short(value: Any, digits: int = 5) -> float | None:
+    """A number with five digits, or so many; None for what is not finite.
 
     Example:
         >>> short(0.123456789), short(float("nan"))
         (0.12346, None)
     """
-    return float(f"{value:.5g}") if np.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
 
 
-def rest_csv(left_out: Sequence[Prediction], clients: Sequence[str], class_names: Sequence[str]) -> str:
-    """Predictions that the page has no room for, a line each: the client that contributes most."""
-    columns = ["round", "method", "input", "true class", "predicted class", "client", "contribution"]
-    rows = [
-        (
-            *(one["r"], one["m"], one["i"], *(cell(class_names[one[key]]) for key in "yp")),
-            *(cell(clients[one["c"][0]]), one["v"][0]),
-        )
-        for one in left_out
-    ]
-    return pd.DataFrame(rows, columns=columns).to_csv(index=False)
+def rest_csv(left_out: Sequence[Prediction], clients: Sequence[str], class_names: Sequence[str]) -> list[str]:
+    """Lines of a table of predictions: the client that contributes most to each."""
+    file = io.StringIO()
+    write = csv.writer(file, lineterminator="\0").writerow
+    write(["round", "method", "input", "true class", "predicted class", "client", "contribution"])
+    for one in left_out:
+        names = [cell(class_names[one["y"]]), cell(class_names[one["p"]]), cell(clients[one["c"][0]])]
+        write([one["r"], one["m"], one["i"], *names, one["v"][0]])
+    return file.getvalue().rstrip("\0").split("\0")
 
 
 def cell(text: str) -> str:
@@ -138,4 +139,5 @@ def cell(text: str) -> str:
         >>> cell("=1+1"), cell("cat")
         ("'=1+1", 'cat')
     """
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text[:1] in "\t\r" else text
+    seen = show(text, 200)
+    return f"'{seen}" if seen.lstrip().startswith(("=", "+", "-", "@")) or seen[:1] in ("\t", "\r") else seen

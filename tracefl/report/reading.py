@@ -23,8 +23,9 @@ class Report:
         verdict: of verdict.json; None where there is none.
         rounds: a row per round.
         clients: a row per client: client, fault, examples, rounds.
-        label_counts: examples that clients train on, clients by classes.
-        class_by_client: clients by "all" and classes; None without a verdict.
+        label_counts: examples that clients train on, clients by classes; missing where not known.
+        class_by_client: clients by "all" and classes; None without a verdict. Of more than
+            20,000 numbers the clients that change a class most.
         predictions: a row per (round, method, input, client): label, predicted, rank, contribution,
             named (whether it is in the answer set), and standard_error where it is known.
         layers: a row per (round, method, input, layer) of the first client: contribution.
@@ -65,9 +66,8 @@ def read(path: str | Path) -> Report:
 
 def _report(content: dict[str, Any]) -> Report:
     clients, classes = pd.DataFrame(content["clients"]), content["classes"]
-    counts = pd.DataFrame(0, index=pd.Index(clients["client"]), columns=range(len(classes)))
-    for who, label, count in content["label_counts"]:
-        counts.iat[who, label] = count
+    held = [counts or [None] * len(classes) for counts in content["label_counts"]]
+    counts = pd.DataFrame(held, index=pd.Index(clients["client"]), columns=classes).convert_dtypes()
     values, table = content["class_by_client"], None
     if values:
         table = pd.DataFrame(values["values"], index=pd.Index(values["client"], name="client"), columns=values["class"])
@@ -79,7 +79,7 @@ def _report(content: dict[str, Any]) -> Report:
         verdict=content["verdict"],
         rounds=pd.DataFrame(content["rounds"]),
         clients=clients,
-        label_counts=counts.set_axis(classes, axis=1),
+        label_counts=counts,
         class_by_client=table,
         predictions=_predictions(content),
         layers=pd.DataFrame(layers, columns=["round", "method", "input", "layer", "contribution"]),

@@ -29,7 +29,6 @@ def _static(content: Content, answers: Sequence[Mapping[str, Any]]) -> dict[str,
     """A prediction by all methods, a row per client of the first."""
     first = min(answers, key=lambda one: ORDER.index(one["m"]) if one["m"] in ORDER else len(ORDER))
     ordered = sorted(answers, key=lambda one: one is not first)
-    held = {who: count for who, label, count in content["label_counts"] if label == first["p"]}
     most = max((abs(value or 0) for value in first["v"]), default=0.0)
     rows = []
     for place, who in enumerate(first["c"][:MOST_CLIENTS]):
@@ -37,7 +36,7 @@ def _static(content: Content, answers: Sequence[Mapping[str, Any]]) -> dict[str,
         rows.append({
             "client": content["clients"]["client"][who], "named": place in first["in"], "values": values,
             "first": _value(first, who), "bar": bar(first["v"][place] or 0, most),
-            "held": held.get(who, 0) if content["label_counts"] else None,
+            "held": _held(content, who, first["p"]),
         })  # fmt: skip
     names, most = content["layers"], max((abs(value or 0) for _, value in first.get("l", [])), default=0.0)
     layers = [(names[n], number(value, True), bar(value or 0, most)) for n, value in first.get("l", [])[:MOST_LAYERS]]
@@ -46,6 +45,11 @@ def _static(content: Content, answers: Sequence[Mapping[str, Any]]) -> dict[str,
         "more": first["k"] - len(rows), "answer": answer_line(content, first), "server": server_line(first),
         "input": content["inputs"].get(str(first["i"]), {}), "command": command_of(content, first),
     }  # fmt: skip
+
+
+def _held(content: Content, who: int, label: int) -> str:
+    counts = content["label_counts"][who]
+    return "–" if counts is None else str(counts[label])
 
 
 def _value(one: Mapping[str, Any], who: int) -> str:

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from tracefl.evidence.verdict import UNKNOWN
 from tracefl.report.charts import Line, bar, line_chart
+from tracefl.report.content import largest
 from tracefl.report.words import number, percent, show
 
 Content = Mapping[str, Any]
@@ -52,7 +53,8 @@ def verdict_view(content: Content) -> dict[str, Any]:
         are = ("client is", "client") if len(faulty) == 1 else ("clients are", "clients")
         view["headline"] = f"{len(faulty)} of {len(judged)} {'clients'} {are[0].split()[1]} faulty: {are[1]} {who}."
     view["reasons"] = [{"client": one, **judged[one]} for one in faulty if one in judged]
-    view["rows"], view["removal"] = _evidence_rows(content), verdict.get("removal")
+    rows = _evidence_rows(content)
+    view["more"], view["rows"], view["removal"] = len(rows) - MOST_ROWS, rows[:MOST_ROWS], verdict.get("removal")
     return view
 
 
@@ -114,7 +116,9 @@ def rounds_view(content: Content) -> dict[str, Any]:
     told = [entry for entry in told if entry[0] not in ("failures", "server_share") or _matters(rounds[entry[0]])]
     rows = [[_written(rounds[column][n], kind) for column, _, kind in told] for n in range(len(numbers))]
     drawn = [(title, chart) for title, chart in zip(titles, charts, strict=True) if chart]
-    return {"charts": drawn, "titles": [title for _, title, _ in told], "rows": list(zip(numbers, rows, strict=True))}
+    told_rows = list(zip(numbers, rows, strict=True))
+    titles = [title for _, title, _ in told]
+    return {"charts": drawn, "titles": titles, "rows": told_rows[-MOST_ROWS:], "more": len(rows) - MOST_ROWS}
 
 
 def _matters(values: Sequence[Any]) -> bool:
@@ -129,24 +133,19 @@ def _written(value: Any, kind: str) -> str:
 
 def holdings(content: Content) -> dict[str, Any] | None:
     """Who trains on how many examples of which class: a heat map as a table."""
-    if not content["label_counts"]:
+    counts = {who: held for who, held in enumerate(content["label_counts"]) if held is not None}
+    if not counts:
         return None
-    counts: dict[int, dict[int, int]] = {}
-    of_class = dict.fromkeys(range(len(content["classes"])), 0)
-    for who, label, count in content["label_counts"]:
-        counts.setdefault(who, {})[label] = count
-        of_class[label] += count
-    clients = _largest({who: sum(held.values()) for who, held in counts.items()}, MOST_ROWS)
-    labels = _largest(of_class, max(5, MOST_CELLS // max(len(clients), 1)))
-    most = max(count for held in counts.values() for count in held.values())
+    clients = largest({who: sum(held) for who, held in counts.items()}, MOST_ROWS)
+    of_class = {n: sum(held[n] for held in counts.values()) for n in range(len(content["classes"]))}
+    labels = largest(of_class, max(5, MOST_CELLS // len(clients)))
+    most = max(max(held, default=0) for held in counts.values()) or 1
     rows = [
         {
             "client": content["clients"]["client"][who],
             "fault": content["clients"]["fault"][who],
-            "cells": [
-                (held, math.ceil(8 * math.sqrt(held / most))) for held in (counts[who].get(n, 0) for n in labels)
-            ],
-            "sum": sum(counts[who].values()),
+            "cells": [(counts[who][n], math.ceil(8 * math.sqrt(counts[who][n] / most))) for n in labels],
+            "sum": sum(counts[who]),
         }
         for who in clients
     ]
@@ -160,12 +159,12 @@ def values_by_class(content: Content) -> dict[str, Any] | None:
     if not table or not table["client"]:
         return None
     strength = [max((abs(value) for value in row[1:] if value is not None), default=0.0) for row in table["values"]]
-    clients = _largest(dict(enumerate(strength)), MOST_ROWS)
+    clients = largest(dict(enumerate(strength)), MOST_ROWS)
     C = len(table["class"])
     by_class = {
         n: max((abs(row[n]) for row in table["values"] if row[n] is not None), default=0.0) for n in range(1, C)
     }
-    columns = [0, *_largest(by_class, max(5, MOST_CELLS // len(clients)))]
+    columns = [0, *largest(by_class, max(5, MOST_CELLS // len(clients)))]
     most = max(by_class.values(), default=0.0) or 1.0
 
     def step(value: float | None) -> str:
@@ -182,19 +181,13 @@ def values_by_class(content: Content) -> dict[str, Any] | None:
         }
         for n in clients
     ]
-    shown = {"clients": (len(clients), len(table["client"])), "classes": (len(columns) - 1, C - 1)}
+    shown = {"clients": (len(clients), table["of"]), "classes": (len(columns) - 1, C - 1)}
     return _heat([table["class"][c] for c in columns[1:]], rows, shown)
 
 
 def _heat(classes: list[str], rows: list[dict[str, Any]], shown: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """A heat map; the names of its columns stand upright where they are long."""
     return {"classes": classes, "rows": rows, "shown": shown, "upright": max(map(len, classes), default=0) > 4}
-
-
-def _largest(sizes: Mapping[int, float], most: int) -> list[int]:
-    """At most so many keys, those with the largest sizes, in their order."""
-    kept = sorted(sizes, key=lambda key: -sizes[key])[:most]
-    return [key for key in sizes if key in set(kept)]
 
 
 def whole_view(content: Content) -> list[tuple[str, str, Markup, str]] | None:
@@ -204,4 +197,6 @@ def whole_view(content: Content) -> list[tuple[str, str, Markup, str]] | None:
         return None
     most = max(abs(value or 0) for value in table["contribution"])
     columns = zip(*(table[name] for name in ("client", "contribution", "first", "inputs")), strict=True)
-    return [(who, number(c, True), bar(c or 0, most), f"{first} of {inputs}") for who, c, first, inputs in columns]
+    return [(who, number(c, True), bar(c or 0, most), f"{first} of {inputs}") for who, c, first, inputs in columns][
+        :MOST_ROWS
+    ]
