@@ -15,6 +15,7 @@
   // Texts of others go in as text only; an isolate keeps their direction to themselves.
   const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
   const show = (text, most = 60) => {
+    if (!String(text).trim()) return "(blank)";
     const letters = [...String(text).slice(0, 4 * most).replace(UNSEEN, "\ufffd")];
     return letters.length <= most ? letters.join("") : letters.slice(0, most - 1).join("") + "…";
   };

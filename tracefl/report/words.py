@@ -12,10 +12,10 @@ def show(text: object, most: int = NAME_LETTERS) -> str:
     """A text of others as it may stand in a page: control characters replaced, cut if long.
 
     Example:
-        >>> show("a\\x00b"), show("x" * 100, 4)
-        ('a�b', 'xxx…')
+        >>> show("a\\x00b"), show("x" * 100, 4), show(" ")
+        ('a�b', 'xxx…', '(blank)')
     """
-    seen = UNSEEN.sub("\ufffd", str(text))
+    seen = UNSEEN.sub("\ufffd", str(text)) if str(text).strip() else "(blank)"
     return seen if len(seen) <= most else f"{seen[: most - 1]}…"
 
 
