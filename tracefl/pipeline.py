@@ -160,7 +160,7 @@ def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples
         removal = whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)
         for line in removal_lines(removal):
             log.info(line)
-    write_atomically(run.path / VERDICT, verdict_json(verdict, removal and removal.as_json()))
+    write_atomically(run.path / VERDICT, verdict_json(verdict, removal.as_json() if removal is not None else None))
     write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
