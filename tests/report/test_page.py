@@ -303,7 +303,7 @@ def test_the_same_run_gives_the_same_page(run, page, tmp_path):
         ["exp_key=my-run", "storage.dir=my runs/größe=1 (a)", "client.lr=0.0001", "dirichlet_alpha=1e-3"],
         ["faulty_clients_ids=[0,3]", "label2flip={8:7,0:7}", "noise_rate={8:0.5,0:1}", "plotting=true"],
         ["dataset.name=mnist", "client.lr=0.0003", "strategy.name=fedprox", "strategy.options.proximal_mu=0.1"],
-        ["dataset.name=a/b", "dataset.input_columns=[Text,größe]", "dataset.train_split='train[:8%]'", "dataset.config='1'"],
+        ["dataset.name=a/b", "dataset.input_columns=[Text,größe]", "dataset.test_split='a[:8%]'", "dataset.config='1'"],
         ["model.name=google-bert/bert-base-cased", "model.config.num_hidden_layers=2", "model.pretrained=true"],
         ["noise_multiplier=0.001", "clipping_norm=15", "dataset.label_column='null'", "storage.keep=last:2"],
         ["dataset.name=x/y", "dataset.config=it's; rm -rf $HOME `id`"],
