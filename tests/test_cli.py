@@ -24,7 +24,7 @@ from tracefl.checks import load
 from tracefl.data.prepare import prepare
 from tracefl.evaluation.own import image_inputs, text_inputs
 from tracefl.pipeline import run_experiment
-from tracefl.runs import ClientInfo
+from tracefl.record import ClientInfo
 from tracefl.sealed import KEY, sealed
 
 WORDS = (("red apple and cherry", "a ripe plum"), ("blue sea and sky", "a deep lake"))

@@ -27,7 +27,7 @@ from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.files import locked, write_atomically
 from tracefl.models import build_model, model_spec
-from tracefl.report import figures, lines, progress, tables, write_page
+from tracefl.report import figures, lines, progress, tables, tracking, write_page
 from tracefl.results import (
     AUDIT,
     CLASS_BY_CLIENT,
@@ -40,7 +40,6 @@ from tracefl.results import (
     read_timings,
     update_timings,
     write_csv,
-    write_events,
     write_layers,
 )
 from tracefl.runs import Run
@@ -65,6 +64,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     Raises:
         TraceFLError: something that the user can correct; what was recorded before is kept.
     """
+    tracking.wanted(config)  # before anything is trained
     data = prepare(config)
     folder = run_folder(config)
     config, notes = numbered_labels(config, data.class_names)
@@ -105,6 +105,8 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
         tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
+    with locked(folder):
+        tracking.log_run(config, folder)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
@@ -158,7 +160,7 @@ def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples
         removal = whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)
         for line in removal_lines(removal):
             log.info(line)
-    write_atomically(run.path / VERDICT, verdict_json(verdict, removal and removal.as_json()))
+    write_atomically(run.path / VERDICT, verdict_json(verdict, removal.as_json() if removal is not None else None))
     write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
@@ -228,7 +230,7 @@ def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.Data
 
 
 def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.DataFrame) -> None:
-    """Log the lines, and write rounds.csv, TensorBoard's events and the figures."""
+    """Log the lines, and write rounds.csv and the figures."""
     if answers is not None:
         if config.convert_cache_to_csv:
             write_csv(run.path / "provenance.csv", answers)
@@ -239,9 +241,7 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
         log.info(line)
     log.info(disk_line(run.disk()))
     if answers is not None or not (run.path / ROUNDS).exists():
-        rounds = wide(metrics)
-        write_csv(run.path / ROUNDS, rounds)
-        write_events(run.path / "tensorboard", rounds)
+        write_csv(run.path / ROUNDS, wide(metrics))
     if config.plotting:
         figures.draw_run(run.path)
 
