@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -277,20 +279,19 @@ def test_an_empty_folder_is_listed_as_such(command, tmp_path):
     assert command("list", str(tmp_path))[:2] == (0, f"{tmp_path} holds no recorded run\n")
 
 
-def test_a_report_is_written_where_it_is_asked_for(command, answer, run, tmp_path, monkeypatch):
-    asked = []
-
-    def write_page(folder, out=None):
-        asked.append((folder, out))
-        return Path(out or folder / "report.html")
-
-    monkeypatch.setattr("tracefl.commands.reporting.write_page", write_page, raising=False)
+def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, tmp_path):
     folder = Path("logs") / run.path.name
     assert command("report", "words")[:2] == (0, f"{folder}/report.html\n")
-    assert answer("report", "words", "--out", str(tmp_path / "b" / "a.html"))["pages"] == [
-        {"run": str(folder), "page": str(tmp_path / "b" / "a.html")}
-    ]
-    assert asked == [(folder, None), (folder, tmp_path / "b" / "a.html")]
+    file = tmp_path / "b" / "a.html"
+    assert answer("report", "words", "--out", str(file))["pages"] == [{"run": str(folder), "page": str(file)}]
+    assert file.read_bytes() == (run.path / "report.html").read_bytes()
+    other = shutil.copytree(run.path, place / "logs" / "other")
+    try:
+        found = answer("report", "words", "logs/other", "--out", str(tmp_path / "c"))
+    finally:
+        shutil.rmtree(other)
+    assert [Path(of["page"]).name for of in found["pages"]] == [f"{run.path.name}.html", "other.html"]
+    assert all(Path(of["page"]).stat().st_size > 10_000 for of in found["pages"])
     status, _, err = command("report", "words", str(run.path), "--out", str(tmp_path))
     assert (status, "two runs have the same name" in err) == (1, True)
 
@@ -438,3 +439,28 @@ def test_a_reader_that_has_enough_ends_it_quietly(place):
     path = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(["bash", "-c", line], cwd=place, capture_output=True, text=True, env=path)
     assert (done.stdout, done.stderr) == ("{", "")
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "command.md"
+
+
+def test_the_documented_commands_are_commands():
+    lines = re.findall(r"^\$ tracefl (.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert {line.split()[0] for line in lines} == {"trace", "audit", "whatif", "list"}
+    group = typer.main.get_command(cli.app)
+    for line in lines:
+        name, *words = shlex.split(line)
+        group.commands[name].make_context(name, words)  # raises where an option is wrong
+
+
+def test_every_key_of_an_answer_is_documented(answer):
+    documented = set(re.findall(r"`(\w+)`", PAGE.read_text(encoding="utf-8")))
+    for words in (
+        ["trace", "words", "--index", "0"],
+        ["audit", "words"],
+        ["whatif", "words", "--without", "3"],
+        ["list"],
+    ):
+        found = answer(*words)
+        inner = [key for name in ("clients", "runs", "by_class") for entry in found.get(name, ()) for key in entry]
+        assert found.keys() | set(inner) <= documented | {"schema"}

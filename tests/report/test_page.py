@@ -24,6 +24,7 @@ from tracefl.record import ClientInfo
 from tracefl.report import read, write_page
 from tracefl.report.charts import Line, line_chart
 from tracefl.report.commands import run_command
+from tracefl.report.content import _read_csv, columns
 from tracefl.runs import Run
 from tracefl.storage import Storing
 from tracefl.training import Evaluation
@@ -358,3 +359,9 @@ def test_evaluations_that_are_not_finite(tmp_path):
     part = run.record_client(1, "0", {"w": torch.zeros(2)}, 1, 1.0)
     run.record_round(1, [part], {"w": torch.zeros(2)}, Evaluation(float("inf"), 0.5, torch.tensor([0])), {})
     assert read(write_page(run.path)).rounds["accuracy"].tolist() == [0.5]
+
+
+def test_a_round_in_which_nothing_was_traced_has_no_number(tmp_path):
+    (tmp_path / "rounds.csv").write_text("round,localization_accuracy\n1,0.5\n2,\n")
+    found = columns(_read_csv(tmp_path / "rounds.csv"))
+    assert found == {"round": [1, 2], "localization_accuracy": [0.5, None]}
