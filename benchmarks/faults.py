@@ -43,7 +43,8 @@ from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evidence.verdict import audit_run, judge
 from tracefl.models import build_model, exchanged_state, load_exchanged_state
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import evaluate, train
 
 CLIENTS, CLASSES = 10, 10

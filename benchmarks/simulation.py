@@ -33,7 +33,8 @@ from tracefl.data.prepare import PreparedData, prepare
 from tracefl.federation.server_app import identify_nodes, serve
 from tracefl.federation.simulation import simulate
 from tracefl.models import build_model, exchanged_state, load_exchanged_state, model_spec
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import train
 
 State = dict[str, torch.Tensor]

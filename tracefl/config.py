@@ -265,6 +265,7 @@ class Config:
     check_train_cache: bool = setting(True, "false: train again", trains=False)
     check_prov_cache: bool = setting(True, "false: trace again", trains=False)
     plotting: bool = setting(False, "true: draw the run's figures", trains=False)
+    report: bool = setting(True, "false: write no report.html", trains=False)
     tracking: list[str] | None = setting(
         None, "where metrics go; null: tensorboard, if it is installed; []: nowhere", TRACKING, trains=False
     )
