@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -438,3 +440,28 @@ def test_a_reader_that_has_enough_ends_it_quietly(place):
     path = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(["bash", "-c", line], cwd=place, capture_output=True, text=True, env=path)
     assert (done.stdout, done.stderr) == ("{", "")
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "command.md"
+
+
+def test_the_documented_commands_are_commands():
+    lines = re.findall(r"^\$ tracefl (.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert {line.split()[0] for line in lines} == {"trace", "audit", "whatif", "list"}
+    group = typer.main.get_command(cli.app)
+    for line in lines:
+        name, *words = shlex.split(line)
+        group.commands[name].make_context(name, words)  # raises where an option is wrong
+
+
+def test_every_key_of_an_answer_is_documented(answer):
+    documented = set(re.findall(r"`(\w+)`", PAGE.read_text(encoding="utf-8")))
+    for words in (
+        ["trace", "words", "--index", "0"],
+        ["audit", "words"],
+        ["whatif", "words", "--without", "3"],
+        ["list"],
+    ):
+        found = answer(*words)
+        inner = [key for name in ("clients", "runs", "by_class") for entry in found.get(name, ()) for key in entry]
+        assert found.keys() | set(inner) <= documented | {"schema"}

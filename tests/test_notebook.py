@@ -27,7 +27,7 @@ def test_it_runs_and_shows_the_page_and_the_answers(tmp_path, monkeypatch):
     assert unescape(page.split('srcdoc="')[1].split('"')[0]) == (folder / "report.html").read_text(encoding="utf-8")
     said = {name: "".join(output.get("text", "") for output in some) for name, some in outputs.items()}
     assert "TraceFL Average Localization Accuracy: " in said["run"]
-    assert said["verdict"].startswith("Verdict: 1 of 10 clients is faulty: c3\n")
+    assert said["verdict"].startswith("Verdict: 1 of 10 clients is faulty: c3")
     assert "by shapley" in said["trace"]
     assert "by standard errors" in said["trace"].splitlines()[-1]
     assert said["whatif"].startswith("Without c3 in rounds 1 to 2: accuracy ")
