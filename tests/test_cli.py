@@ -25,6 +25,7 @@ from tracefl.data.prepare import prepare
 from tracefl.evaluation.own import image_inputs, text_inputs
 from tracefl.pipeline import run_experiment
 from tracefl.record import ClientInfo
+from tracefl.results import write_result
 from tracefl.sealed import KEY, sealed
 
 WORDS = (("red apple and cherry", "a ripe plum"), ("blue sea and sky", "a deep lake"))
@@ -203,7 +204,7 @@ def test_a_picture_of_ones_own_goes_through_the_runs_preparation(config, tmp_pat
     with pytest.raises(TraceFLError, match=r"is a run of images: give the file of one instead of a text"):
         text_inputs(run, "words")
     (tmp_path / "r" / run["data_folder"] / "data.json").write_text('{"sha256": {}}')
-    with pytest.raises(TraceFLError, match="is of other data than"):
+    with pytest.raises(TraceFLError, match="is of an earlier version, without a hash"):
         image_inputs(run, tmp_path / "own.png")
 
 
@@ -244,7 +245,7 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
     header["settings"]["client.lr"] = 0.5
     reseal(other, header)
     columns = "round,localization_accuracy,chance_accuracy,localization_accuracy_influence"
-    (other / "rounds.csv").write_text(f"{columns}\n1,0.25,0.25,1\n2,,,\n3,0.75,0.25,1.0\n")
+    write_result(other, "rounds.csv", f"{columns}\n1,0.25,0.25,1\n2,,,\n3,0.75,0.25,1.0\n".encode())
     broken = {"gone": "global.safetensors is missing", "cut": "is no JSON", "odd": "must hold a JSON object"}
     for name in broken:
         shutil.copytree(run.path, place / "logs" / name)
