@@ -18,7 +18,7 @@ from tracefl.pipeline import run_experiment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-AWAITED = {"docs/report.png", "command.md"}  # made by other branches
+AWAITED = {"docs/report.png", "report.md"}  # made by other branches
 RUN = "logs/tracefl-a91c9d33"  # the default run, as the pages call it
 # A block, and what it prints where that follows.
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.M | re.S)
