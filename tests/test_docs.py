@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
@@ -135,6 +136,25 @@ def test_a_command_line_composes(line, config, tmp_path, monkeypatch):
             folder.parent.mkdir(exist_ok=True)
             write(folder, {"text": ["a b c"], "label": [0]})
     config(*settings)
+
+
+def of_the_command(page: Path) -> list[str]:
+    """Lines that call the console script, in blocks and in the text."""
+    text = page.read_text()
+    fenced = re.findall(r"^ *```(?:bash|console)\n(.*?)^ *```$", text, re.M | re.S)
+    lines = "\n".join(fenced).replace("\\\n", " ").splitlines() + re.findall(r"`([^`\n]+)`", text)
+    found = [match[1] for line in lines if (match := re.fullmatch(r"(?:\$ |uv run )?(tracefl [a-z].*)", line.strip()))]
+    return [line for line in found if "..." not in line]
+
+
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in of_the_command(page)}))
+def test_a_line_of_the_command_is_one(line, config):
+    from tracefl.cli import app
+
+    _, name, *words = shlex.split(line, comments=True)
+    context = typer.main.get_command(app).commands[name].make_context(name, words)
+    if name == "run":
+        config(*[word for word in context.args if "=" in word])
 
 
 def test_what_the_pages_name_is_there():

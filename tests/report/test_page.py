@@ -103,6 +103,17 @@ def test_a_picture_is_the_input(run, page):
         assert (np.asarray(image) == pixels[row, 0].numpy()).all()
 
 
+def test_a_text_is_shown_as_the_model_reads_it(tmp_path):
+    texts = ["the cat sat", "<b>bold</b> &amp; \u202e words", "=1 " * 500, "</script>"]
+    page = write_page(record_page(tmp_path / "run", num_inputs=4, texts=texts))
+    assert {row: told["text"] for row, told in read(page).inputs.items()} == {
+        0: texts[0], 1: texts[1], 2: f"{texts[2][:1200]}…", 3: texts[3],
+    }  # fmt: skip
+    quoted = [attributes for tag, attributes in tags(page).found if tag == "blockquote"]
+    assert quoted == [{"dir": "auto"}] * 4
+    assert "<b>bold</b> &amp;" in tags(page).text
+
+
 def test_the_verdict_and_its_evidence_come_first(page):
     found = tags(page)
     text = found.text[found.text.index("1 of 5 clients is faulty: client \u20681\u2069.") :]
@@ -199,10 +210,10 @@ def test_what_does_not_fit_is_a_table_in_the_page(tmp_path, monkeypatch):
 
 
 def own_run(folder, **storing) -> Run:
-    clients, state = [ClientInfo("a"), ClientInfo("b")], {"w": torch.zeros(2)}
+    clients, state = [ClientInfo("a"), ClientInfo("b"), ClientInfo("c")], {"w": torch.zeros(2)}
     run = Run.create(folder, initial=state, clients=clients, **storing)
     for t in (1, 2, 3):
-        parts = [run.record_client(t, c.id, state, n, 0.5) for c, n in zip(clients, (3, 0), strict=True)]
+        parts = [run.record_client(t, c.id, state, n, 0.5) for c, n in zip(clients[:2], (3, 0), strict=True)]
         run.record_round(t, parts, state, None, {"c": "timed out"}, metrics={"loss": 1.0 / t, "list": [1, 2]})
     return run
 

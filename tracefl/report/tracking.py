@@ -105,7 +105,7 @@ def wanted(config: Config) -> list[str]:
     if config.tracking is None:
         return ["tensorboard"] if _installed("tensorboard") else []
     for name in config.tracking:
-        remedy = f"pip install 'tracefl[{name}]', or leave it out"
+        remedy = f"pip install {name}, or leave it out"
         require(_installed(name), f"tracking={name} needs the package {name}, which is not installed: {remedy}.")
     return list(dict.fromkeys(config.tracking))
 
