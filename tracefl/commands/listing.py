@@ -24,6 +24,7 @@ LOCALIZATION = {"neuron": "localization_accuracy", "influence": "localization_ac
 CHANCE = "chance_accuracy"
 ALWAYS = ("dataset.name", "model.name")  # what the title says where all runs have the same
 COLUMNS = 3  # settings that are columns of the table
+ODD = (OSError, LookupError, TypeError, ValueError, AttributeError)  # of files that hold something else
 EMPTY: tuple[object, ...] = (None, [], {})
 
 
@@ -44,7 +45,7 @@ def runs_in(folder: Path) -> Answer:
 def entry(folder: Path) -> Answer:
     """What is recorded in a run's folder; of a damaged one only the sentence, as `error`."""
     try:
-        with as_sentence(f"{folder} cannot be read", "restore it or train again", OSError, LookupError, TypeError):
+        with as_sentence(f"{folder} cannot be read", "restore it or train again", *ODD):
             return {"run": str(folder), **_read(folder)}
     except TraceFLError as error:
         return {"run": str(folder), "error": str(error)}

@@ -87,7 +87,7 @@ def bar(doing: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """A bar while something is done, which leaves nothing behind; call what it gives for a step."""
     with Bars(transient=True, counted=total is not None) as bars:
         task = bars.add_task(doing, total=total)
-        yield lambda: bars.advance(task)
+        yield lambda: None if bars.finished else bars.advance(task)  # some take more steps than they say
 
 
 class TrainingProgress(Bars):
