@@ -20,6 +20,7 @@ from PIL import Image
 from tests.conftest import composed
 from tests.data.tables import encoded, write
 from tests.federation import local
+from tests.rewriting import rewrite
 from tests.test_main import process
 from tracefl import Run, whatif
 from tracefl.checks import load
@@ -276,7 +277,7 @@ def test_the_whole_run_is_traced_beside_the_rounds(finished, small, capsys):
 def test_other_data_under_the_same_settings_are_refused(finished, small):
     header = the_run(finished[0]) / "run.json"
     original = header.read_text()
-    header.write_text(original.replace(json.loads(original)["data_sha256"], "0" * 64))
+    rewrite(header, lambda entries: entries | {"data_sha256": "0" * 64})
     try:
         with pytest.raises(TraceFLError, match="was trained on other data"):
             small()
@@ -456,7 +457,6 @@ def test_a_run_that_keeps_its_last_round_answers_for_it_and_goes_on_as_recorded(
     other = config(*typed)
     run_experiment(other, "")  # all is recorded
     assert "other storage settings change nothing" in (folder / "TraceFL_clients_contributions.log").read_text()
-    header = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**header, "rounds": header["rounds"][:1]}))
+    rewrite(folder / "run.json", lambda header: {**header, "rounds": [header["rounds"][0] | {"kept": True}]})
     with pytest.raises(TraceFLError, match=r"was recorded with storage.keep=last:1, got all: give storage.keep=last:1"):
         run_experiment(other, "")

@@ -1,15 +1,14 @@
 """The tables beside a recorded run: rounds.csv, timings.csv, and Parquet files of answers."""
 
-import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tracefl.errors import as_sentence
-from tracefl.runs import Run, write_atomically
+from tracefl.files import write_atomically
+from tracefl.runs import Run
 from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
@@ -86,19 +85,3 @@ def read_timings(folder: Path) -> pd.DataFrame:
     """timings.csv, a row per method: localizations, seconds, seconds_per_localization."""
     file = folder / TIMINGS
     return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["method", "seconds_per_localization"])
-
-
-def write_events(folder: Path, rounds: pd.DataFrame) -> None:
-    """Every metric of `rounds` as a TensorBoard scalar by round, in place of what `folder` held.
-
-    Nothing is written where tensorboard is not installed (pip install tracefl[tensorboard]).
-    """
-    if find_spec("tensorboard") is None:
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(folder) as writer:
-        for name in rounds.columns.drop("round"):
-            for number, value in rounds.set_index("round")[name].dropna().items():
-                writer.add_scalar(str(name), value, number)

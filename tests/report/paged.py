@@ -15,8 +15,9 @@ from tracefl.config import Config
 from tracefl.evaluation.tracing import COLUMNS, LAYER_COLUMNS
 from tracefl.evidence.verdict import COLUMNS as AUDITED
 from tracefl.evidence.verdict import Judgement, Verdict, class_by_client, verdict_json
+from tracefl.record import ClientInfo
 from tracefl.results import write_csv
-from tracefl.runs import ClientInfo, Run
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 LAYERS = [f"layer{n}.conv" for n in range(12)]

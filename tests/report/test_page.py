@@ -20,10 +20,12 @@ from tests.conftest import composed
 from tests.report.paged import REMOVAL, record_page
 from tracefl.checks import load
 from tracefl.errors import TraceFLError
+from tracefl.record import ClientInfo
 from tracefl.report import read, write_page
 from tracefl.report.charts import Line, line_chart
 from tracefl.report.commands import run_command
-from tracefl.runs import ClientInfo, Run
+from tracefl.report.content import _read_csv, columns
+from tracefl.runs import Run
 from tracefl.storage import Storing
 from tracefl.training import Evaluation
 
@@ -208,10 +210,10 @@ def test_what_does_not_fit_is_a_table_in_the_page(tmp_path, monkeypatch):
 
 
 def own_run(folder, **storing) -> Run:
-    clients, state = [ClientInfo("a"), ClientInfo("b")], {"w": torch.zeros(2)}
+    clients, state = [ClientInfo("a"), ClientInfo("b"), ClientInfo("c")], {"w": torch.zeros(2)}
     run = Run.create(folder, initial=state, clients=clients, **storing)
     for t in (1, 2, 3):
-        parts = [run.record_client(t, c.id, state, n, 0.5) for c, n in zip(clients, (3, 0), strict=True)]
+        parts = [run.record_client(t, c.id, state, n, 0.5) for c, n in zip(clients[:2], (3, 0), strict=True)]
         run.record_round(t, parts, state, None, {"c": "timed out"}, metrics={"loss": 1.0 / t, "list": [1, 2]})
     return run
 
@@ -314,7 +316,8 @@ def test_the_same_run_gives_the_same_page(run, page, tmp_path):
         ["exp_key=my-run", "storage.dir=my runs/größe=1 (a)", "client.lr=0.0001", "dirichlet_alpha=1e-3"],
         ["faulty_clients_ids=[0,3]", "label2flip={8:7,0:7}", "noise_rate={8:0.5,0:1}", "plotting=true"],
         ["dataset.name=mnist", "client.lr=0.0003", "strategy.name=fedprox", "strategy.options.proximal_mu=0.1"],
-        ["dataset.name=a/b", "dataset.input_columns=[Text,größe]", "dataset.test_split='a[:8%]'", "dataset.config='1'"],
+        ["dataset.name=a/b", "dataset.input_columns=[Text,größe]"],
+        ["dataset.name=a/b", "dataset.train_split='train[:8%]'", "dataset.config='1'"],
         ["model.name=google-bert/bert-base-cased", "model.config.num_hidden_layers=2", "model.pretrained=true"],
         ["noise_multiplier=0.001", "clipping_norm=15", "dataset.label_column='null'", "storage.keep=last:2"],
         ["dataset.name=x/y", "dataset.config=it's; rm -rf $HOME `id`"],
@@ -356,3 +359,9 @@ def test_evaluations_that_are_not_finite(tmp_path):
     part = run.record_client(1, "0", {"w": torch.zeros(2)}, 1, 1.0)
     run.record_round(1, [part], {"w": torch.zeros(2)}, Evaluation(float("inf"), 0.5, torch.tensor([0])), {})
     assert read(write_page(run.path)).rounds["accuracy"].tolist() == [0.5]
+
+
+def test_a_round_in_which_nothing_was_traced_has_no_number(tmp_path):
+    (tmp_path / "rounds.csv").write_text("round,localization_accuracy\n1,0.5\n2,\n")
+    found = columns(_read_csv(tmp_path / "rounds.csv"))
+    assert found == {"round": [1, 2], "localization_accuracy": [0.5, None]}

@@ -25,6 +25,7 @@ from tracefl.evidence.whole_run import trace_run
 from tracefl.federation.noise import gaussian_noise, noise_std
 from tracefl.models import load_exchanged_state
 from tracefl.provenance import Provenance, trace
+from tracefl.provenance.spread import Spread, here, trace_spread
 from tracefl.runs import Run
 
 # One row per (round, method, input, client). `input` is the row of the server's examples, `score`
@@ -50,6 +51,7 @@ def trace_round(
     number: int,
     watch: Stopwatch | None = None,
     layers: list[pd.DataFrame] | None = None,
+    spread: Spread = here,
 ) -> pd.DataFrame:
     """Trace round `number` with every method of `config.provenance.methods`.
 
@@ -61,6 +63,7 @@ def trace_round(
         number: of the round, from 1.
         watch: measures every method, from checked client states on disk to answers.
         layers: gets a table with `LAYER_COLUMNS` for every method but "shapley".
+        spread: does parts of the clients elsewhere; default: all here, as Shapley values are.
 
     Returns:
         A table with `COLUMNS`, without rows if there is nothing to trace. With a backdoor, an input
@@ -84,7 +87,8 @@ def trace_round(
         clients = run.client_states(number)  # checked before the clock runs
         for method in config.provenance.methods:
             with watch.measure(method, len(rows)):
-                answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
+                given = {"targets": targets, "method": method, **arguments[method]}
+                answer = trace_spread(spread, model, clients, inputs, **given)
             server = noise = torch.full((len(rows),), torch.nan, dtype=torch.float64)
             if method == "influence" and answer.residual is not None:
                 server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
@@ -96,7 +100,7 @@ def trace_round(
             some = evenly(len(rows), config.evaluation.coalition_inputs)
             log.info("[Round %d] fusing coalitions of %d clients for %d inputs", number, len(clients), len(some))
             start, of_some = time.perf_counter(), take(inputs, some.tolist())
-            given: dict[str, Any] = {"weights": weights, "reference": run.global_state(number - 1)}
+            given = {"weights": weights, "reference": run.global_state(number - 1)}
             with watch.measure("shapley", len(some)):
                 answer = trace(
                     model, clients, of_some, targets=targets[some.to(targets.device)], method="shapley", **given

@@ -27,7 +27,8 @@ from tracefl.federation.nodes import KnownNodes, Nodes, by_number
 from tracefl.federation.privacy import Aggregated, Messages
 from tracefl.federation.replies import EXAMPLES, BadReplyError, Update, read_update
 from tracefl.federation.weights import Weights, find_weights
-from tracefl.runs import ClientInfo, Participant, Run
+from tracefl.record import ClientInfo, Participant
+from tracefl.runs import Run
 from tracefl.states import State, is_finite
 from tracefl.training import Evaluation
 

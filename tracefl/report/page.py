@@ -16,12 +16,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tracefl.errors import as_sentence
+from tracefl.files import write_atomically
 from tracefl.report import charts, static, view, words
 from tracefl.report.commands import trace_command
 from tracefl.report.content import Gathered
 from tracefl.report.pictures import Inputs
 from tracefl.report.predictions import DEPTHS, Depth, Prediction, predictions, rest_csv
-from tracefl.runs import write_atomically
 
 MOST_BYTES = 980_000  # of a page
 LEAST_BYTES = 7  # of a contribution
