@@ -110,7 +110,8 @@ def _about(run: Run, settings: Mapping[str, Any], folder: Path) -> dict[str, Any
     about = {name: _at(settings, key) for name, key in keys.items()}
     if not settings.get("faulty_clients_ids"):
         about["fault"] = None
-    about |= {"name": folder.resolve().name, "seed": _header(run, "seed", None), "own_app": not settings}
+    about |= {"name": folder.resolve().name, "seed": _header(run, "seed", None)}
+    about |= {"own_app": not settings and "model" not in run}
     about |= {"versions": _header(run, "versions", {}), "rounds": len(run.rounds)}
     about |= {"kept": [record.number for record in run.kept_rounds], "storage": dict(run.storing.as_json())}
     return about | {"faulty": [str(who) for who in settings.get("faulty_clients_ids") or []]}
