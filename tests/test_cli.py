@@ -279,20 +279,19 @@ def test_an_empty_folder_is_listed_as_such(command, tmp_path):
     assert command("list", str(tmp_path))[:2] == (0, f"{tmp_path} holds no recorded run\n")
 
 
-def test_a_report_is_written_where_it_is_asked_for(command, answer, run, tmp_path, monkeypatch):
-    asked = []
-
-    def write_page(folder, out=None):
-        asked.append((folder, out))
-        return Path(out or folder / "report.html")
-
-    monkeypatch.setattr("tracefl.commands.reporting.write_page", write_page, raising=False)
+def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, tmp_path):
     folder = Path("logs") / run.path.name
     assert command("report", "words")[:2] == (0, f"{folder}/report.html\n")
-    assert answer("report", "words", "--out", str(tmp_path / "b" / "a.html"))["pages"] == [
-        {"run": str(folder), "page": str(tmp_path / "b" / "a.html")}
-    ]
-    assert asked == [(folder, None), (folder, tmp_path / "b" / "a.html")]
+    file = tmp_path / "b" / "a.html"
+    assert answer("report", "words", "--out", str(file))["pages"] == [{"run": str(folder), "page": str(file)}]
+    assert file.read_bytes() == (run.path / "report.html").read_bytes()
+    other = shutil.copytree(run.path, place / "logs" / "other")
+    try:
+        found = answer("report", "words", "logs/other", "--out", str(tmp_path / "c"))
+    finally:
+        shutil.rmtree(other)
+    assert [Path(of["page"]).name for of in found["pages"]] == [f"{run.path.name}.html", "other.html"]
+    assert all(Path(of["page"]).stat().st_size > 10_000 for of in found["pages"])
     status, _, err = command("report", "words", str(run.path), "--out", str(tmp_path))
     assert (status, "two runs have the same name" in err) == (1, True)
 

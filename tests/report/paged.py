@@ -8,6 +8,8 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 
 from tracefl.config import Config
 from tracefl.evaluation.tracing import COLUMNS, LAYER_COLUMNS
@@ -35,6 +37,7 @@ def record_page(
     faulty: Sequence[str] = (),
     coalitions: bool = False,
     colours: int = 1,
+    texts: Sequence[str] = (),
     settings: dict[str, object] | None = None,
 ) -> Path:
     """A run of faulty and honest clients, traced by both methods; half of its predictions are wrong."""
@@ -54,7 +57,8 @@ def record_page(
     labels = torch.arange(num_inputs) % C
     (folder / "data").mkdir()
     pixels = torch.from_numpy(rng.integers(0, 256, (num_inputs, colours, 32, 32), dtype=np.uint8))
-    save_file({"pixels": pixels, "labels": labels}, folder / "data" / "server.safetensors")
+    inputs = _encoded(texts, folder / "data" / "tokenizer.json") if texts else {"pixels": pixels}
+    save_file({**inputs, "labels": labels}, folder / "data" / "server.safetensors")
     predicted = torch.where(torch.arange(num_inputs) % 2 == 0, labels, (labels + 1) % C)
     for t in range(1, num_rounds + 1):
         parts = [run.record_client(t, who, state, 10, 1 / len(clients)) for who in clients]
@@ -67,6 +71,19 @@ def record_page(
     config = OmegaConf.structured(Config)
     OmegaConf.save(OmegaConf.merge(config, settings or {}), folder / "config.yaml")
     return folder
+
+
+def _encoded(texts: Sequence[str], file: Path) -> dict[str, torch.Tensor]:
+    """Texts by a tokenizer of whole words, which is written too."""
+    words = {"[PAD]": 0} | {
+        word: n for n, word in enumerate(sorted({word for text in texts for word in text.split()}), 1)
+    }
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(file))
+    ids = [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in tokenizer.encode_batch(list(texts))]
+    lengths = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32)
+    return {"input_ids": pad_sequence(ids, batch_first=True), "lengths": lengths}
 
 
 def _write_answers(

@@ -42,6 +42,7 @@ def pages(tmp_path_factory):
         "many": record_page(
             folder / "many", many, [f"a long class {n}" for n in range(30)], num_inputs=90, num_rounds=3
         ),
+        "texts": record_page(folder / "texts", num_inputs=2, texts=["the cat sat <b> here", "x" * 90]),
         "own": own_run(folder / "own").path,
     }
     return {name: write_page(run) for name, run in runs.items()}
@@ -72,7 +73,7 @@ def opened(browser, pages):
         context.close()
 
 
-NAMES = ("usual", "nobody", "hostile", "many", "own")
+NAMES = ("usual", "nobody", "hostile", "many", "texts", "own")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,6 +238,14 @@ def test_hostile_names_are_shown_and_do_nothing(opened):
     assert "{{ 7 * 7 }}" in text
     assert page.locator("img[src=x]").count() == 0
     assert page.said == []
+
+
+def test_a_text_is_quoted(opened):
+    page = opened("texts")
+    assert page.locator("#prediction blockquote").inner_text() == "the cat sat <b> here"
+    page.click("#next")
+    assert page.locator("#prediction blockquote").inner_text() == "x" * 90
+    assert page.locator("#thumbs button").count() == 0
 
 
 def test_it_prints_without_its_controls(opened):

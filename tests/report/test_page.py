@@ -24,6 +24,7 @@ from tracefl.record import ClientInfo
 from tracefl.report import read, write_page
 from tracefl.report.charts import Line, line_chart
 from tracefl.report.commands import run_command
+from tracefl.report.content import _read_csv, columns
 from tracefl.runs import Run
 from tracefl.storage import Storing
 from tracefl.training import Evaluation
@@ -100,6 +101,17 @@ def test_a_picture_is_the_input(run, page):
     for row, told in read(page).inputs.items():
         image = Image.open(io.BytesIO(base64.b64decode(told["picture"])))
         assert (np.asarray(image) == pixels[row, 0].numpy()).all()
+
+
+def test_a_text_is_shown_as_the_model_reads_it(tmp_path):
+    texts = ["the cat sat", "<b>bold</b> &amp; \u202e words", "=1 " * 500, "</script>"]
+    page = write_page(record_page(tmp_path / "run", num_inputs=4, texts=texts))
+    assert {row: told["text"] for row, told in read(page).inputs.items()} == {
+        0: texts[0], 1: texts[1], 2: f"{texts[2][:1200]}…", 3: texts[3],
+    }  # fmt: skip
+    quoted = [attributes for tag, attributes in tags(page).found if tag == "blockquote"]
+    assert quoted == [{"dir": "auto"}] * 4
+    assert "<b>bold</b> &amp;" in tags(page).text
 
 
 def test_the_verdict_and_its_evidence_come_first(page):
@@ -198,10 +210,10 @@ def test_what_does_not_fit_is_a_table_in_the_page(tmp_path, monkeypatch):
 
 
 def own_run(folder, **storing) -> Run:
-    clients, state = [ClientInfo("a"), ClientInfo("b")], {"w": torch.zeros(2)}
+    clients, state = [ClientInfo("a"), ClientInfo("b"), ClientInfo("c")], {"w": torch.zeros(2)}
     run = Run.create(folder, initial=state, clients=clients, **storing)
     for t in (1, 2, 3):
-        parts = [run.record_client(t, c.id, state, n, 0.5) for c, n in zip(clients, (3, 0), strict=True)]
+        parts = [run.record_client(t, c.id, state, n, 0.5) for c, n in zip(clients[:2], (3, 0), strict=True)]
         run.record_round(t, parts, state, None, {"c": "timed out"}, metrics={"loss": 1.0 / t, "list": [1, 2]})
     return run
 
@@ -347,3 +359,9 @@ def test_evaluations_that_are_not_finite(tmp_path):
     part = run.record_client(1, "0", {"w": torch.zeros(2)}, 1, 1.0)
     run.record_round(1, [part], {"w": torch.zeros(2)}, Evaluation(float("inf"), 0.5, torch.tensor([0])), {})
     assert read(write_page(run.path)).rounds["accuracy"].tolist() == [0.5]
+
+
+def test_a_round_in_which_nothing_was_traced_has_no_number(tmp_path):
+    (tmp_path / "rounds.csv").write_text("round,localization_accuracy\n1,0.5\n2,\n")
+    found = columns(_read_csv(tmp_path / "rounds.csv"))
+    assert found == {"round": [1, 2], "localization_accuracy": [0.5, None]}

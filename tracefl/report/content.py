@@ -182,7 +182,8 @@ def _read_csv(file: Path) -> pd.DataFrame | None:
         return None
     wrong = (OSError, ValueError, csv.Error)
     with as_sentence(f"{file} cannot be read", "remove it, and run the same command again", *wrong):
-        return pd.read_csv(file, dtype={"client": str}, keep_default_na=False, na_values={"*": [""]})
+        table = pd.read_csv(file, dtype={"client": str}, keep_default_na=False, na_values=[""])
+    return table.fillna({"client": ""})  # an id like any other
 
 
 def columns(table: pd.DataFrame) -> Columns:
