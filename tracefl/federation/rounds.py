@@ -21,18 +21,24 @@ from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, QF
 from torch import Tensor
 
 from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.federation.again import Before
+from tracefl.federation.alike import unlike
+from tracefl.federation.evaluating import Evaluations
 from tracefl.federation.grid import GridView
 from tracefl.federation.memory import OURS, fingerprints, innermost, parts, state_of
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number
-from tracefl.federation.privacy import Aggregated, Messages
-from tracefl.federation.replies import EXAMPLES, BadReplyError, Update, read_update
-from tracefl.federation.weights import Weights, find_weights
+from tracefl.federation.privacy import Aggregated, FixedClipping, Messages
+from tracefl.federation.released import Problem, apart, apart_in, failing, fused, not_finite, unusable
+from tracefl.federation.replies import EXAMPLES, BadReplyError, Expected, NotFiniteError, Update, read_update
+from tracefl.federation.resend import Resending
+from tracefl.federation.weights import Weights, assumed, find_weights
 from tracefl.runs import ClientInfo, Participant, Run
-from tracefl.states import State, is_finite
+from tracefl.states import State
 from tracefl.training import Evaluation
 
 EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 WATCHED = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+Accepted = tuple[Message, Update, Participant]
 MOST_UNWRITTEN = 3  # updates in memory beside the replies, until they are written
 log = logging.getLogger("tracefl")
 
@@ -53,7 +59,20 @@ class Options:
     joining: bool  # whether a client that comes later is one of the run's
 
 
-class Rounds:
+@dataclass(frozen=True)
+class Made:
+    """What a strategy has made of a round's updates, and what is wrong with the model."""
+
+    used: list[Accepted]
+    arrays: ArrayRecord | None
+    metrics: MetricRecord | None
+    released: dict[str, Tensor]
+    evaluation: Evaluation | None
+    problem: Problem | None
+    before: Before | None
+
+
+class Rounds(Evaluations):
     """One loop of a strategy over its rounds.
 
     Args:
@@ -88,10 +107,13 @@ class Rounds:
         self._away: list[str] = []  # clients without a node
         self._sampling_since: float | None = None
         self._client_of: dict[int, str] = {}  # node that is asked in this round -> client
+        self._held: dict[str, int] = {}  # client -> how many examples it holds, where that is known
+        self._unknown: set[str] = set()  # clients of which it was said that it is not
 
     def view(self, grid: Grid) -> GridView:
         """The grid for the strategy: it shows nodes whose clients are known; replies are read."""
-        self._view = GridView(grid, nodes=self._shown, on_reply=self._receive)
+        watched = Resending(grid, lambda node: f"round {self.index}, client {self._client_of.get(node, node)}")
+        self._view = GridView(cast(Grid, watched), nodes=self._shown, on_reply=self._receive)
         return self._view
 
     def watch(self, undo: ExitStack) -> None:
@@ -141,7 +163,10 @@ class Rounds:
         self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
         self._failures: dict[str, str] = {}  # client -> why
         self._used = {}
+        self._not_finite: dict[str, str] = {}  # client -> which values
         self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
+        self._check_sent()
+        self._wanted = self._expect()
         self._view.asked.clear()  # what comes late is no reply of this round
         self._look_for_nodes()
         absent: dict[int, str] = {}
@@ -169,8 +194,42 @@ class Rounds:
                 self._chosen.append(before[node])
                 gone = "none of the connected nodes says that it is this client"
                 self._fail(before[node], self.nodes.refused.get(node, (gone,))[0])
+        self._look_for_counts()
         messages = [message for message in messages if message.metadata.dst_node_id in self._client_of]
         return sorted(messages, key=lambda m: self._chosen.index(self._client_of[m.metadata.dst_node_id]))
+
+    def _check_sent(self) -> None:
+        """Send no model that cannot be trained on: clients would be blamed for it."""
+        before, last = self.index - 1, self.run.rounds[-1] if self.run.rounds else None
+        problem = not_finite(self._expected) or (unusable(self._expected, self.run.global_state(0)) if last else None)
+        if problem is None and last is not None and last.loss is not None:
+            problem = failing(last)
+        if problem is not None:
+            found = apart_in(self.run, before, problem.entry)
+            whose = f", client {found.client}'s update of round {before} stands apart: {found}" if found else ""
+            told = f"{f'the model of round {before}' if before else 'the initial model'} {problem.text}{whose}"
+            remedy = "train from another one, in another folder"
+            raise TraceFLError(f"round {self.index}: {told}; clients are not asked to train it: {remedy}.")
+
+    def _expect(self) -> Expected:
+        """What a reply of this round must be."""
+        ours = any(type(part).__module__.startswith("tracefl.") for part in parts(self.strategy))
+        key, record = self._weight_key(), self.options.arrayrecord_key
+        return Expected(self._expected, key, record, several=not self._flowers(), counted=ours)
+
+    def _look_for_counts(self) -> None:
+        """How many examples a client holds, where it is known; say where it is not, once."""
+        self._held = {
+            client.id: sum(client.label_counts.values()) for client in self.run.clients if client.label_counts
+        }
+        key, equal = self._weight_key() or EXAMPLES, isinstance(innermost(self.strategy), EQUAL_WEIGHTS)
+        known = self._held.keys() | self._unknown if key == EXAMPLES else self._unknown
+        unknown = [client for client in self._chosen if client not in known]
+        if unknown and not equal and not any(isinstance(part, FixedClipping) for part in parts(self.strategy)):
+            self._unknown |= set(unknown)
+            some = ", ".join(unknown[:5]) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
+            remedy = "; clients=[ClientInfo(id, label_counts), ...] lets it be checked" if key == EXAMPLES else ""
+            log.warning("the share of client %s in the mean is what it says itself (%s)%s", some, key, remedy)
 
     def _look_for_nodes(self) -> None:
         """Ask the nodes that have come, and say which clients have none."""
@@ -197,9 +256,10 @@ class Rounds:
         if client is None:  # the strategy has sent something of its own
             return
         try:
-            update = read_update(
-                reply, self._expected, self._weight_key(), self.options.arrayrecord_key, not self._flowers()
-            )
+            update = read_update(reply, self._wanted, self._held.get(client))
+        except NotFiniteError as problem:
+            self._not_finite[client] = str(problem)  # perhaps for the model that was sent
+            return
         except BadReplyError as problem:
             self._fail(client, str(problem))
             return
@@ -225,73 +285,106 @@ class Rounds:
         while self._unwritten:
             self._write_one()
         for client in self._chosen:
-            if client not in self._updates and client not in self._failures:
+            if client not in self._updates and client not in self._failures and client not in self._not_finite:
                 self._fail(client, "it sent no reply in time (timeout, round_timeout)")
-        self._check_same_entries()
+        self._judge_not_finite()
+        self._check_alike()
         given = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        made = self._release(server_round, given)
+        while made.problem is not None:
+            self._leave_out(made)
+            made = self._release(server_round, given)
+        arrays, used = made.arrays, made.used
+        weights = self._weights(made.released if arrays is not None else None, used)
+        share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
+        accepted = [self._updates[client][2] for client in self._chosen if client in self._updates]
+        participants = [replace(participant, weight=share.get(participant.id, 0.0)) for participant in accepted]
+        state, source, metrics = state_of(self.strategy), weights.source, made.metrics
+        self._note_changes()
+        evaluation = made.evaluation
+        self.run.record_round(number, participants, made.released, evaluation, self._failures, state, metrics, source)
+        self.options.on_round(self.run)
+        return (None if arrays is None else ArrayRecord(made.released)), metrics
+
+    def _release(self, server_round: int, given: dict[str, Message]) -> Made:
+        """What the strategy makes of the accepted updates, and what is wrong with it."""
+        number, name = self.index, type(innermost(self.strategy)).__name__
         accepted = [self._updates[client] for client in self._chosen if client in self._updates]
         used = [(given[sent], update, participant) for sent, update, participant in accepted if sent in given]
         first = next(iter(self._failures), "")
         everyone_failed = f"every client failed; the first said: client {first}: {self._failures.get(first)}."
         require(accepted or not self._chosen, f"round {number}: {everyone_failed}")
-        name = type(innermost(self.strategy)).__name__
+        self._used = {}
+        before = Before(self.strategy, [reply for reply, _, _ in used]) if self.options.accept_failures else None
+        odd = unlike({participant.id: update for _, update, participant in used}, everything=True)
+        hint = "".join(f"; client {client}: {why}" for client, why in odd.items())
         with as_sentence(
-            f"round {number}: {name} cannot aggregate {len(used)} updates",
+            f"round {number}: {name} cannot aggregate {len(used)} updates{hint}",
             "correct the strategy, or let clients send what it expects",
             Exception,
-        ):
+        ), np.errstate(all="ignore"):  # what overflows is found below  # fmt: skip
             arrays, metrics = self._own["aggregate_train"](server_round, [reply for reply, _, _ in used])
-        released = dict(self._expected)  # what no client sends is as it was
         returned = f"round {number}: {name}.aggregate_train must return an ArrayRecord or None, and metrics"
         require(arrays is None or isinstance(arrays, ArrayRecord), f"{returned}; got a {type(arrays).__name__}")
+        released = dict(self._expected)  # what no client sends is as it was
         if arrays is None:
             log.warning("round %d: %s released no model, it stays as it was", number, name)
         else:
-            released |= self._fused(arrays)
-        for entry, value in released.items():
-            require(is_finite(value), f"round {number}: the released model has non-finite values in '{entry}'.")
-        weights = self._weights(released if arrays is not None else None, used)
-        share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
-        participants = [replace(participant, weight=share.get(participant.id, 0.0)) for _, _, participant in accepted]
-        evaluation = self.options.evaluate(released) if self.options.evaluate else None
-        what = "evaluate must return a tracefl.flower.Evaluation"
-        require(evaluation is None or isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
-        state, source = state_of(self.strategy), weights.source
-        self._note_changes()
-        self.run.record_round(number, participants, released, evaluation, self._failures, state, metrics, source)
-        self.options.on_round(self.run)
-        return (None if arrays is None else ArrayRecord(released)), metrics
+            released |= fused(arrays, self._expected, f"round {number}")
+        problem, evaluation = unusable(released, self._expected), None
+        if problem is None and self.options.evaluate:
+            evaluation = self.options.evaluate(released)
+            what = "evaluate must return a tracefl.flower.Evaluation"
+            require(isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
+            problem = failing(evaluation)
+        return Made(used, arrays, metrics, released, evaluation, problem, before)
 
-    def _fused(self, arrays: ArrayRecord) -> dict[str, Tensor]:
-        """What the strategy released, in the types of the model: whole numbers are rounded."""
-        fused = dict(arrays.to_torch_state_dict())
-        for name, value in fused.items():
-            if (was := self._expected.get(name)) is not None:
-                shapes = f"must have the shape {tuple(was.shape)} of the model sent, got {tuple(value.shape)}"
-                require(value.shape == was.shape, f"round {self.index}: the released '{name}' {shapes}")
-                whole = value.is_floating_point() and not was.is_floating_point()
-                fused[name] = (value.round() if whole else value).to(was.dtype)
-        return fused
+    def _leave_out(self, made: Made) -> None:
+        """The client whose update stands apart has failed; give the strategy back what it had."""
+        assert made.problem is not None
+        about = f"the released model {made.problem.text}"
+        updates = {participant.id: update.state for _, update, participant in made.used}
+        found = apart(updates, self._expected, made.problem.entry)
+        if found is None:
+            remedy = "no client's update stands apart, so training itself diverges: lower the clients' learning rate"
+            raise TraceFLError(f"round {self.index}: {about}; {remedy}. {self._kept()}.")
+        changed = made.before.restore() if made.before is not None else None
+        self._fail(found.client, f"{about}, and its update stands apart: {found}")
+        again = f"{changed} has changed, so the round cannot be aggregated without it"
+        remedy = "give the strategy state_dict() and load_state_dict(state), or exclude the client"
+        require(not changed, f"round {self.index}, client {found.client}: {about}; {again}: {remedy}. {self._kept()}.")
 
-    def _weights(self, released: State | None, used: list[tuple[Message, Update, Participant]]) -> Weights:
+    def _judge_not_finite(self) -> None:
+        """Clients whose values are not finite have failed; of most, the model sent is the cause."""
+        bad, before = self._not_finite, self.index - 1
+        answers = len(bad) + len(self._updates)
+        most = len(bad) > 1 and 2 * len(bad) > answers
+        if most and (len(bad) == answers or not self.options.accept_failures):
+            found = apart_in(self.run, before)
+            whose = f" (client {found.client}'s update stands apart there: {found})" if found and found.others else ""
+            sent = f"the model of round {before}{whose}" if before else "the initial model"
+            told = f"round {self.index}: {len(bad)} of {answers} clients answer with non-finite values"
+            raise TraceFLError(
+                f"{told}: training on {sent} diverges, lower the clients' learning rate. {self._kept()}."
+            )
+        for client in [client for client in self._chosen if client in bad]:
+            others = f", as have those of {len(bad) - 1} others: the model that was sent may be the cause" * most
+            self._fail(client, bad[client] + others)
+
+    def _weights(self, released: State | None, used: list[Accepted]) -> Weights:
         """p_k of the updates that the strategy was given."""
-        nothing = [0.0] * len(used)
         if released is None or not used:
-            return Weights(nothing, "strategy")
+            return Weights([0.0] * len(used), "strategy")
         told = [self._used.get(id(reply.content), 0.0) for reply, _, _ in used]
         if self._flowers() and any(told):
             return Weights([weight / sum(told) for weight in told], "strategy")
-        examples = [float(update.num_examples) for _, update, _ in used]
-        known = {"told": told, "weight": [update.weight for _, update, _ in used], "examples": examples}
-        known["equal"] = [1.0] * len(used)
+        known = {"told": told, "weight": [update.weight for _, update, _ in used]}
+        known["examples"] = [float(update.num_examples) for _, update, _ in used]
         states = [update.state for _, update, _ in used]
-        if found := find_weights(released, self._expected, states, known):
+        if found := find_weights(released, self._expected, states, known | {"equal": [1.0] * len(used)}):
             return found
-        usual = examples if sum(examples) else [1.0] * len(used)
-        what = f"{EXAMPLES} is" if sum(examples) else "equal weights are"
-        told_by = f"round {self.index}: what weights {type(innermost(self.strategy)).__name__} gave the updates"
-        log.warning("%s cannot be told from the model that it released: %s assumed", told_by, what)
-        return Weights([n / sum(usual) for n in usual], "assumed")
+        name = type(innermost(self.strategy)).__name__
+        return assumed(known["examples"], f"round {self.index}: what weights {name} gave the updates")
 
     def _flowers(self) -> bool:
         """Whether Flower's own code averages, by the weight that it is seen to use for metrics."""
@@ -302,23 +395,26 @@ class Rounds:
     def _weight_key(self) -> str | None:
         return getattr(innermost(self.strategy), "weighted_by_key", None)
 
-    def _check_same_entries(self) -> None:
-        """Clients may send part of the model, but all the same: that of most, or the larger."""
-        names = {client: frozenset(update.state) for client, (_, update, _) in self._updates.items()}
-        usual_of = Counter(names.values())
-        usual = max(usual_of, key=lambda part: (usual_of[part], len(part)), default=frozenset[str]())
-        for client in [client for client in self._chosen if client in names]:
-            if odd := sorted(names[client] ^ usual):
-                verb = "lacks" if odd[0] in usual else "has"
-                del self._updates[client]
-                self._fail(client, f"its model {verb} '{odd[0]}', unlike those of most clients")
+    def _check_alike(self) -> None:
+        """Leave out who sends something else than most clients."""
+        updates = {client: self._updates[client][1] for client in self._chosen if client in self._updates}
+        for client, why in unlike(updates, everything=self._flowers()).items():
+            self._fail(client, why)
+
+    def _kept(self) -> str:
+        return f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
 
     def _fail(self, client: str, reason: str) -> None:
-        kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
+        """This client has failed: its update does not count, if there is one."""
+        sent = self._updates.pop(client, None)
         others_can = self._updates or self._unwritten or self.run.rounds
         tolerate = ", accept_failures=true goes on without such a client" if others_can else ""
-        require(self.options.accept_failures, f"round {self.index}, client {client}: {reason}. {kept}{tolerate}.")
+        require(
+            self.options.accept_failures, f"round {self.index}, client {client}: {reason}. {self._kept()}{tolerate}."
+        )
         self._failures[client] = reason
+        if sent is not None:
+            self.run.forget_client(self.index, sent[2])
 
     def _note_changes(self) -> None:
         """Record which values the strategy keeps, but cannot give: those that have changed."""
@@ -336,51 +432,6 @@ class Rounds:
         state = self.run.global_state(number)
         order = dict.fromkeys([name for name in self.order if name in state])  # early runs do not hold it
         return ArrayRecord({name: state[name] for name in order | dict.fromkeys(state)}), record
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
-        """The strategy's messages; none if the clients' evaluation is recorded."""
-        if self._evaluated():
-            return []
-        self._sampling_since = monotonic()
-        messages = self._own["configure_evaluate"](server_round, arrays, config, grid)
-        self._sampling_since = None
-        return messages
-
-    def aggregate_evaluate(self, server_round: int, replies: Messages) -> MetricRecord | None:
-        """The strategy's metrics, which are recorded; those recorded if there are."""
-        if self._evaluated():
-            metrics = self.run.round(self.index).metrics.get("evaluate")
-            return None if metrics is None else MetricRecord(metrics)
-        replies = list(replies)
-        name = type(innermost(self.strategy)).__name__
-        problem = f"round {self.index}: {name} cannot aggregate the metrics of {len(replies)} evaluations"
-        with as_sentence(problem, "let clients send what it expects", Exception):
-            found = self._own["aggregate_evaluate"](server_round, replies)
-        if found is not None or replies:
-            self.run.record_metrics(self.index, "evaluate", found)
-        return found
-
-    def _evaluated(self) -> bool:
-        """Whether nobody is to evaluate: that is recorded, or a later round is."""
-        known = self.index == len(self.run.rounds) > 0 and "evaluate" in self.run.round(self.index).metrics
-        return known or self.index < len(self.run.rounds)
-
-    def watched_evaluate_fn(self, evaluate_fn: Callable[..., MetricRecord | None]) -> Callable[..., Any]:
-        """The app's evaluate_fn, its metrics recorded; those recorded of a round that has them."""
-
-        def watched(*args: Any, **kwargs: Any) -> MetricRecord | None:
-            server_round = args[0] if args else kwargs.get("server_round", -1)
-            if not 0 <= server_round <= len(self.run.rounds):
-                return evaluate_fn(*args, **kwargs)
-            known = self.run.metrics(server_round)
-            if "server" in known:
-                return None if known["server"] is None else MetricRecord(known["server"])
-            found = evaluate_fn(*args, **kwargs)
-            self._note_changes()
-            self.run.record_metrics(server_round, "server", found)
-            return found
-
-        return watched
 
 
 def draw(nodes: Nodes | KnownNodes, run: Run, number: int, options: Options) -> list[str]:
