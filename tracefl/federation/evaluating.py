@@ -1,17 +1,24 @@
 """The part of a strategy's loop in which models are evaluated, by clients and by the app itself."""
 
+import logging
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from tracefl.errors import as_sentence
+from tracefl.errors import as_sentence, require
+from tracefl.federation.alike import unlike
+from tracefl.federation.grid import GridView
 from tracefl.federation.memory import innermost
+from tracefl.federation.nodes import KnownNodes, Nodes
 from tracefl.federation.privacy import Messages
+from tracefl.federation.replies import BadReplyError, Update, as_line, read_evaluation
 from tracefl.runs import Run
+
+log = logging.getLogger("tracefl")
 
 
 class Evaluations:
@@ -23,7 +30,17 @@ class Evaluations:
     _own: dict[str, Callable[..., Any]]
     _sampling_since: float | None
 
+    options: Any
+    nodes: Nodes | KnownNodes
+    _view: GridView
+
     def _note_changes(self) -> None:
+        raise NotImplementedError
+
+    def _flowers(self) -> bool:
+        raise NotImplementedError
+
+    def _weight_key(self) -> str | None:
         raise NotImplementedError
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
@@ -40,7 +57,7 @@ class Evaluations:
         if self._evaluated():
             metrics = self.run.round(self.index).metrics.get("evaluate")
             return None if metrics is None else MetricRecord(metrics)
-        replies = list(replies)
+        replies = self._usable(list(replies))
         name = type(innermost(self.strategy)).__name__
         problem = f"round {self.index}: {name} cannot aggregate the metrics of {len(replies)} evaluations"
         with as_sentence(problem, "let clients send what it expects", Exception):
@@ -48,6 +65,33 @@ class Evaluations:
         if found is not None or replies:
             self.run.record_metrics(self.index, "evaluate", found)
         return found
+
+    def _usable(self, replies: list[Message]) -> list[Message]:
+        """The evaluations that can be averaged, and errors; any other is its client's failure."""
+        key, sent, found = self._weight_key() if self._flowers() else None, dict[str, Message](), dict[str, Update]()
+        errors = []
+        for reply in replies:
+            asked = self._view.asked.get(reply.metadata.reply_to_message_id, reply.metadata)
+            client = self.nodes.clients.get(asked.dst_node_id, f"at node {asked.dst_node_id}")
+            if reply.has_error():
+                why = as_line(reply.error.reason)
+                log.warning("round %d: client %s did not evaluate the model: %s", self.index, client, why)
+                errors.append(reply)
+                continue
+            try:
+                found[client] = read_evaluation(reply, key)
+                sent[client] = reply
+            except BadReplyError as problem:
+                self._leave_out_evaluation(client, str(problem))
+        for client, why in unlike(found, everything=True).items() if key else ():
+            self._leave_out_evaluation(client, why)
+            del sent[client]
+        return [*sent.values(), *errors]
+
+    def _leave_out_evaluation(self, client: str, why: str) -> None:
+        told = f"round {self.index}, client {client}: evaluating, {why}"
+        require(self.options.accept_failures, f"{told}: accept_failures=true goes on without it.")
+        log.warning("%s: it is left out", told)
 
     def _evaluated(self) -> bool:
         """Whether nobody is to evaluate: that is recorded, or a later round is."""

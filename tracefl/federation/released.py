@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from tracefl.errors import require
+from tracefl.federation.memory import MOMENTS
 from tracefl.runs import Round, Run
 from tracefl.states import State, is_continuous, is_finite
 from tracefl.training import Evaluation
@@ -24,10 +25,11 @@ APART = 100.0
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a model, in words that go on "the released model ", and in which entry."""
+    """What is wrong with a model, in words that go on `whose`, and in which entry."""
 
     text: str
     entry: str | None = None
+    whose: str = "the released model"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,14 @@ def not_finite(model: State) -> Problem | None:
     """The first entry that has values that are not finite."""
     name = next((name for name, value in model.items() if not is_finite(value)), None)
     return None if name is None else Problem(f"has non-finite values in '{name}'", name)
+
+
+def spoilt(kept: State) -> Problem | None:
+    """What is wrong with a strategy's moments: if they are not finite, later rounds stand still."""
+    for name, value in kept.items():
+        if name.partition("/")[0] in (*MOMENTS, "clipping_norm") and not is_finite(value):
+            return Problem(f"has non-finite values in '{name}'", whose="what the strategy keeps")
+    return None
 
 
 def failing(evaluation: Evaluation | Round) -> Problem | None:

@@ -85,6 +85,34 @@ def read_update(reply: Message, expected: Expected, held: int | None = None) -> 
         raise BadReplyError(f"its reply cannot be read ({as_line(error)})") from error
 
 
+def read_evaluation(reply: Message, weight_key: str | None) -> Update:
+    """Read what a client found in evaluating a model: an update without a model.
+
+    Args:
+        reply: a client's, without an error.
+        weight_key: of the metrics, what the strategy weighs by; None: it takes any metrics.
+
+    Raises:
+        BadReplyError: it cannot be used.
+    """
+    try:
+        records = reply.content.metric_records
+        for metrics in records.values():
+            check_numbers(metrics)
+        if weight_key is None:
+            return Update({}, MetricRecord(), 0, 0)
+        if len(records) != 1:
+            raise BadReplyError(f"it must send one metric record, got {len(records)}")
+        ((name, metrics),) = records.items()
+        if (weight := number_in(metrics, weight_key, 0)) is None:
+            raise BadReplyError(f"its {weight_key} must be a number of at least 0, got None")
+        return Update({}, metrics, 0, weight, (name,))
+    except BadReplyError:
+        raise
+    except Exception as error:
+        raise BadReplyError(f"its reply cannot be read ({as_line(error)})") from error
+
+
 def as_line(text: object) -> str:
     """The last line of what somebody else says, to quote: printable and not long.
 

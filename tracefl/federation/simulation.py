@@ -110,6 +110,6 @@ def _backend(config: Config) -> dict[str, Any]:
         init |= {"num_cpus": config.total_cpus} if config.total_cpus else {}
         init |= {"num_gpus": config.total_gpus} if on_gpu and config.total_gpus is not None else {}
     resources = {"num_cpus": config.client_cpus, "num_gpus": config.client_gpu if on_gpu else 0.0}
-    # a worker that dies is replaced and its task done again; without the latter, Ray fails the next client's too
+    # a worker that dies is replaced, its task done again; else the next client's task would fail
     resources |= {"max_restarts": -1, "max_task_retries": 1}
     return {"init_args": init, "client_resources": resources}
