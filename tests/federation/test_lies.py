@@ -266,6 +266,32 @@ def test_a_strategy_that_stands_a_lie_goes_on(tmp_path, strategy):
     assert all(float(value.abs().max()) < 100 for value in run.global_state(2).values())
 
 
+@pytest.mark.parametrize("strategy", [clipped, lambda: FedAvgM(fraction_evaluate=0.0, server_momentum=0.9)])
+def test_a_reply_in_another_order_changes_nothing(tmp_path, strategy):
+    """Flower pairs arrays by their place here, and two of these have the same shape."""
+
+    def change(records):
+        records["arrays"] = ArrayRecord(dict(reversed(list(records["arrays"].items()))))
+
+    given = {"initial": arrays(REALS), "evaluate": None}
+    record(tmp_path / "lied", LyingGrid(FIVE, lying.content(change)), strategy=strategy(), **given)
+    record(tmp_path / "honest", OwnGrid(FIVE), strategy=strategy(), **given)
+    lied, honest = (Run.open(tmp_path / name).round(2) for name in ("lied", "honest"))
+    assert (lied.clients, lied.global_sha256) == (honest.clients, honest.global_sha256)
+
+
+@MODES
+@pytest.mark.parametrize("storage", [{"dtype": "float16"}, {"keep": "deltas"}, {"keep": "last:1", "dtype": "bfloat16"}])
+def test_a_finite_lie_is_found_however_states_are_kept(tmp_path, storage, accept):
+    lie = FINITE["1e38 everywhere"]
+    if not accept:
+        with pytest.raises(TraceFLError, match=r"^round 1, client b: .*"):
+            run_with(tmp_path, lie, **storage)
+        return
+    run_with(tmp_path, lie, rounds=2, accept_failures=True, **storage)
+    assert [list(Run.open(tmp_path).round(t).failures) for t in (1, 2)] == [["b"], ["b"]]
+
+
 @MODES
 def test_an_own_strategys_other_records_are_opened_with_care(tmp_path, accept):
     def change(records):
@@ -400,6 +426,22 @@ def test_a_late_reply_is_one_of_no_round(tmp_path, accept):
     assert list(run.round(1).failures) == ["b"]
     assert not run.round(2).failures
     assert torch.equal(run.round(2).client_state("b")["w"], trained(run.global_state(1), "b")["w"])
+
+
+class HttpGrid(OwnGrid):
+    """As Flower's of this name on a SuperLink: it cannot put client b's reply together, and loses all that it pulls."""
+
+    def pull_messages(self, message_ids):
+        found = super().pull_messages(message_ids)
+        if any(reply.metadata.src_node_id == 12 and reply.metadata.message_type == "train" for reply in found):
+            raise ValueError("Unexpected set of `children`.")
+        return found
+
+
+@MODES
+def test_a_reply_that_flower_cannot_put_together_takes_no_other_along(tmp_path, accept, without):
+    words = r"its reply cannot be read \(Unexpected set of `children`.\)"
+    check_named(tmp_path, None, words, accept, without, grid=HttpGrid(FIVE))
 
 
 # --- clients that die -------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class GridView:
         for reply in self._pull(list(message_ids)):
             answers = reply.metadata.reply_to_message_id
             if answers in self._answered:
-                log.warning("node %d answers a message twice: its first answer counts", reply.metadata.src_node_id)
+                log.warning("node %s answers a message twice: its first answer counts", reply.metadata.src_node_id)
                 continue
             self._answered.add(answers)
             self.on_reply(reply)

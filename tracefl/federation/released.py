@@ -60,8 +60,10 @@ def unusable(model: State, sent: State) -> Problem | None:
     if (problem := not_finite(model)) is not None:
         return problem
     for name, value in model.items():
-        limit, was = _limit(value), sent.get(name)
-        if limit is not None and (most := _largest(value)) > limit and (was is None or _largest(was) <= limit):
+        limit = _limit(value)
+        if limit is None or (most := _largest(value)) <= limit:
+            continue
+        if name not in sent or _largest(sent[name]) <= limit:
             return Problem(f"has values up to {most:.0e} in '{name}', whose squares overflow", name)
     return None
 
@@ -161,4 +163,9 @@ def _limit(value: Tensor) -> float | None:
 
 
 def _largest(value: Tensor) -> float:
-    return float(value.abs().max()) if value.numel() else 0.0
+    if not value.numel():
+        return 0.0
+    if value.is_complex():
+        return float(value.abs().max())
+    least, most = value.aminmax()  # without a copy of the absolute values
+    return max(-float(least), float(most))

@@ -113,6 +113,14 @@ def read_evaluation(reply: Message, weight_key: str | None) -> Update:
         raise BadReplyError(f"its reply cannot be read ({as_line(error)})") from error
 
 
+def put_in_order(reply: Message, sent: State) -> None:
+    """Put a reply's entries in the order of the model sent: some strategies pair by place."""
+    for key, arrays in list(reply.content.array_records.items()):
+        order = [name for name in sent if name in arrays]
+        if len(order) == len(arrays) and order != list(arrays):
+            reply.content[key] = ArrayRecord({name: arrays[name] for name in order})
+
+
 def as_line(text: object) -> str:
     """The last line of what somebody else says, to quote: printable and not long.
 

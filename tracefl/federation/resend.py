@@ -36,6 +36,11 @@ class Resending(GridView):
         self._first |= {sent: message for sent, message in zip(ids, messages, strict=False) if sent}
         return ids
 
+    def forget(self) -> None:
+        """What was not answered by now is not sent again."""
+        self._first.clear()
+        self._again.clear()
+
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         waited = {self._again.get(sent, sent): sent for sent in message_ids}  # id of the last try -> of the first
         replies = []

@@ -28,7 +28,15 @@ from tracefl.federation.nodes import KnownNodes, Nodes, by_number
 from tracefl.federation.privacy import Aggregated, FixedClipping, Messages
 from tracefl.federation.released import apart_in, failing, not_finite, unusable
 from tracefl.federation.releasing import Releases
-from tracefl.federation.replies import EXAMPLES, BadReplyError, Expected, NotFiniteError, Update, read_update
+from tracefl.federation.replies import (
+    EXAMPLES,
+    BadReplyError,
+    Expected,
+    NotFiniteError,
+    Update,
+    put_in_order,
+    read_update,
+)
 from tracefl.federation.resend import Resending
 from tracefl.runs import ClientInfo, Participant, Run
 from tracefl.states import State
@@ -96,8 +104,8 @@ class Rounds(Releases, Evaluations):
 
     def view(self, grid: Grid) -> GridView:
         """The grid for the strategy: it shows nodes whose clients are known; replies are read."""
-        watched = Resending(grid, lambda node: f"round {self.index}, client {self._client_of.get(node, node)}")
-        self._view = GridView(cast(Grid, watched), nodes=self._shown, on_reply=self._receive)
+        self._tasks = Resending(grid, lambda node: f"round {self.index}, client {self._client_of.get(node, node)}")
+        self._view = GridView(cast(Grid, self._tasks), nodes=self._shown, on_reply=self._receive)
         return self._view
 
     def watch(self, undo: ExitStack) -> None:
@@ -152,6 +160,7 @@ class Rounds(Releases, Evaluations):
         self._check_sent()
         self._wanted = self._expect()
         self._view.asked.clear()  # what comes late is no reply of this round
+        self._tasks.forget()
         self._look_for_nodes()
         absent: dict[int, str] = {}
         if self.options.clients_per_round is not None:
@@ -247,6 +256,7 @@ class Rounds(Releases, Evaluations):
         except BadReplyError as problem:
             self._fail(client, str(problem))
             return
+        put_in_order(reply, self._expected)
         while len(self._unwritten) >= MOST_UNWRITTEN:
             self._write_one()
         written = self._writer.submit(self.run.record_client, self.index, client, update.state, update.num_examples)
