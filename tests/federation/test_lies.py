@@ -266,16 +266,15 @@ def test_a_strategy_that_stands_a_lie_goes_on(tmp_path, strategy):
     assert all(float(value.abs().max()) < 100 for value in run.global_state(2).values())
 
 
-@pytest.mark.parametrize("strategy", [clipped, lambda: FedAvgM(fraction_evaluate=0.0, server_momentum=0.9)])
-def test_a_reply_in_another_order_changes_nothing(tmp_path, strategy):
+def test_a_reply_in_another_order_changes_nothing(tmp_path):
     """Flower pairs arrays by their place here, and two of these have the same shape."""
 
     def change(records):
         records["arrays"] = ArrayRecord(dict(reversed(list(records["arrays"].items()))))
 
     given = {"initial": arrays(REALS), "evaluate": None}
-    record(tmp_path / "lied", LyingGrid(FIVE, lying.content(change)), strategy=strategy(), **given)
-    record(tmp_path / "honest", OwnGrid(FIVE), strategy=strategy(), **given)
+    record(tmp_path / "lied", LyingGrid(FIVE, lying.content(change)), strategy=clipped(), **given)
+    record(tmp_path / "honest", OwnGrid(FIVE), strategy=clipped(), **given)
     lied, honest = (Run.open(tmp_path / name).round(2) for name in ("lied", "honest"))
     assert (lied.clients, lied.global_sha256) == (honest.clients, honest.global_sha256)
 

@@ -149,25 +149,8 @@ class Rounds(Releases, Evaluations):
         self.index += 1
         if self._recorded:
             return []
-        if self._first_values is None:
-            self._first_values = fingerprints(self.strategy)
-        self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
-        self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
-        self._failures: dict[str, str] = {}  # client -> why
-        self._used = {}
-        self._not_finite: dict[str, str] = {}  # client -> which values
-        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
-        self._check_sent()
-        self._wanted = self._expect()
-        self._view.asked.clear()  # what comes late is no reply of this round
-        self._tasks.forget()
-        self._look_for_nodes()
-        absent: dict[int, str] = {}
-        if self.options.clients_per_round is not None:
-            drawn = draw(self.nodes, self.run, self.index, self.options)
-            shown = [self.nodes.node_of(client) for client in drawn]
-            absent = {-1 - i: drawn[i] for i, node in enumerate(shown) if node is None}
-            grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
+        self._begin(arrays)
+        grid, absent = self._drawn(grid)
         self._sampling_since = monotonic()
         messages = list(self._own["configure_train"](server_round, arrays, config, grid))
         self._sampling_since = None
@@ -190,6 +173,32 @@ class Rounds(Releases, Evaluations):
         self._look_for_counts()
         messages = [message for message in messages if message.metadata.dst_node_id in self._client_of]
         return sorted(messages, key=lambda m: self._chosen.index(self._client_of[m.metadata.dst_node_id]))
+
+    def _drawn(self, grid: Grid) -> tuple[Grid, dict[int, str]]:
+        """The grid that shows the round's participants; those without a node under negative ids."""
+        absent: dict[int, str] = {}
+        if self.options.clients_per_round is not None:
+            drawn = draw(self.nodes, self.run, self.index, self.options)
+            shown = [self.nodes.node_of(client) for client in drawn]
+            absent = {-1 - i: drawn[i] for i, node in enumerate(shown) if node is None}
+            grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
+        return grid, absent
+
+    def _begin(self, arrays: ArrayRecord) -> None:
+        """Nothing is known of this round yet but the model that it begins with."""
+        if self._first_values is None:
+            self._first_values = fingerprints(self.strategy)
+        self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
+        self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
+        self._failures: dict[str, str] = {}  # client -> why
+        self._used = {}
+        self._not_finite: dict[str, str] = {}  # client -> which values
+        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
+        self._check_sent()
+        self._wanted = self._expect()
+        self._view.asked.clear()  # what comes late is no reply of this round
+        self._tasks.forget()
+        self._look_for_nodes()
 
     def _check_sent(self) -> None:
         """Send no model that cannot be trained on: clients would be blamed for it."""
