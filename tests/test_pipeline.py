@@ -18,6 +18,7 @@ from PIL import Image
 
 from tests.data.tables import encoded, write
 from tests.federation import local
+from tests.rewriting import rewrite
 from tests.test_main import process
 from tracefl import Run, whatif
 from tracefl.data.prepare import prepare
@@ -67,7 +68,7 @@ def test_it_leaves_what_the_readme_lists(finished):
     assert left == states | plots | {
         "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
         "provenance.csv", "TraceFL_clients_contributions.log", events,
-        "audit.parquet", "verdict.json", "class_by_client.csv",
+        "audit.parquet", "verdict.json", "class_by_client.csv", "layers.parquet", "report.html",
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
     assert [len(record.clients) for record in run.rounds] == [2, 2, 2]
@@ -255,7 +256,7 @@ def test_the_whole_run_is_traced_beside_the_rounds(finished, small, capsys):
 def test_other_data_under_the_same_settings_are_refused(finished, small):
     header = the_run(finished[0]) / "run.json"
     original = header.read_text()
-    header.write_text(original.replace(json.loads(original)["data_sha256"], "0" * 64))
+    rewrite(header, lambda entries: entries | {"data_sha256": "0" * 64})
     try:
         with pytest.raises(TraceFLError, match="was trained on other data"):
             small()
@@ -435,7 +436,6 @@ def test_a_run_that_keeps_its_last_round_answers_for_it_and_goes_on_as_recorded(
     other = config(*typed)
     run_experiment(other, "")  # all is recorded
     assert "other storage settings change nothing" in (folder / "TraceFL_clients_contributions.log").read_text()
-    header = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**header, "rounds": header["rounds"][:1]}))
+    rewrite(folder / "run.json", lambda header: {**header, "rounds": [header["rounds"][0] | {"kept": True}]})
     with pytest.raises(TraceFLError, match=r"was recorded with storage.keep=last:1, got all: give storage.keep=last:1"):
         run_experiment(other, "")

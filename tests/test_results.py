@@ -1,11 +1,10 @@
 """Result files: a table is read back under its own key only; timings keep what was not measured again."""
 
 import pandas as pd
-import pytest
 
 from tests.report.recorded import record
 from tracefl import Run
-from tracefl.results import cached, read_timings, update_timings, write_events
+from tracefl.results import cached, read_timings, update_timings
 
 
 def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
@@ -25,19 +24,6 @@ def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
     run.rounds.pop()  # other models
     assert table("a") == [5]
     assert pd.read_parquet(tmp_path / "feddebug.parquet")["client"].tolist() == ["3"]
-
-
-def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypatch):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    rounds = pd.DataFrame({"round": [1, 2], "accuracy": [0.5, 0.75], "spearman": [float("nan"), 0.25]})
-    write_events(tmp_path, rounds.assign(spearman=0.0))  # is replaced
-    write_events(tmp_path, rounds)
-    events = reader.EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(1, 0.5), (2, 0.75)]
-    assert [(e.step, e.value) for e in events.Scalars("spearman")] == [(2, 0.25)]
-    monkeypatch.setattr("tracefl.results.find_spec", lambda _: None)
-    write_events(tmp_path / "without", rounds)
-    assert not (tmp_path / "without").exists()
 
 
 def timing(method: str, seconds: float) -> pd.DataFrame:

@@ -23,9 +23,11 @@ from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evidence.verdict import audit_run, class_by_client, verdict_json
 from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
+from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
+from tracefl.files import locked, write_atomically
 from tracefl.models import build_model, model_spec
-from tracefl.report import figures, lines, progress, tables
+from tracefl.report import figures, lines, progress, tables, tracking, write_page
 from tracefl.results import (
     AUDIT,
     CLASS_BY_CLIENT,
@@ -38,9 +40,9 @@ from tracefl.results import (
     read_timings,
     update_timings,
     write_csv,
-    write_events,
+    write_layers,
 )
-from tracefl.runs import Run, locked, write_atomically
+from tracefl.runs import Run
 from tracefl.settings import run_folder
 from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
@@ -62,6 +64,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     Raises:
         TraceFLError: something that the user can correct; what was recorded before is kept.
     """
+    tracking.wanted(config)  # before anything is trained
     data = prepare(config)
     folder = run_folder(config)
     config, notes = numbered_labels(config, data.class_names)
@@ -97,9 +100,13 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         if whole is not None and len(whole):
             tables.print_whole_run(whole)
         report(config, run, answers, metrics)
+        if config.report:
+            log.info("The run's page: %s", write_page(run.path))
     tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
         tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
+    with locked(folder):
+        tracking.log_run(config, folder)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
@@ -134,7 +141,8 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started = time.perf_counter()
-        table = audit_run(run, model=model, examples=examples)
+        with spread_over(config) as spread, progress.bar("auditing rounds", len(run.kept_rounds)) as done:
+            table = audit_run(run, model=model, examples=examples, spread=spread, on_round=done)
         log.info("audited %d updates in %.1f s", len(table), time.perf_counter() - started)
         return table
 
@@ -144,14 +152,15 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples) -> None:
     """Log the verdict and what removing the faulty clients would give, and write both."""
     names = run["class_names"]
-    verdict = judge_clients(audited, names)
+    verdict, removal = judge_clients(audited, names), None
     for line in verdict.lines():
         log.info(line)
     if verdict.faulty:
         since = run.kept_rounds[0].number
-        for line in removal_lines(whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)):
+        removal = whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)
+        for line in removal_lines(removal):
             log.info(line)
-    write_atomically(run.path / VERDICT, verdict_json(verdict))
+    write_atomically(run.path / VERDICT, verdict_json(verdict, removal.as_json() if removal is not None else None))
     write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
@@ -164,7 +173,11 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
-        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples))
+        by_layer = list[pd.DataFrame]()
+        with spread_over(config) as spread:
+            one_round = partial(tracing.trace_round, config, run, model, examples, layers=by_layer, spread=spread)
+            answers = _every_round("tracing rounds", run, one_round)
+        write_layers(run, by_layer)
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers
@@ -181,7 +194,8 @@ def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) 
 
     def make() -> pd.DataFrame:
         log.info("tracing over all %d rounds; provenance.proxies=1 takes the fewest trainings", len(run.rounds))
-        answers, memory = tracing.trace_whole_run(config, run, model, examples)
+        with progress.bar("tracing over all rounds"):
+            answers, memory = tracing.trace_whole_run(config, run, model, examples)
         log.info("traced %d inputs over all %d rounds: %s", answers["input"].nunique(), len(run.rounds), memory)
         return answers
 
@@ -198,7 +212,7 @@ def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
     """FedDebug's votes of every round (`feddebug.COLUMNS`); None where it is not to run."""
     if not (config.do_provenance and config.faulty_clients_ids and config.do_feddebug and config.arch == "cnn"):
         return None
-    make = partial(_every_round, run, partial(feddebug.debug_round, config, run, model))
+    make = partial(_every_round, "FedDebug on rounds", run, partial(feddebug.debug_round, config, run, model))
     settings = [config.neuron_activation_threshold, config.faster_input_generation]
     return cached(run, FEDDEBUG, settings, make, reuse=config.check_prov_cache)
 
@@ -216,7 +230,7 @@ def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.Data
 
 
 def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.DataFrame) -> None:
-    """Log the lines, and write rounds.csv, TensorBoard's events and the figures."""
+    """Log the lines, and write rounds.csv and the figures."""
     if answers is not None:
         if config.convert_cache_to_csv:
             write_csv(run.path / "provenance.csv", answers)
@@ -227,16 +241,17 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
         log.info(line)
     log.info(disk_line(run.disk()))
     if answers is not None or not (run.path / ROUNDS).exists():
-        rounds = wide(metrics)
-        write_csv(run.path / ROUNDS, rounds)
-        write_events(run.path / "tensorboard", rounds)
+        write_csv(run.path / ROUNDS, wide(metrics))
     if config.plotting:
         figures.draw_run(run.path)
 
 
-def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
+def _every_round(doing: str, run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
     """The tables of all rounds that can be traced as one; what they took goes into timings.csv."""
-    watch = Stopwatch()
-    tables = [one_round(record.number, watch) for record in run.kept_rounds]
+    watch, tables = Stopwatch(), list[pd.DataFrame]()
+    with progress.bar(doing, len(run.kept_rounds)) as done:
+        for record in run.kept_rounds:
+            tables.append(one_round(record.number, watch))
+            done()
     update_timings(run.path, watch.table())
     return pd.concat([table for table in tables if len(table)] or tables[:1])

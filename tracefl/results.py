@@ -1,19 +1,19 @@
 """The tables beside a recorded run: rounds.csv, timings.csv, and Parquet files of answers."""
 
-import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tracefl.runs import Run, write_atomically
+from tracefl.errors import as_sentence
+from tracefl.files import write_atomically
+from tracefl.runs import Run
 from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
 AUDIT, VERDICT, CLASS_BY_CLIENT = "audit.parquet", "verdict.json", "class_by_client.csv"
-WHOLE_RUN = "whole_run.parquet"
+WHOLE_RUN, LAYERS = "whole_run.parquet", "layers.parquet"
 
 
 def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame], *, reuse: bool = True) -> pd.DataFrame:
@@ -29,7 +29,7 @@ def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame],
         reuse: False computes it in any case.
     """
     file = run.path / name
-    key = {"settings": fingerprint(settings), "models": fingerprint([record.as_json() for record in run.rounds])}
+    key = {"settings": fingerprint(settings), "models": _models(run)}
     if reuse and file.exists():
         table = pd.read_parquet(file)
         if table.attrs.get("settings") == key:
@@ -38,6 +38,30 @@ def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame],
     table.attrs = {"settings": key}
     write_atomically(file, table.to_parquet(index=False))
     return table
+
+
+def write_layers(run: Run, tables: list[pd.DataFrame]) -> None:
+    """layers.parquet of the tables of a tracing (`tracing.LAYER_COLUMNS`); none is an empty one."""
+    filled = [table for table in tables if len(table)] or tables[:1]
+    table = pd.concat(filled) if filled else pd.DataFrame()
+    table.attrs = {"settings": {"models": _models(run)}}
+    write_atomically(run.path / LAYERS, table.to_parquet(index=False))
+
+
+def of_this_run(run: Run, name: str) -> pd.DataFrame | None:
+    """The table in a Parquet file of the run's folder; None if it is absent or of other models."""
+    file = run.path / name
+    if not file.exists():
+        return None
+    with as_sentence(f"{file} cannot be read", "remove it, and run the same command again", OSError, ValueError):
+        table = pd.read_parquet(file)
+    made_of = table.attrs.get("settings", {}).get("models")
+    return table if made_of in (None, _models(run)) else None
+
+
+def _models(run: Run) -> str:
+    """What identifies the recorded models."""
+    return fingerprint([record.as_json() for record in run.rounds])
 
 
 def write_csv(file: Path, table: pd.DataFrame) -> None:
@@ -61,19 +85,3 @@ def read_timings(folder: Path) -> pd.DataFrame:
     """timings.csv, a row per method: localizations, seconds, seconds_per_localization."""
     file = folder / TIMINGS
     return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["method", "seconds_per_localization"])
-
-
-def write_events(folder: Path, rounds: pd.DataFrame) -> None:
-    """Every metric of `rounds` as a TensorBoard scalar by round, in place of what `folder` held.
-
-    Nothing is written where tensorboard is not installed (pip install tracefl[tensorboard]).
-    """
-    if find_spec("tensorboard") is None:
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(folder) as writer:
-        for name in rounds.columns.drop("round"):
-            for number, value in rounds.set_index("round")[name].dropna().items():
-                writer.add_scalar(str(name), value, number)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracefl.classifier import logits_of
+from tracefl.classifier import logits_of, whole_float32
 from tracefl.data.examples import Examples
 
 EVALUATION_BATCH = 256
@@ -115,6 +115,7 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> list[Ten
 
 
 @torch.no_grad()
+@whole_float32()
 def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
     """Loss, accuracy and predictions of a model, which is put in eval mode.
 

@@ -22,7 +22,8 @@ from tracefl.evaluation.feddebug import (
 )
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import exchanged_state
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation, train
 
 

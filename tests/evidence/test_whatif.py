@@ -10,8 +10,9 @@ from torch import nn
 
 from tracefl import Run, TraceFLError, fuse, whatif
 from tracefl.data.examples import Examples
-from tracefl.evidence.whatif import WhatIf, removal_lines, state_without
-from tracefl.runs import ClientInfo
+from tracefl.evidence.whatif import WhatIf, removal_lines
+from tracefl.evidence.without import state_without
+from tracefl.record import ClientInfo
 from tracefl.training import Evaluation, evaluate
 
 EVALUATION = Evaluation(0.5, 0.5, torch.tensor([0, 1]))
@@ -259,7 +260,9 @@ def test_the_line_says_what_is_gained_and_what_it_costs():
 
 def test_a_client_that_took_no_part_changes_nothing_and_it_is_said(tmp_path):
     run, model = of_networks(tmp_path / "n")
-    absent = Run.create(tmp_path / "m", initial=dict(run.global_state(0)), clients=[ClientInfo("9", {0: 1})], seed=0)
+    absent = Run.create(
+        tmp_path / "m", initial=dict(run.global_state(0)), clients=[ClientInfo(who, {0: 1}) for who in "901"], seed=0
+    )
     parts = [absent.record_client(1, who, run.round(1).client_state(who), 1, 1 / 2) for who in "01"]
     absent.record_round(1, parts, dict(run.global_state(1)), EVALUATION, {})
     found = whatif(absent, ["9"], examples=Examples(torch.randn(4, 3), torch.tensor([0, 1, 2, 0])), model=model)

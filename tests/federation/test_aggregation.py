@@ -11,7 +11,8 @@ from tracefl.config import STRATEGIES
 from tracefl.errors import TraceFLError
 from tracefl.federation.aggregation import build_strategy
 from tracefl.federation.recorder import Recorder
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 BUFFERS = frozenset({"bn.running_var"})

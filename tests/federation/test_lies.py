@@ -25,7 +25,7 @@ from tests.federation.test_own import plain, record, shares
 from tracefl import Run
 from tracefl.errors import TraceFLError
 from tracefl.federation.recorder import Recorder
-from tracefl.runs import ClientInfo
+from tracefl.record import ClientInfo
 from tracefl.training import Evaluation
 
 FIVE = {11: "a", 12: "b", 13: "c", 14: "d", 15: "e"}

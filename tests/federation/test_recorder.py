@@ -8,7 +8,8 @@ from flwr.serverapp.strategy import FedAvg
 from tests.federation.instant import NODES, START, InstantGrid, state_of
 from tracefl.errors import TraceFLError
 from tracefl.federation.recorder import Recorder
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 

@@ -16,7 +16,8 @@ from tracefl.federation import client_app
 from tracefl.federation.server_app import serve
 from tracefl.federation.simulation import simulate
 from tracefl.models import build_model, exchanged_state, initial_model
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 
 SMALL = [
     "num_clients=3", "clients_per_round=3", "num_rounds=2", "client.epochs=1", "data_dist.max_per_client_data_size=40",

@@ -8,7 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from tracefl.evaluation.tracing import COLUMNS
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 

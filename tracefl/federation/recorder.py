@@ -21,7 +21,10 @@ from tracefl.federation.identity import KEY
 from tracefl.federation.memory import innermost, load_state, parts, settings_of
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number
 from tracefl.federation.rounds import Options, Rounds, draw
-from tracefl.runs import ClientInfo, Run, locked, same_state, writing
+from tracefl.files import locked, writing
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
+from tracefl.same import same_state
 from tracefl.states import State
 from tracefl.storage import Storing, disk_line
 from tracefl.training import Evaluation

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tracefl.errors import require
 from tracefl.federation.memory import MOMENTS
-from tracefl.runs import Round, Run
+from tracefl.record import Round
+from tracefl.runs import Run
 from tracefl.states import State, is_continuous, is_finite
 from tracefl.training import Evaluation
 

@@ -20,7 +20,8 @@ from tracefl.federation.memory import OURS, innermost, parts, state_of
 from tracefl.federation.released import Problem, apart, apart_in, failing, fused, spoilt, unusable
 from tracefl.federation.replies import Update
 from tracefl.federation.weights import Weights, assumed, find_weights
-from tracefl.runs import Participant, Run
+from tracefl.record import Participant
+from tracefl.runs import Run
 from tracefl.states import State
 from tracefl.training import Evaluation
 

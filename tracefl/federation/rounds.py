@@ -38,7 +38,8 @@ from tracefl.federation.replies import (
     read_update,
 )
 from tracefl.federation.resend import Resending
-from tracefl.runs import ClientInfo, Participant, Run
+from tracefl.record import ClientInfo, Participant
+from tracefl.runs import Run
 from tracefl.states import State
 from tracefl.training import Evaluation
 
