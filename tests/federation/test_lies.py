@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import (
     Krum,
 )
 from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
 from torch.nn import functional as F
 
 from tests.federation import lying
@@ -23,10 +24,12 @@ from tests.federation.lying import FINITE, FINITE_IN_VALUES, NET, PLAIN, LyingGr
 from tests.federation.own import OwnGrid, arrays, examples_of, new_app, trained
 from tests.federation.test_own import plain, record, shares
 from tracefl import Run
+from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
 from tracefl.federation.recorder import Recorder
 from tracefl.record import ClientInfo
 from tracefl.training import Evaluation
+from tracefl.training import evaluate as evaluate_examples
 
 FIVE = {11: "a", 12: "b", 13: "c", 14: "d", 15: "e"}
 HONEST = {node: client for node, client in FIVE.items() if client != "b"}
@@ -135,6 +138,25 @@ def test_nobody_is_blamed_where_no_update_stands_apart(tmp_path):
                 tmp_path / str(accept), None, grid=OwnGrid(FIVE), accept_failures=accept,
                 evaluate=lambda state: Evaluation(math.nan, 0.5, torch.zeros(1)),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [((math.inf, 0.5, torch.zeros(1)), "a loss of inf"), ((1.0, math.nan, torch.zeros(1)), "an accuracy of nan"),
+     ((1.0, 0.5, torch.tensor([math.nan])), "predictions that are not finite")],
+)  # fmt: skip
+def test_a_round_whose_loss_accuracy_or_predictions_are_not_finite_is_not_recorded(tmp_path, found, words):
+    with pytest.raises(TraceFLError, match=f"round 1: the released model has {words}"):
+        run_with(tmp_path, None, grid=OwnGrid(FIVE), evaluate=lambda state: Evaluation(*found))
+    assert not Run.open(tmp_path).rounds
+
+
+def test_an_output_that_is_not_finite_makes_the_loss_nan():
+    """Minus infinity of a class that no example has leaves cross-entropy finite."""
+    model = nn.Linear(2, 3)
+    model.bias.data = torch.tensor([0.0, 1.0, -math.inf])
+    found = evaluate_examples(model, Examples(torch.ones(4, 2), torch.tensor([0, 1, 0, 1])))
+    assert math.isnan(found.loss)
 
 
 def diverging(content, client):

@@ -84,11 +84,13 @@ def spoilt(kept: State) -> Problem | None:
 
 
 def failing(evaluation: Evaluation | Round) -> Problem | None:
-    """What is wrong with how a model does: its loss or its accuracy is not finite."""
-    for name in ("loss", "accuracy"):
+    """What is wrong with how a model does: loss, accuracy or predictions are not finite."""
+    for name, told in (("loss", "a loss"), ("accuracy", "an accuracy")):
         found = getattr(evaluation, name)
-        if not math.isfinite(found):
-            return Problem(f"has a {name} of {found} on the server's examples")
+        if found is not None and not math.isfinite(found):
+            return Problem(f"has {told} of {found} on the server's examples")
+    if isinstance(evaluation, Evaluation) and not is_finite(torch.as_tensor(evaluation.predictions)):
+        return Problem("has predictions that are not finite on the server's examples")
     return None
 
 
