@@ -185,6 +185,7 @@ ARRAYS = {
     "negative lengths": (raw(shape=(-2, -3), data=lambda _: _npy("<f4", "(-2, -3)") + b"\0" * 24), "at least 0"),
     "a shape that its bytes do not have": (raw(shape=(3, 2)), "is said to be"),
     "a type that its bytes do not have": (raw(dtype="float64"), "is said to be"),
+    "a type of a megabyte": (raw(dtype="x" * 10**6), "is said to be .{200,400}$|is said to be .{200,400}\\. Rounds"),
     "another serialization": (raw(stype="torch.pickle"), "must be sent as 'numpy.ndarray'"),
     "data of another type": (raw(data="text"), "must be sent as"),
     "a larger model": (as_array(np.zeros((2000, 3), np.float32)), SHAPE),

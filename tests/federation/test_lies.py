@@ -179,6 +179,24 @@ def test_no_client_is_blamed_for_the_model_that_it_was_sent(tmp_path, accept):
     assert "client a" not in told
 
 
+@MODES
+def test_one_client_is_not_blamed_for_it_either(tmp_path, accept):
+    """In round 2 only client a's training diverges, but it was client b's update that stood apart."""
+    alone = new_app(lambda content, client: diverging(content, client) if client == "a" else content)
+    grid = LyingGrid(FIVE, lying.everywhere(1e15), rounds=(1,), app=alone)
+    given = {"initial": arrays(NET), "evaluate": None, "accept_failures": accept}
+    words = "the model of round 1 (client b's update stands apart there"
+    if not accept:
+        with pytest.raises(TraceFLError, match=r"^round 2: 1 of 5 clients answer with non-finite values") as raised:
+            record(tmp_path, grid, **given)
+        assert words in str(raised.value)
+    else:
+        record(tmp_path, grid, **given)
+        failures = Run.open(tmp_path).round(2).failures
+        assert list(failures) == ["a"]
+        assert words in failures["a"]
+
+
 def test_most_clients_that_diverge_are_left_out_without_blame(tmp_path):
     def train(content, client):
         return numbers_of(content, float("nan")) if client in "abd" else content
@@ -194,7 +212,7 @@ def test_most_clients_that_diverge_are_left_out_without_blame(tmp_path):
     record(tmp_path, grid, rounds=1, initial=arrays(NET), accept_failures=True)
     failures = Run.open(tmp_path).round(1).failures
     assert list(failures) == ["a", "b", "d"]
-    assert all("the model that was sent may be the cause" in why for why in failures.values())
+    assert all("of which the initial model that it was sent may be the cause" in why for why in failures.values())
 
 
 @pytest.mark.parametrize(("name", "value"), [("w", math.nan), ("a", math.inf)])

@@ -109,21 +109,24 @@ class Releases:
         require(not changed, f"round {self.index}, client {found.client}: {about}; {again}: {remedy}. {self._kept()}.")
 
     def _judge_not_finite(self) -> None:
-        """Clients whose values are not finite have failed; of most, the model sent is the cause."""
+        """Clients whose values are not finite have failed, unless the model sent is the cause.
+
+        It is if most clients answer so; it may be if an update stood apart when it was made.
+        """
         bad, before = self._not_finite, self.index - 1
         answers = len(bad) + len(self._updates)
-        most = len(bad) > 1 and 2 * len(bad) > answers
-        if most and (len(bad) == answers or not self.options.accept_failures):
-            found = apart_in(self.run, before)
-            whose = f" (client {found.client}'s update stands apart there: {found})" if found and found.others else ""
-            sent = f"the model of round {before}{whose}" if before else "the initial model"
+        found = apart_in(self.run, before) if bad else None
+        found = None if found is None or found.others is None or [*bad] == [found.client] else found
+        sent = f"the model of round {before}" if before else "the initial model"
+        sent += f" (client {found.client}'s update stands apart there: {found})" if found else ""
+        excused = found is not None or (len(bad) > 1 and 2 * len(bad) > answers)
+        if excused and (len(bad) == answers or not self.options.accept_failures):
             told = f"round {self.index}: {len(bad)} of {answers} clients answer with non-finite values"
-            raise TraceFLError(
-                f"{told}: training on {sent} diverges, lower the clients' learning rate. {self._kept()}."
-            )
+            remedy = f"training on {sent} diverges, lower the clients' learning rate or begin anew"
+            raise TraceFLError(f"{told}: {remedy}. {self._kept()}.")
         for client in [client for client in self._chosen if client in bad]:
-            others = f", as have those of {len(bad) - 1} others: the model that was sent may be the cause" * most
-            self._fail(client, bad[client] + others)
+            cause = f", of which {sent} that it was sent may be the cause" * excused
+            self._fail(client, bad[client] + cause)
 
     def _weights(self, released: State | None, used: list[Accepted]) -> Weights:
         """p_k of the updates that the strategy was given."""

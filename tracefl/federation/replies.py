@@ -203,7 +203,7 @@ def _state(arrays: ArrayRecord, sent: State) -> dict[str, Tensor]:
         try:
             state[name] = read_values(array, sent[name])
         except BadArrayError as problem:
-            raise BadReplyError(f"its '{name}' {problem}") from None
+            raise BadReplyError(f"its '{name}' {str(problem)[:LONGEST]}") from None
         if name.rpartition(".")[2] == "running_var" and (state[name] < 0).any() and not (sent[name] < 0).any():
             raise BadReplyError(f"its '{name}' has negative values, which no variance is")
         if not is_continuous(state[name]) and _most(state[name]) > max(LARGEST, _most(sent[name])):
@@ -232,7 +232,7 @@ def _model(reply: Message, expected: Expected) -> ArrayRecord:
             try:
                 read_header(array)
             except BadArrayError as problem:
-                raise BadReplyError(f"its '{as_line(name)}' of '{as_line(key)}' {problem}") from None
+                raise BadReplyError(f"its '{as_line(name)}' of '{as_line(key)}' {str(problem)[:LONGEST]}") from None
     if expected.record is not None and expected.record in models:
         return models[expected.record]
     names = as_line(", ".join(models))
