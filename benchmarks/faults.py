@@ -1,7 +1,7 @@
 """Does the verdict find faulty clients, and nobody where there are none?
 
     python benchmarks/faults.py                                                       (digits, a small CNN)
-    python benchmarks/faults.py --model resnet18 --data ../shared/data/mnist --alphas 0.7 --faults 1 --seeds 1
+    python benchmarks/faults.py --model resnet18 --data data/mnist --alphas 0.7 --faults 1 --seeds 1
 
 Trains federations of ten clients in this process, each with one or three faulty clients of one kind (or none), records
 them as runs, and asks:

@@ -155,7 +155,7 @@ def watch(process: subprocess.Popen) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["round", "experiment"])
-    parser.add_argument("--data", default="../shared/data/mnist")
+    parser.add_argument("--data", default="data/mnist")
     parser.add_argument("--per-client", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=2)
     chosen = parser.parse_args()

@@ -7,7 +7,7 @@ from tests.report.recorded import record
 from tests.rewriting import rewrite
 from tracefl import Run
 from tracefl.errors import TraceFLError
-from tracefl.results import cached, intact, read_result, read_rounds, read_timings, write_events, write_result
+from tracefl.results import cached, intact, read_result, read_rounds, read_timings, write_result
 
 
 def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
@@ -29,19 +29,6 @@ def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
     assert pd.read_parquet(tmp_path / "feddebug.parquet")["client"].tolist() == ["3"]
 
 
-def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypatch):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    rounds = pd.DataFrame({"round": [1, 2], "accuracy": [0.5, 0.75], "spearman": [float("nan"), 0.25]})
-    write_events(tmp_path, rounds.assign(spearman=0.0))  # is replaced
-    write_events(tmp_path, rounds)
-    events = reader.EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(1, 0.5), (2, 0.75)]
-    assert [(e.step, e.value) for e in events.Scalars("spearman")] == [(2, 0.25)]
-    monkeypatch.setattr("tracefl.results.find_spec", lambda _: None)
-    write_events(tmp_path / "without", rounds)
-    assert not (tmp_path / "without").exists()
-
-
 def timed(method: str, seconds: float) -> list[dict]:
     return [{"method": method, "localizations": 10, "seconds": seconds}]
 
@@ -57,9 +44,7 @@ def test_timings_stay_with_the_answers(tmp_path):
     assert found["seconds_per_localization"].to_dict() == {"FedDebug": 0.2, "neuron": 0.3}
 
 
-@pytest.mark.parametrize(
-    "damage", ["changed", "missing", "folder", "no hashes", "hashes changed", "hashes of a forger"]
-)
+@pytest.mark.parametrize("damage", ["changed", "missing", "folder", "no hashes", "hashes changed", "forged hashes"])
 def test_a_damaged_table_is_made_again_and_said_so(tmp_path, caplog, damage):
     run = Run.open(record(tmp_path))
     made = []

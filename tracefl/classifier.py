@@ -193,6 +193,23 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def whole_float32() -> Iterator[None]:
+    """On a GPU, float32 with all its bits: TF32, which torch takes for convolutions, has 11."""
+    cudnn: Any = torch.backends.cudnn
+    cuda = torch.backends.cuda
+    named: list[tuple[Any, str, Any, Any]]
+    try:
+        named = [(of, "allow_tf32", of.allow_tf32, False) for of in (cudnn, cuda.matmul)]
+    except RuntimeError:  # the user has set the newer names, after which torch refuses to read the older ones
+        named = [(of, "fp32_precision", of.fp32_precision, "ieee") for of in (cudnn.conv, cudnn.rnn, cuda.matmul)]
+    with ExitStack() as undo:
+        for of, name, was, value in named:
+            undo.callback(setattr, of, name, was)
+            setattr(of, name, value)
+        yield
+
+
+@contextmanager
 def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] = tuple) -> Iterator[None]:
     """Run a model as it is written: in eval mode, no autocast, nothing fused or compiled.
 
@@ -220,6 +237,7 @@ def exact(model: nn.Module, set_hooks: Callable[[], Sequence[RemovableHandle]] =
         Tensor.register_hook = partialmethod(_hook_elsewhere, threading.get_ident())  # type: ignore[method-assign,assignment]
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        undo.enter_context(whole_float32())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # cuDNN's has no gradient in eval mode
             undo.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to load it takes seconds

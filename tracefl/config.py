@@ -80,6 +80,8 @@ LABELS = Rule(
 PART = Rule("be a share above 0 and below 1", lambda v: is_number(v) and 0 < v < 1)
 FILE_NAME = matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'")
 KEEP = matches(r"all|deltas|last:[1-9][0-9]*", "be all, last:N with N of 1 or more, or deltas")
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+TRACKING = Rule(f"name some of {', '.join(TRACKERS)}", lambda v: all(entry in TRACKERS for entry in v))
 TYPES = ("float32", "float16", "bfloat16")
 DEVICE = matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")
 # The original has these settings twice. Either spelling is accepted, the second is stored.
@@ -263,6 +265,10 @@ class Config:
     check_train_cache: bool = setting(True, "false: train again", trains=False)
     check_prov_cache: bool = setting(True, "false: trace again", trains=False)
     plotting: bool = setting(False, "true: draw the run's figures", trains=False)
+    report: bool = setting(True, "false: write no report.html", trains=False)
+    tracking: list[str] | None = setting(
+        None, "where metrics go; null: tensorboard, if it is installed; []: nowhere", TRACKING, trains=False
+    )
     convert_cache_to_csv: bool = setting(False, "true: write provenance.csv too", trains=False)
     accept_failures: bool = setting(False, "true: record a client that failed, and go on without it", trains=False)
     round_timeout: float = setting(3600, "seconds until a silent client has failed", POSITIVE, trains=False)

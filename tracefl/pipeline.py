@@ -24,15 +24,17 @@ from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evidence.verdict import audit_run, class_by_client, verdict_json
 from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
+from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.files import locked
 from tracefl.models import build_model, model_spec
-from tracefl.report import figures, lines, progress, tables
+from tracefl.report import figures, lines, progress, tables, tracking, write_page
 from tracefl.results import (
     AUDIT,
     CLASS_BY_CLIENT,
     CONFIG,
     FEDDEBUG,
+    LAYERS,
     PROVENANCE,
     ROUNDS,
     TIMINGS,
@@ -41,7 +43,7 @@ from tracefl.results import (
     cached,
     intact,
     read_timings,
-    write_events,
+    write_layers,
     write_result,
     write_table,
 )
@@ -67,6 +69,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     Raises:
         TraceFLError: something that the user can correct; what was recorded before is kept.
     """
+    tracking.wanted(config)  # before anything is trained
     data = prepare(config)
     folder = run_folder(config)
     config, notes = numbered_labels(config, data.class_names)
@@ -103,9 +106,13 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         if whole is not None and len(whole):
             tables.print_whole_run(whole)
         report(config, run, answers, metrics)
+        if config.report:
+            log.info("The run's page: %s", write_page(run.path))
     tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
         tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
+    with locked(folder):
+        tracking.log_run(config, folder)
     log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
@@ -140,7 +147,8 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started = time.perf_counter()
-        table = audit_run(run, model=model, examples=examples)
+        with spread_over(config) as spread, progress.bar("auditing rounds", len(run.kept_rounds)) as done:
+            table = audit_run(run, model=model, examples=examples, spread=spread, on_round=done)
         log.info("audited %d updates in %.1f s", len(table), time.perf_counter() - started)
         return table
 
@@ -150,14 +158,16 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples) -> None:
     """Log the verdict and what removing the faulty clients would give, and write both."""
     names = run["class_names"]
-    verdict = judge_clients(audited, names)
+    verdict, removal = judge_clients(audited, names), None
     for line in verdict.lines():
         log.info(line)
     if verdict.faulty:
         since = run.kept_rounds[0].number
-        for line in removal_lines(whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)):
+        removal = whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)
+        for line in removal_lines(removal):
             log.info(line)
-    write_result(run.path, VERDICT, verdict_json(verdict))
+    told = removal.as_json() if removal is not None else None
+    write_result(run.path, VERDICT, verdict_json(verdict, told))
     write_table(run.path, CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
@@ -170,14 +180,19 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
-        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples))
+        by_layer = list[pd.DataFrame]()
+        with spread_over(config) as spread:
+            one_round = partial(tracing.trace_round, config, run, model, examples, layers=by_layer, spread=spread)
+            answers = _every_round("tracing rounds", run, one_round)
+        write_layers(run, by_layer)
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers
 
     settings = [_of_rounds(config), config.enable_beta, config.client_weights_normalization]
     settings += [vars(config.evaluation)] if config.evaluation.coalitions else []
-    return cached(run, PROVENANCE, settings, make, reuse=config.check_prov_cache)
+    reuse = config.check_prov_cache and intact(run.path, LAYERS) is not None
+    return cached(run, PROVENANCE, settings, make, reuse=reuse)
 
 
 def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -187,7 +202,8 @@ def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) 
 
     def make() -> pd.DataFrame:
         log.info("tracing over all %d rounds; provenance.proxies=1 takes the fewest trainings", len(run.rounds))
-        answers, memory = tracing.trace_whole_run(config, run, model, examples)
+        with progress.bar("tracing over all rounds"):
+            answers, memory = tracing.trace_whole_run(config, run, model, examples)
         log.info("traced %d inputs over all %d rounds: %s", answers["input"].nunique(), len(run.rounds), memory)
         return answers
 
@@ -204,7 +220,7 @@ def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
     """FedDebug's votes of every round (`feddebug.COLUMNS`); None where it is not to run."""
     if not (config.do_provenance and config.faulty_clients_ids and config.do_feddebug and config.arch == "cnn"):
         return None
-    make = partial(_every_round, run, partial(feddebug.debug_round, config, run, model))
+    make = partial(_every_round, "FedDebug on rounds", run, partial(feddebug.debug_round, config, run, model))
     settings = [config.neuron_activation_threshold, config.faster_input_generation]
     return cached(run, FEDDEBUG, settings, make, reuse=config.check_prov_cache)
 
@@ -222,7 +238,7 @@ def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.Data
 
 
 def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.DataFrame) -> None:
-    """Log the lines, and write rounds.csv, TensorBoard's events and the figures."""
+    """Log the lines, and write rounds.csv and the figures."""
     if answers is not None:
         if config.convert_cache_to_csv:
             write_table(run.path, "provenance.csv", answers)
@@ -236,17 +252,18 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
     if len(timings):
         write_table(run.path, TIMINGS, timings)
     if answers is not None or intact(run.path, ROUNDS) is None:
-        rounds = wide(metrics)
-        write_table(run.path, ROUNDS, rounds)
-        write_events(run.path / "tensorboard", rounds)
+        write_table(run.path, ROUNDS, wide(metrics))
     if config.plotting:
         figures.draw_run(run.path)
 
 
-def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
+def _every_round(doing: str, run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
     """The tables of all rounds that can be traced as one; `attrs["timings"]`: what they took."""
-    watch = Stopwatch()
-    tables = [one_round(record.number, watch) for record in run.kept_rounds]
+    watch, tables = Stopwatch(), list[pd.DataFrame]()
+    with progress.bar(doing, len(run.kept_rounds)) as done:
+        for record in run.kept_rounds:
+            tables.append(one_round(record.number, watch))
+            done()
     table = pd.concat([table for table in tables if len(table)] or tables[:1])
     table.attrs["timings"] = watch.rows()
     return table

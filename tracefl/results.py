@@ -7,9 +7,7 @@ that made it.
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from io import BytesIO
 from json import dumps
 from pathlib import Path
@@ -25,7 +23,7 @@ from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
 AUDIT, VERDICT, CLASS_BY_CLIENT = "audit.parquet", "verdict.json", "class_by_client.csv"
-WHOLE_RUN, CONFIG, HASHES = "whole_run.parquet", "config.yaml", "results.json"
+WHOLE_RUN, LAYERS, CONFIG, HASHES = "whole_run.parquet", "layers.parquet", "config.yaml", "results.json"
 AGAIN = "run its command again with do_provenance=true, which writes it anew"
 log = logging.getLogger("tracefl")
 
@@ -43,7 +41,7 @@ def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame],
         make: computes the table; `attrs["timings"]` may say how long it took (`read_timings`).
         reuse: False computes it in any case.
     """
-    key = {"settings": fingerprint(settings), "models": fingerprint([record.as_json() for record in run.rounds])}
+    key = {"settings": fingerprint(settings), "models": _models(run)}
     if reuse and (content := intact(run.path, name)) is not None:
         table = pd.read_parquet(BytesIO(content))
         if table.attrs.get("settings") == key:
@@ -53,6 +51,32 @@ def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame],
     table.attrs = {"settings": key}
     write_result(run.path, name, table.to_parquet(index=False), timings)
     return table
+
+
+def write_layers(run: Run, tables: list[pd.DataFrame]) -> None:
+    """layers.parquet of the tables of a tracing (`tracing.LAYER_COLUMNS`); none is an empty one."""
+    filled = [table for table in tables if len(table)] or tables[:1]
+    table = pd.concat(filled) if filled else pd.DataFrame()
+    table.attrs = {"settings": {"models": _models(run)}}
+    write_result(run.path, LAYERS, table.to_parquet(index=False))
+
+
+def of_this_run(run: Run, name: str) -> pd.DataFrame | None:
+    """The table in a Parquet file of the run's folder; None if it is absent or of other models.
+
+    Raises:
+        TraceFLError: it was changed since it was written, or is of an earlier version.
+    """
+    if not (run.path / name).exists():
+        return None
+    table = read_table(run.path, name)
+    made_of = table.attrs.get("settings", {}).get("models")
+    return table if made_of in (None, _models(run)) else None
+
+
+def _models(run: Run) -> str:
+    """What identifies the recorded models."""
+    return fingerprint([record.as_json() for record in run.rounds])
 
 
 def write_result(folder: Path, name: str, content: bytes, timings: Sequence[dict[str, Any]] = ()) -> None:
@@ -102,6 +126,11 @@ def read_result(folder: Path, name: str) -> bytes:
     return content
 
 
+def held(folder: Path, name: str) -> bytes | None:
+    """As `read_result`; None if the file is not there."""
+    return read_result(folder, name) if (folder / name).exists() else None
+
+
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> its entry in results.json; nothing if that is damaged or missing."""
     try:
@@ -117,7 +146,9 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
     Raises:
         TraceFLError: as `read_result`.
     """
-    return pd.read_parquet(BytesIO(read_result(folder, name)))
+    content = BytesIO(read_result(folder, name))
+    with as_sentence(f"{folder / name} is no table", AGAIN, OSError, ValueError):
+        return pd.read_parquet(content)
 
 
 def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
@@ -149,23 +180,3 @@ def read_timings(folder: Path) -> pd.DataFrame:
     rows = [row for name in (PROVENANCE, FEDDEBUG) for row in found.get(name, {}).get("timings", [])]
     table = pd.DataFrame(rows, columns=["method", "localizations", "seconds"])
     return table.assign(seconds_per_localization=table["seconds"] / table["localizations"])
-
-
-def write_events(folder: Path, rounds: pd.DataFrame) -> None:
-    """Every metric of `rounds` as a TensorBoard scalar by round, in place of what `folder` held.
-
-    Nothing is written where tensorboard is not installed (pip install tracefl[tensorboard]).
-
-    Raises:
-        TraceFLError: they cannot be written.
-    """
-    if find_spec("tensorboard") is None:
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    problem = as_sentence(f"{folder} cannot be written", "make room or correct the path", OSError)
-    with problem, SummaryWriter(folder) as writer:
-        for name in rounds.columns.drop("round"):
-            for number, value in rounds.set_index("round")[name].dropna().items():
-                writer.add_scalar(str(name), value, number)

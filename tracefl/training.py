@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracefl.classifier import logits_of
+from tracefl.classifier import logits_of, whole_float32
 from tracefl.data.examples import Examples
 
 EVALUATION_BATCH = 256
@@ -20,7 +20,7 @@ class Evaluation:
     """How a model does on N examples.
 
     Attributes:
-        loss: Mean cross-entropy.
+        loss: Mean cross-entropy; of `evaluate`, NaN where an output is not finite.
         accuracy: In [0, 1].
         predictions: The predicted class of every example, int64 [N], on the CPU.
     """
@@ -115,6 +115,7 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> list[Ten
 
 
 @torch.no_grad()
+@whole_float32()
 def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
     """Loss, accuracy and predictions of a model, which is put in eval mode.
 
@@ -131,4 +132,5 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
     logits = torch.cat([logits_of(model, part.inputs).cpu() for part in parts])
     predictions = logits.argmax(dim=1)
     accuracy = (predictions == examples.labels).double().mean().item()
-    return Evaluation(F.cross_entropy(logits, examples.labels).item(), accuracy, predictions)
+    loss = F.cross_entropy(logits, examples.labels).item() if logits.isfinite().all() else float("nan")
+    return Evaluation(loss, accuracy, predictions)

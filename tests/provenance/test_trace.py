@@ -18,6 +18,7 @@ from torch import nn
 
 from tests.provenance import reference
 from tracefl.errors import TraceFLError
+from tracefl.evidence.audit import audit
 from tracefl.provenance import trace
 
 torch.set_num_threads(2)
@@ -175,6 +176,36 @@ def test_a_gpu_gives_what_the_cpu_gives(block, x, method, scratch):
     assert found.targets.equal(expected.targets)
     close(found.by_layer, expected.by_layer)
     close(found.residual, expected.residual)
+
+
+class Precision(nn.Module):
+    """Notes what its convolutions would compute with on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(3, 2), set()
+
+    def forward(self, x):
+        cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+        self.seen.add((cudnn.allow_tf32, cuda.matmul.allow_tf32))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("before", [(True, False), (True, True), (False, True)])
+def test_nothing_is_computed_in_tf32_and_the_users_choice_comes_back(before):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    were = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+        model = Precision()
+        for method in ("neuron", "integrated"):
+            state = Precision().state_dict()
+            trace(model, {"a": state}, torch.ones(2, 3), method=method, weights={"a": 1}, reference=state)
+        audit(model, {"a": state, "b": state}, torch.ones(2, 3), torch.tensor([0, 1]), weights={"a": 1, "b": 1})
+        assert model.seen == {(False, False)}
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = were
 
 
 class Wide(nn.Module):

@@ -14,8 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from tracefl.data.examples import Examples, load_prepared
 from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.files import read_file
 from tracefl.header import COUNTS, OBJECT, SHA256, TEXT, TEXTS, Checker
 from tracefl.sealed import KEY, read_sealed
 
@@ -150,15 +153,39 @@ def open_prepared(folder: Path, settings: dict[str, Any] | None = None) -> Prepa
     )
 
 
+def info_of(folder: Path, digest: str | None) -> dict[str, Any]:
+    """data.json of prepared data that have this digest; None: any.
+
+    Raises:
+        TraceFLError: it is missing or damaged, or the data are others.
+    """
+    info = read_info(folder)
+    other = f"{folder} holds other data than the run was recorded with: put those back, or train again"
+    require(digest in (None, digest_of(info["sha256"])), other)
+    return info
+
+
+def tokenizer_of(folder: Path, digest: str | None) -> Tokenizer:
+    """The tokenizer of prepared texts that have this digest; None: any.
+
+    Raises:
+        TraceFLError: it is missing or damaged, or the data are others.
+    """
+    known, file = info_of(folder, digest)["sha256"].get("tokenizer.json"), folder / "tokenizer.json"
+    content = read_file(file, AGAIN)
+    same = hashlib.sha256(content).hexdigest() == known
+    require(same, f"{file} is not what the texts were encoded by: {AGAIN}")
+    with as_sentence(f"{file} is no tokenizer", AGAIN, Exception):
+        return Tokenizer.from_str(content.decode())
+
+
 def server_examples(folder: Path, digest: str | None) -> Examples:
     """The server's examples of prepared data that have this digest; None: any.
 
     Raises:
         TraceFLError: they are missing, damaged, or others.
     """
-    info = read_info(folder)
-    other = f"{folder} holds other data than the run was recorded with: put those back, or train again"
-    require(digest in (None, digest_of(info["sha256"])), other)
+    info_of(folder, digest)
     with as_sentence(f"{folder / 'server.safetensors'} cannot be read", AGAIN, *BROKEN):
         return load_prepared(folder, "server.safetensors")
 
