@@ -23,10 +23,9 @@ def sealed(text: str) -> bytes:
         text: an object with at least one entry, as `json.dumps(value, indent=1)` writes it.
 
     Example:
-        >>> print(sealed('{\\n "a": 1\\n}').decode()[:40])
-        {
-         "a": 1,
-         "content_sha256": "7698
+        >>> written = sealed('{\\n "a": 1\\n}')
+        >>> list(json.loads(written)), _END.search(written) is not None
+        (['a', 'content_sha256'], True)
     """
     before = text.removesuffix("\n}").encode()
     return before + f',\n "{KEY}": "{hashlib.sha256(before).hexdigest()}"\n}}'.encode()
