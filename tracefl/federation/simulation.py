@@ -6,7 +6,8 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -93,12 +94,23 @@ def check_cluster(address: str, seconds: float = ANSWER_S) -> None:
 
 @contextmanager
 def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other."""
+    """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other.
+
+    So does SIGTERM where it interrupts too (`tracefl.stopping`).
+    """
     with ExitStack() as undo:
-        if threading.current_thread() is threading.main_thread():
-            previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
-            undo.callback(signal.signal, signal.SIGINT, previous)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler) and threading.current_thread() is threading.main_thread():
+                undo.callback(signal.signal, number, handler)
+                signal.signal(number, partial(_stop_softly, stop, handler))
         yield
+
+
+def _stop_softly(stop: threading.Event, handler: Callable[..., Any], *signal_and_frame: Any) -> None:
+    stop.set()
+    with suppress(KeyboardInterrupt):
+        handler(*signal_and_frame)
 
 
 def _backend(config: Config) -> dict[str, Any]:
