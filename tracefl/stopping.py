@@ -10,6 +10,8 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -77,4 +79,16 @@ class Stoppable:
     def _end(self) -> None:
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # progress bars hide the cursor
+        for process in _descendants(os.getpid()):
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
         os._exit(128 + self.received)
+
+
+def _descendants(process: int) -> list[int]:
+    """What a process has started, and what that has; nothing where there is no /proc."""
+    children = list[int]()
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended
+            children += map(int, file.read_text().split())
+    return [*children, *(below for child in children for below in _descendants(child))]
