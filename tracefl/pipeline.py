@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from tracefl.checks import numbered_labels
+from tracefl.checks import check_examples, numbered_labels
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import unchanged
@@ -25,6 +25,7 @@ from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
+from tracefl.readonly import held
 from tracefl.report import figures, lines, progress, tables
 from tracefl.results import (
     AUDIT,
@@ -40,7 +41,7 @@ from tracefl.results import (
     write_csv,
     write_events,
 )
-from tracefl.runs import Run, locked, write_atomically
+from tracefl.runs import Run, write_atomically
 from tracefl.settings import run_folder
 from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
@@ -64,6 +65,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     """
     data = prepare(config)
     folder = run_folder(config)
+    check_examples(config, data.label_counts)
     config, notes = numbered_labels(config, data.class_names)
     idle = unchanged(config, data)
     told = f"faulty_clients_ids: {', '.join(idle)} hold nothing that fault.kind={config.fault.kind} changes"
@@ -78,7 +80,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     progress.log_to_console()
     keep_freed_memory()
     initial = initial_state(config, data, folder)  # may fail: before the folder is there
-    with locked(folder), progress.log_to_file(folder / LOG_FILE):
+    with held(folder, config.num_rounds) as folder, progress.log_to_file(folder / LOG_FILE):
         for note in notes:
             log.info(note)
         run = open_or_create(config, data, folder, initial)

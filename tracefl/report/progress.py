@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,13 @@ class _Stdout(logging.Handler):
         print(self.format(record), flush=True)
 
 
+class _File(logging.FileHandler):
+    """Ends the run where the log cannot be written, as any other file; not a traceback per line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        raise
+
+
 def log_to_console() -> None:
     """Send the package's log to standard output, once."""
     log.setLevel(logging.INFO)
@@ -35,17 +42,19 @@ def log_to_console() -> None:
 @contextmanager
 def log_to_file(file: Path) -> Iterator[None]:
     """Send the package's log to this file too, and the error that ends the block."""
-    handler = logging.FileHandler(file, mode="a", encoding="utf-8")
+    handler = _File(file, mode="a", encoding="utf-8")
     handler.setFormatter(logging.Formatter(LINE))
     log.addHandler(handler)
     try:
         yield
     except BaseException as error:
-        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
+        with suppress(OSError):  # a full disk ends the run, and takes no line about it
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what a full disk did not take
+            handler.close()
 
 
 class TrainingProgress(Progress):
