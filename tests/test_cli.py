@@ -250,9 +250,8 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
         "gone": "global.safetensors is missing",
         "cut": "is no JSON",
         "odd": "must hold a JSON object",
-        "worse": "verdict.json was changed since it was written",
     }
-    for name in broken:
+    for name in (*broken, "worse"):
         shutil.copytree(run.path, place / "logs" / name)
     (place / "logs" / "gone" / "rounds" / "0002" / "global.safetensors").unlink()
     (place / "logs" / "cut" / "run.json").write_text('{"schema": 2')
@@ -262,7 +261,7 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
         found = answer("list")
         status, shown, _ = command("list", "logs")
     finally:
-        for name in ("deeper", *broken):
+        for name in ("deeper", "worse", *broken):
             shutil.rmtree(place / "logs" / name)
     runs = {Path(entry["run"]).name: entry for entry in found["runs"]}
     assert list(runs) == ["cut", "words-00000000", "gone", "odd", run.path.name, "worse"]
@@ -279,7 +278,10 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
     assert entry["bytes"] > 10_000
     assert status == 0
     assert " client.lr " in shown
-    assert sum(line.startswith("damaged: ") for line in shown.splitlines()) == 4
+    assert sum(line.startswith("damaged: ") for line in shown.splitlines()) == 3
+    assert (runs["worse"]["faulty"], entry["lost"]) == (None, [])
+    assert "verdict.json was changed since it was written" in runs["worse"]["lost"][0]
+    assert sum(line.startswith("not shown: ") for line in shown.splitlines()) == 1
 
 
 def test_an_empty_folder_is_listed_as_such(command, tmp_path):
