@@ -16,7 +16,7 @@ import typer
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.conftest import composed
+from tests.conftest import composed, keep_log
 from tests.data.tables import encoded, write
 from tests.federation import local
 from tracefl import Run, TraceFLError, __version__, cli, whatif
@@ -45,6 +45,7 @@ def place(tmp_path_factory) -> Path:
     write(folder / "set", columns, test={name: values[:40] for name, values in columns.items()})
     config = load(composed((*SETTINGS, f"dataset.path={folder}/set", f"storage.dir={folder}/logs")))
     with pytest.MonkeyPatch.context() as patch:
+        keep_log(patch)
         patch.setattr("tracefl.federation.grid.PULL_INTERVAL_S", 0)
         run_experiment(config, OmegaConf.to_yaml(OmegaConf.structured(config)), simulate=local.simulate)
     return folder
