@@ -182,3 +182,7 @@ def test_the_api_page_has_every_public_name():
     for home in (tracefl.flower, tracefl.provenance):
         listed = {line.split(".")[-1] for line in page.splitlines() if line.startswith(f"::: {home.__name__}.")}
         assert listed <= set(home.__all__)
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {tracefl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
