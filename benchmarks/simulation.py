@@ -29,7 +29,8 @@ from hydra import compose, initialize_config_module
 
 from tracefl.checks import load
 from tracefl.config import Config
-from tracefl.data.prepare import PreparedData, prepare
+from tracefl.data.prepare import prepare
+from tracefl.data.prepared import PreparedData
 from tracefl.federation.server_app import identify_nodes, serve
 from tracefl.federation.simulation import simulate
 from tracefl.models import build_model, exchanged_state, load_exchanged_state, model_spec

@@ -25,6 +25,7 @@ from tracefl.data.prepare import prepare
 from tracefl.evaluation.own import image_inputs, text_inputs
 from tracefl.pipeline import run_experiment
 from tracefl.record import ClientInfo
+from tracefl.results import write_result
 from tracefl.sealed import KEY, sealed
 
 WORDS = (("red apple and cherry", "a ripe plum"), ("blue sea and sky", "a deep lake"))
@@ -203,7 +204,7 @@ def test_a_picture_of_ones_own_goes_through_the_runs_preparation(config, tmp_pat
     with pytest.raises(TraceFLError, match=r"is a run of images: give the file of one instead of a text"):
         text_inputs(run, "words")
     (tmp_path / "r" / run["data_folder"] / "data.json").write_text('{"sha256": {}}')
-    with pytest.raises(TraceFLError, match="is of other data than"):
+    with pytest.raises(TraceFLError, match="is of an earlier version, without a hash"):
         image_inputs(run, tmp_path / "own.png")
 
 
@@ -244,13 +245,19 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
     header["settings"]["client.lr"] = 0.5
     reseal(other, header)
     columns = "round,localization_accuracy,chance_accuracy,localization_accuracy_influence"
-    (other / "rounds.csv").write_text(f"{columns}\n1,0.25,0.25,1\n2,,,\n3,0.75,0.25,1.0\n")
-    broken = {"gone": "global.safetensors is missing", "cut": "is no JSON", "odd": "must hold a JSON object"}
+    write_result(other, "rounds.csv", f"{columns}\n1,0.25,0.25,1\n2,,,\n3,0.75,0.25,1.0\n".encode())
+    broken = {
+        "gone": "global.safetensors is missing",
+        "cut": "is no JSON",
+        "odd": "must hold a JSON object",
+        "worse": "verdict.json was changed since it was written",
+    }
     for name in broken:
         shutil.copytree(run.path, place / "logs" / name)
     (place / "logs" / "gone" / "rounds" / "0002" / "global.safetensors").unlink()
     (place / "logs" / "cut" / "run.json").write_text('{"schema": 2')
     (place / "logs" / "odd" / "run.json").write_text("[]")
+    (place / "logs" / "worse" / "verdict.json").write_text('{"clients": [1]}')
     try:
         found = answer("list")
         status, shown, _ = command("list", "logs")
@@ -258,7 +265,7 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
         for name in ("deeper", *broken):
             shutil.rmtree(place / "logs" / name)
     runs = {Path(entry["run"]).name: entry for entry in found["runs"]}
-    assert list(runs) == ["cut", "words-00000000", "gone", "odd", run.path.name]
+    assert list(runs) == ["cut", "words-00000000", "gone", "odd", run.path.name, "worse"]
     assert {name: bool(re.search(said, runs[name]["error"])) for name, said in broken.items()} == dict.fromkeys(
         broken, True
     )
@@ -272,7 +279,7 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
     assert entry["bytes"] > 10_000
     assert status == 0
     assert " client.lr " in shown
-    assert sum(line.startswith("damaged: ") for line in shown.splitlines()) == 3
+    assert sum(line.startswith("damaged: ") for line in shown.splitlines()) == 4
 
 
 def test_an_empty_folder_is_listed_as_such(command, tmp_path):

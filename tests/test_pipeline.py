@@ -72,7 +72,7 @@ def test_it_leaves_what_the_readme_lists(finished):
     assert left == states | plots | {
         "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
         "provenance.csv", "TraceFL_clients_contributions.log", events,
-        "audit.parquet", "verdict.json", "class_by_client.csv", "layers.parquet", "report.html",
+        "audit.parquet", "verdict.json", "class_by_client.csv", "layers.parquet", "report.html", "results.json",
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
     assert [len(record.clients) for record in run.rounds] == [2, 2, 2]

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.states import State, as_file
 
+LOCK = ".lock"
 PARTIAL = ".tmp"  # `.NAME.tmp` is what is written of NAME by now
 
 
@@ -31,14 +32,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def holds(folder: Path) -> bool:
     """Whether this process holds a folder."""
-    return _lock(folder).is_locked
+    return lock_of(folder).is_locked
 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     with as_sentence(f"{folder} cannot be made for a run", "choose another folder", OSError):
         make_folder(folder)
-    lock, busy = _lock(folder), f"{folder} is being written by another process"
+    lock, busy = lock_of(folder), f"{folder} is being written by another process"
     remedy = "wait for it, or choose another folder (exp_key)"
     require(not lock.is_locked, f"{folder} is being written by another process or recorder: {remedy}")
     try:
@@ -61,9 +62,31 @@ def writing(folder: Path) -> Iterator[None]:
             yield
 
 
-def _lock(folder: Path) -> FileLock:
+@contextmanager
+def waiting(folder: Path) -> Iterator[None]:
+    """Hold a folder, once no other process does. What a dead process was writing is removed.
+
+    Raises:
+        TraceFLError: it cannot be made or written to.
+    """
+    with as_sentence(f"{folder} cannot be written to", "choose another folder", OSError):
+        lock = lock_of(folder)
+        while True:
+            make_folder(folder)
+            lock.acquire()
+            if (folder / LOCK).exists():
+                break
+            lock.release()  # another process has removed the folder
+    try:
+        sweep(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def lock_of(folder: Path) -> FileLock:
     """The lock of a folder: one object in this process, held by all its threads."""
-    return FileLock(folder.resolve() / ".lock", is_singleton=True, thread_local=False)
+    return FileLock(folder.resolve() / LOCK, is_singleton=True, thread_local=False)
 
 
 def file_stem(client: str) -> str:
@@ -159,6 +182,6 @@ def read_file(file: Path, remedy: str) -> bytes:
 
 def sweep(folder: Path) -> None:
     """Remove what a process that died while it wrote here has left; the caller holds the folder."""
-    for left in [*folder.glob(f".*{PARTIAL}"), *folder.glob(f"rounds/**/.*{PARTIAL}")]:
+    for left in [*folder.rglob(f".*{PARTIAL}")]:
         with suppress(OSError):
             left.unlink()

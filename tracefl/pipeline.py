@@ -14,7 +14,8 @@ from tracefl.checks import numbered_labels
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import unchanged
-from tracefl.data.prepare import PreparedData, prepare
+from tracefl.data.prepare import prepare
+from tracefl.data.prepared import PreparedData
 from tracefl.errors import require
 from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judge_times, wide
@@ -25,25 +26,29 @@ from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
 from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
-from tracefl.files import locked, write_atomically
+from tracefl.files import locked
 from tracefl.models import build_model, model_spec
 from tracefl.report import figures, lines, progress, tables, tracking, write_page
 from tracefl.results import (
     AUDIT,
     CLASS_BY_CLIENT,
+    CONFIG,
     FEDDEBUG,
+    LAYERS,
     PROVENANCE,
     ROUNDS,
+    TIMINGS,
     VERDICT,
     WHOLE_RUN,
     cached,
+    intact,
     read_timings,
-    update_timings,
-    write_csv,
     write_layers,
+    write_result,
+    write_table,
 )
 from tracefl.runs import Run
-from tracefl.settings import run_folder
+from tracefl.settings import run_folder, training_settings
 from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
 
@@ -85,7 +90,8 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         for note in notes:
             log.info(note)
         run = open_or_create(config, data, folder, initial)
-        write_atomically(folder / "config.yaml", resolved.encode())
+        run.check_header(settings=training_settings(config))
+        write_result(folder, CONFIG, resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples, simulate)
         for line in lines.storage_lines(run):
@@ -160,8 +166,9 @@ def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples
         removal = whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)
         for line in removal_lines(removal):
             log.info(line)
-    write_atomically(run.path / VERDICT, verdict_json(verdict, removal.as_json() if removal is not None else None))
-    write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
+    told = removal.as_json() if removal is not None else None
+    write_result(run.path, VERDICT, verdict_json(verdict, told))
+    write_table(run.path, CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
 def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -184,7 +191,8 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     settings = [_of_rounds(config), config.enable_beta, config.client_weights_normalization]
     settings += [vars(config.evaluation)] if config.evaluation.coalitions else []
-    return cached(run, PROVENANCE, settings, make, reuse=config.check_prov_cache)
+    reuse = config.check_prov_cache and intact(run.path, LAYERS) is not None
+    return cached(run, PROVENANCE, settings, make, reuse=reuse)
 
 
 def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -233,25 +241,29 @@ def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.D
     """Log the lines, and write rounds.csv and the figures."""
     if answers is not None:
         if config.convert_cache_to_csv:
-            write_csv(run.path / "provenance.csv", answers)
+            write_table(run.path, "provenance.csv", answers)
         gone = {record.number for record in run.rounds if not record.kept}
         for line in lines.provenance_lines(metrics, answers, faulty_clients(config), gone):
             log.info(line)
     for line in (*lines.fusion_lines(run, config.strategy.name), *lines.privacy_lines(config, len(run.rounds))):
         log.info(line)
     log.info(disk_line(run.disk()))
-    if answers is not None or not (run.path / ROUNDS).exists():
-        write_csv(run.path / ROUNDS, wide(metrics))
+    timings = read_timings(run.path)
+    if len(timings):
+        write_table(run.path, TIMINGS, timings)
+    if answers is not None or intact(run.path, ROUNDS) is None:
+        write_table(run.path, ROUNDS, wide(metrics))
     if config.plotting:
         figures.draw_run(run.path)
 
 
 def _every_round(doing: str, run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all rounds that can be traced as one; what they took goes into timings.csv."""
+    """The tables of all rounds that can be traced as one; `attrs["timings"]`: what they took."""
     watch, tables = Stopwatch(), list[pd.DataFrame]()
     with progress.bar(doing, len(run.kept_rounds)) as done:
         for record in run.kept_rounds:
             tables.append(one_round(record.number, watch))
             done()
-    update_timings(run.path, watch.table())
-    return pd.concat([table for table in tables if len(table)] or tables[:1])
+    table = pd.concat([table for table in tables if len(table)] or tables[:1])
+    table.attrs["timings"] = watch.rows()
+    return table

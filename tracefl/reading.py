@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tracefl.data.examples import Examples, load_examples
-from tracefl.errors import as_sentence, require
+from tracefl.data.examples import Examples
+from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.header import READABLE, STORED_SINCE, Checker
 from tracefl.record import Participant, Round, client_from_json, numbers
 from tracefl.sealed import read_sealed
@@ -19,6 +18,7 @@ from tracefl.storage import Storing
 if TYPE_CHECKING:
     from tracefl.provenance.result import Provenance
 
+MOVED = "put the run where it was, or train again"
 RESTORE = "restore it from a copy, or train again in another folder"
 log = logging.getLogger("tracefl")
 
@@ -119,7 +119,9 @@ class Recorded:
         """
         from tracefl.models import build_model, load_exchanged_state
 
-        model = build_model(self["model"])
+        unknown = f"{self.path / 'run.json'}: model {self['model']!r:.80} cannot be built"
+        with as_sentence(unknown, RESTORE, LookupError, TypeError, ValueError, RuntimeError, AttributeError):
+            model = build_model(self["model"])
         load_exchanged_state(model, self.global_state(number))
         return model.eval()
 
@@ -129,10 +131,11 @@ class Recorded:
         Raises:
             TraceFLError: the run is one of an own Flower app, or its data are gone.
         """
-        file = self.path / self["data_folder"] / "server.safetensors"
-        gone = f"the server's examples of {self.path} cannot be read from {file}"
-        with as_sentence(gone, "put the run where it was, or train again", OSError, SafetensorError, KeyError):
-            return load_examples(file)
+        from tracefl.data.prepared import server_examples
+
+        folder = self.path / self["data_folder"]
+        with as_sentence(f"the server's examples of {self.path} cannot be read from {folder}", MOVED, TraceFLError):
+            return server_examples(folder, self._header.get("data_sha256"))
 
     def trace(
         self,
@@ -211,7 +214,7 @@ class Recorded:
         numbers = range(len(self.rounds) + 1)
         folders = {number: self._file(number, "global").parent for number in numbers}
         return {
-            number: sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+            number: sum(file.lstat().st_size for file in folder.rglob("*.safetensors"))
             for number, folder in folders.items()
         }
 

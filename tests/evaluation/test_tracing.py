@@ -121,10 +121,8 @@ def test_every_method_is_timed(recorded, config):
     run, model, examples = recorded
     watch = Stopwatch()
     trace_round(config(), run, model, examples, 1, watch)
-    table = watch.table()
-    assert table[["method", "localizations"]].to_numpy().tolist() == [["neuron", 10], ["influence", 10]]
-    assert (table["seconds"] > 0).all()
-    assert (table["seconds_per_localization"] * 10).to_numpy() == pytest.approx(table["seconds"].to_numpy())
+    assert [(row["method"], row["localizations"]) for row in watch.rows()] == [("neuron", 10), ("influence", 10)]
+    assert all(row["seconds"] > 0 for row in watch.rows())
 
 
 def test_the_noise_of_differential_privacy_is_found_again(recorded, config):

@@ -1,5 +1,7 @@
 """A recorded run with everything that a page shows, without training: numbers drawn at random."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from tracefl.evaluation.tracing import COLUMNS, LAYER_COLUMNS
 from tracefl.evidence.verdict import COLUMNS as AUDITED
 from tracefl.evidence.verdict import Judgement, Verdict, class_by_client, verdict_json
 from tracefl.record import ClientInfo
-from tracefl.results import write_csv
+from tracefl.results import write_result, write_table
 from tracefl.runs import Run
+from tracefl.sealed import sealed
 from tracefl.training import Evaluation
 
 LAYERS = [f"layer{n}.conv" for n in range(12)]
@@ -59,6 +62,7 @@ def record_page(
     pixels = torch.from_numpy(rng.integers(0, 256, (num_inputs, colours, 32, 32), dtype=np.uint8))
     inputs = _encoded(texts, folder / "data" / "tokenizer.json") if texts else {"pixels": pixels}
     save_file({**inputs, "labels": labels}, folder / "data" / "server.safetensors")
+    _write_info(folder / "data", class_names)
     predicted = torch.where(torch.arange(num_inputs) % 2 == 0, labels, (labels + 1) % C)
     for t in range(1, num_rounds + 1):
         parts = [run.record_client(t, who, state, 10, 1 / len(clients)) for who in clients]
@@ -67,10 +71,17 @@ def record_page(
     _write_verdict(folder, infos, faulty, num_rounds, class_names)
     rounds = {"round": range(1, num_rounds + 1), "loss": 1.5, "accuracy": 0.5, "num_inputs": num_inputs}
     rounds |= {"localization_accuracy": 0.9, "localization_accuracy_influence": 0.8, "chance_accuracy": 0.3}
-    write_csv(folder / "rounds.csv", pd.DataFrame(rounds))
+    write_table(folder, "rounds.csv", pd.DataFrame(rounds))
     config = OmegaConf.structured(Config)
-    OmegaConf.save(OmegaConf.merge(config, settings or {}), folder / "config.yaml")
+    write_result(folder, "config.yaml", OmegaConf.to_yaml(OmegaConf.merge(config, settings or {})).encode())
     return folder
+
+
+def _write_info(folder: Path, class_names: Sequence[str]) -> None:
+    """data.json of prepared data, of the server alone."""
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    info = {"settings": {}, "sha256": hashes, "class_names": list(class_names), "label_counts": {}, "left_out": {}}
+    (folder / "data.json").write_bytes(sealed(json.dumps({**info, "text_model": None, "notes": []}, indent=1)))
 
 
 def _encoded(texts: Sequence[str], file: Path) -> dict[str, torch.Tensor]:
@@ -111,8 +122,8 @@ def _write_answers(
                     "layer": np.array(LAYERS)[place], "contribution": rng.normal(size=len(row)),
                 }  # fmt: skip
                 through.append(pd.DataFrame(layers)[LAYER_COLUMNS])
-    pd.concat(tables).to_parquet(folder / "provenance.parquet", index=False)
-    pd.concat(through).to_parquet(folder / "layers.parquet", index=False)
+    for name, some in (("provenance.parquet", tables), ("layers.parquet", through)):
+        write_result(folder, name, pd.concat(some).to_parquet(index=False))
 
 
 def _write_verdict(
@@ -124,8 +135,9 @@ def _write_verdict(
     }
     who = {"round": np.repeat(range(1, num_rounds + 1), len(clients)), "client": [c.id for c in clients] * num_rounds}
     audited = pd.DataFrame(numbers | who)
-    audited.to_parquet(folder / "audit.parquet", index=False)
-    write_csv(folder / "class_by_client.csv", class_by_client(audited, class_names).reset_index())
+    write_result(folder, "audit.parquet", audited.to_parquet(index=False))
+    write_table(folder, "class_by_client.csv", class_by_client(audited, class_names).reset_index())
     why = {True: "sends back what it received", False: "does not stand apart"}
     judged = {c.id: Judgement(5.0 if c.id in faulty else 0.1, num_rounds, why[c.id in faulty]) for c in clients}
-    (folder / "verdict.json").write_bytes(verdict_json(Verdict(list(faulty), judged), REMOVAL if faulty else None))
+    verdict = verdict_json(Verdict(list(faulty), judged), REMOVAL if faulty else None)
+    write_result(folder, "verdict.json", verdict)

@@ -25,6 +25,7 @@ from tracefl.report import read, write_page
 from tracefl.report.charts import Line, line_chart
 from tracefl.report.commands import run_command
 from tracefl.report.content import _read_csv, columns
+from tracefl.results import write_result
 from tracefl.runs import Run
 from tracefl.storage import Storing
 from tracefl.training import Evaluation
@@ -154,7 +155,7 @@ def test_names_of_others_stay_text(tmp_path):
     folder = record_page(tmp_path / "run", clients=HOSTILE, class_names=HOSTILE, faulty=HOSTILE[:1], num_inputs=28)
     config = OmegaConf.load(folder / "config.yaml")
     config.dataset.name = config.model.name = HOSTILE[0]
-    OmegaConf.save(config, folder / "config.yaml")
+    write_result(folder, "config.yaml", OmegaConf.to_yaml(config).encode())
     page = write_page(folder)
     found, back = tags(page), read(page)
     assert sum(tag == "script" for tag, _ in found.found) == 2
@@ -268,7 +269,7 @@ def test_an_answer_about_other_models_is_not_shown(tmp_path):
     folder = record_page(tmp_path / "run")
     table = pd.read_parquet(folder / "provenance.parquet")
     table.attrs = {"settings": {"settings": "x", "models": "of another run"}}
-    table.to_parquet(folder / "provenance.parquet")
+    write_result(folder, "provenance.parquet", table.to_parquet())
     assert read(write_page(folder)).predictions.empty
 
 
@@ -282,6 +283,9 @@ def test_an_answer_about_other_models_is_not_shown(tmp_path):
 def test_a_damaged_file_is_a_sentence(tmp_path, name, content):
     folder = record_page(tmp_path / "run", num_inputs=2)
     (folder / name).write_text(content)
+    with pytest.raises(TraceFLError, match=f"{re.escape(name)} was changed since it was written"):
+        write_page(folder)
+    write_result(folder, name, content.encode())  # as a forger would
     with pytest.raises(TraceFLError, match=re.escape(name)):
         write_page(folder)
 
@@ -362,6 +366,6 @@ def test_evaluations_that_are_not_finite(tmp_path):
 
 
 def test_a_round_in_which_nothing_was_traced_has_no_number(tmp_path):
-    (tmp_path / "rounds.csv").write_text("round,localization_accuracy\n1,0.5\n2,\n")
-    found = columns(_read_csv(tmp_path / "rounds.csv"))
+    write_result(tmp_path, "rounds.csv", b"round,localization_accuracy\n1,0.5\n2,\n")
+    found = columns(_read_csv(tmp_path, "rounds.csv"))
     assert found == {"round": [1, 2], "localization_accuracy": [0.5, None]}

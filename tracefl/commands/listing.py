@@ -16,7 +16,7 @@ from tracefl.commands.find import run_folders
 from tracefl.commands.show import Answer, printable, share, table
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.report.sweep import SETTINGS
-from tracefl.results import ROUNDS, VERDICT
+from tracefl.results import ROUNDS, VERDICT, held
 from tracefl.runs import Run
 
 # What rounds.csv calls a localization accuracy and its chance level, by method.
@@ -24,6 +24,7 @@ LOCALIZATION = {"neuron": "localization_accuracy", "influence": "localization_ac
 CHANCE = "chance_accuracy"
 ALWAYS = ("dataset.name", "model.name")  # what the title says where all runs have the same
 COLUMNS = 3  # settings that are columns of the table
+ODD = (OSError, LookupError, TypeError, ValueError, AttributeError)  # of files that hold something else
 EMPTY: tuple[object, ...] = (None, [], {})
 
 
@@ -44,7 +45,7 @@ def runs_in(folder: Path) -> Answer:
 def entry(folder: Path) -> Answer:
     """What is recorded in a run's folder; of a damaged one only the sentence, as `error`."""
     try:
-        with as_sentence(f"{folder} cannot be read", "restore it or train again", OSError, LookupError, TypeError):
+        with as_sentence(f"{folder} cannot be read", "restore it or train again", *ODD):
             return {"run": str(folder), **_read(folder)}
     except TraceFLError as error:
         return {"run": str(folder), "error": str(error)}
@@ -92,18 +93,20 @@ def _read(folder: Path) -> Answer:
         "settings": dict(settings),
         "accuracy": last.accuracy if last else None,
         "loss": last.loss if last else None,
-        "localization": _localization(folder / ROUNDS),
-        "faulty": _faulty(folder / VERDICT),
+        "localization": _localization(folder),
+        "faulty": _faulty(folder),
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
 
 
-def _localization(file: Path) -> Answer:
+def _localization(folder: Path) -> Answer:
     """Method -> its mean over rounds beside that of chance; nothing if no round was traced."""
-    if not file.exists():
+    if (content := held(folder, ROUNDS)) is None:
         return {}
-    with as_sentence(f"{file} cannot be read", "remove it, and run the same command again", ValueError, csv.Error):
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    with as_sentence(
+        f"{folder / ROUNDS} cannot be read", "remove it, and run the same command again", ValueError, csv.Error
+    ):
+        rows = list(csv.DictReader(content.decode().splitlines()))
         found = {method: _mean(rows, name) for method, name in LOCALIZATION.items()}
         chance = _mean(rows, CHANCE)
     return {method: {"share": value, "chance": chance} for method, value in found.items() if value is not None}
@@ -115,12 +118,12 @@ def _mean(rows: list[dict[str, str]], column: str) -> float | None:
     return mean(known) if known else None
 
 
-def _faulty(file: Path) -> list[str] | None:
+def _faulty(folder: Path) -> list[str] | None:
     """Who is accused; None where there is no verdict, or nobody could be judged."""
-    if not file.exists():
+    if (content := held(folder, VERDICT)) is None:
         return None
-    with as_sentence(f"{file} cannot be read", "remove it, and run the same command again", ValueError):
-        verdict = json.loads(file.read_bytes())
+    with as_sentence(f"{folder / VERDICT} cannot be read", "remove it, and run the same command again", ValueError):
+        verdict = json.loads(content)
     judged = any(client["z"] is not None for client in verdict["clients"].values())
     return [str(who) for who in verdict["faulty"]] if judged else None
 

@@ -1,20 +1,17 @@
 """Own inputs for a recorded run: a picture or a text, through the run's preparation."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from tracefl.data.examples import normalize
 from tracefl.data.images import Form, pixels
 from tracefl.data.plain import PlainEncoder
+from tracefl.data.prepared import info_of, tokenizer_of
 from tracefl.data.splits import Split
 from tracefl.errors import as_sentence, require
 from tracefl.runs import Run
@@ -44,7 +41,7 @@ def image_inputs(run: Run, file: str | Path) -> Tensor:
             it is of a kind that no training image is.
     """
     require("model_type" not in run["model"], f"{run.path} is a run of texts: give a text instead of {file}")
-    info = _prepared(run)
+    info = info_of(_folder(run), run["data_sha256"])
     with as_sentence(f"{_folder(run) / 'data.json'} does not say how images became bytes", REMEDY, TypeError):
         form = Form(**info["images"])
     with as_sentence(f"{file} cannot be read", "give the file of an image", OSError, ValueError):
@@ -69,13 +66,7 @@ def text_inputs(run: Run, text: str) -> tuple[dict[str, Tensor], int]:
     """
     require("model_type" in run["model"], f"{run.path} is a run of images: give the file of one instead of a text")
     require(text.strip(), "the text is empty: give one that says something")
-    file, known = _folder(run) / "tokenizer.json", _prepared(run)["sha256"].get("tokenizer.json")
-    with as_sentence(f"{file} cannot be read", REMEDY, OSError):
-        content = file.read_bytes()
-    require(
-        hashlib.sha256(content).hexdigest() == known, f"{file} is not what the run's texts were encoded by: {REMEDY}"
-    )
-    tokenizer = Tokenizer.from_str(content.decode())
+    tokenizer = tokenizer_of(_folder(run), run["data_sha256"])
     (tokens,) = PlainEncoder(tokenizer)([text])
     tokenizer.no_truncation()
     (whole,) = PlainEncoder(tokenizer)([text])
@@ -87,13 +78,3 @@ def _folder(run: Run) -> Path:
     own = f"{run.path} was recorded by an own Flower app, which alone knows how its inputs are prepared"
     require("data_folder" in run, f"{own}: ask in Python, by Run.trace(inputs=..., model=...)")
     return run.path / run["data_folder"]
-
-
-def _prepared(run: Run) -> dict[str, Any]:
-    """data.json of the data that the run was trained on."""
-    file = _folder(run) / "data.json"
-    with as_sentence(f"{file} cannot be read", REMEDY, OSError, ValueError, KeyError, TypeError):
-        info = json.loads(file.read_bytes())
-        digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
-    require(digest == run["data_sha256"], f"{file} is of other data than {run.path} was trained on: {REMEDY}")
-    return info

@@ -14,6 +14,7 @@ from tracefl.evidence.game import Explained
 from tracefl.evidence.recorded import Recorded
 from tracefl.provenance.state import traced_state
 from tracefl.provenance.trace import as_classes
+from tracefl.results import CONFIG, held
 from tracefl.runs import Run
 from tracefl.states import as_real
 from tracefl.training import train
@@ -179,12 +180,12 @@ def _content(inputs: Batch, i: int) -> bytes:
 
 def _training_of(run: Run) -> dict[str, Any] | None:
     """How the clients of a run of TraceFL's train."""
-    file = run.path / "config.yaml"
-    if not file.exists():
+    if (content := held(run.path, CONFIG)) is None:
         return None
     from omegaconf import OmegaConf
 
-    found = {name: OmegaConf.select(OmegaConf.load(file), key) for name, key in _TRAINING.items()}
+    config = OmegaConf.create(content.decode())
+    found = {name: OmegaConf.select(config, key) for name, key in _TRAINING.items()}
     return None if None in found.values() else found
 
 

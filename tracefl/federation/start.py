@@ -11,7 +11,7 @@ import torch
 
 from tracefl.config import Config
 from tracefl.data.faults import flipped_label_counts
-from tracefl.data.prepare import PreparedData
+from tracefl.data.prepared import PreparedData
 from tracefl.errors import require
 from tracefl.models import exchanged_state, initial_model, model_spec
 from tracefl.record import ClientInfo

@@ -1,6 +1,7 @@
 """What a run's page holds, as plain JSON: gathered from the run's folder."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,18 @@ from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.evidence.verdict import FEWEST_CLIENTS
 from tracefl.report.commands import run_command
 from tracefl.report.predictions import short
-from tracefl.results import AUDIT, CLASS_BY_CLIENT, LAYERS, PROVENANCE, ROUNDS, VERDICT, WHOLE_RUN, of_this_run
+from tracefl.results import (
+    AUDIT,
+    CLASS_BY_CLIENT,
+    CONFIG,
+    LAYERS,
+    PROVENANCE,
+    ROUNDS,
+    VERDICT,
+    WHOLE_RUN,
+    held,
+    of_this_run,
+)
 from tracefl.runs import Run
 
 FORMAT = 1
@@ -36,7 +48,7 @@ class Gathered:
 
     def __init__(self, folder: Path) -> None:
         self.run = Run.open(folder)
-        self.settings = _settings(folder / "config.yaml")
+        self.settings = _settings(folder)
         self.layers, self.whole = of_this_run(self.run, LAYERS), _filled(of_this_run(self.run, WHOLE_RUN))
         self.answers = _filled(of_this_run(self.run, PROVENANCE))
         if self.answers is not None and self.whole is not None:
@@ -76,11 +88,12 @@ def _filled(table: pd.DataFrame | None) -> pd.DataFrame | None:
     return table if table is not None and len(table) else None
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    if not file.exists():
+def _settings(folder: Path) -> dict[str, Any]:
+    file, content = folder / CONFIG, held(folder, CONFIG)
+    if content is None:
         return {}
     with as_sentence(f"{file} cannot be read", "run the same command again", OSError, YAMLError, ValueError):
-        found: Any = OmegaConf.to_container(OmegaConf.load(file))
+        found: Any = OmegaConf.to_container(OmegaConf.create(content.decode()))
     require(isinstance(found, dict), f"{file} holds no settings: run the same command again")
     return found
 
@@ -97,7 +110,8 @@ def _about(run: Run, settings: Mapping[str, Any], folder: Path) -> dict[str, Any
     about = {name: _at(settings, key) for name, key in keys.items()}
     if not settings.get("faulty_clients_ids"):
         about["fault"] = None
-    about |= {"name": folder.resolve().name, "seed": _header(run, "seed", None), "own_app": not settings}
+    about |= {"name": folder.resolve().name, "seed": _header(run, "seed", None)}
+    about |= {"own_app": not settings and "model" not in run}
     about |= {"versions": _header(run, "versions", {}), "rounds": len(run.rounds)}
     about |= {"kept": [record.number for record in run.kept_rounds], "storage": dict(run.storing.as_json())}
     return about | {"faulty": [str(who) for who in settings.get("faulty_clients_ids") or []]}
@@ -150,7 +164,7 @@ def _counts(run: Run, ids: Sequence[str], num_classes: int) -> list[list[int] | 
 
 def _rounds(run: Run, folder: Path) -> Columns:
     """rounds.csv; of a run without it the loss and accuracy that are recorded."""
-    table = _read_csv(folder / ROUNDS)
+    table = _read_csv(folder, ROUNDS)
     if table is None or "round" not in table or len(table) != len(run.rounds):
         names = ("loss", "accuracy")
         found = {"round": [record.number for record in run.rounds]}
@@ -176,13 +190,13 @@ def _told(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, index=range(len(rows))).astype(float)
 
 
-def _read_csv(file: Path) -> pd.DataFrame | None:
+def _read_csv(folder: Path, name: str) -> pd.DataFrame | None:
     """A table of ours; None if it is not there, or holds only a head."""
-    if not file.exists():
+    if (content := held(folder, name)) is None:
         return None
     wrong = (OSError, ValueError, csv.Error)
-    with as_sentence(f"{file} cannot be read", "remove it, and run the same command again", *wrong):
-        table = pd.read_csv(file, dtype={"client": str}, keep_default_na=False, na_values=[""])
+    with as_sentence(f"{folder / name} cannot be read", "remove it, and run the same command again", *wrong):
+        table = pd.read_csv(io.BytesIO(content), dtype={"client": str}, keep_default_na=False, na_values=[""])
     return table.fillna({"client": ""})  # an id like any other
 
 
@@ -199,12 +213,12 @@ def columns(table: pd.DataFrame) -> Columns:
 
 def _verdict(folder: Path) -> dict[str, Any] | None:
     """verdict.json, if there is one."""
-    file = folder / VERDICT
-    if not file.exists():
+    file, content = folder / VERDICT, held(folder, VERDICT)
+    if content is None:
         return None
     remedy = "remove it, and run the same command again"
     with as_sentence(f"{file} cannot be read", remedy, OSError, ValueError):
-        found = json.loads(file.read_text())
+        found = json.loads(content)
     whole = isinstance(found, dict) and isinstance(found.get("faulty"), list) and isinstance(found.get("clients"), dict)
     if not whole:
         raise TraceFLError(f"{file} is no verdict: {remedy}")
@@ -225,14 +239,13 @@ def _evidence(audited: pd.DataFrame | None) -> Columns | None:
 
 def _class_by_client(folder: Path) -> dict[str, Any] | None:
     """class_by_client.csv; of many clients those that change a class most."""
-    file = folder / CLASS_BY_CLIENT
-    if not file.exists():
+    file, content = folder / CLASS_BY_CLIENT, held(folder, CLASS_BY_CLIENT)
+    if content is None:
         return None
     remedy = "remove it, and run the same command again"
     with as_sentence(f"{file} cannot be read", remedy, OSError, ValueError, IndexError, csv.Error):
         csv.field_size_limit(1 << 30)
-        with file.open(newline="", encoding="utf-8") as lines:
-            head, *rows = csv.reader(lines)
+        head, *rows = csv.reader(io.StringIO(content.decode(), newline=""))
         numbers = [[float(value) if value else math.nan for value in row[1:]] for row in rows]
     require(all(len(row) == len(head) for row in rows), f"{file} is no table: {remedy}")
     strength = [max((abs(value) for value in row if math.isfinite(value)), default=0.0) for row in numbers]

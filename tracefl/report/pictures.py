@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders
 from torch import Tensor
 
 from tracefl.data.examples import MEAN, STD
-from tracefl.errors import TraceFLError, as_sentence
+from tracefl.data.prepared import tokenizer_of
+from tracefl.errors import TraceFLError
 from tracefl.evaluation.selection import with_trigger
 from tracefl.runs import Run
 
@@ -53,7 +54,7 @@ class Inputs:
         inputs: Any = (with_trigger(chosen) if self._trigger else chosen).inputs
         if isinstance(inputs, Tensor):
             return {row: {"picture": png(pixels, colours)} for row, pixels in zip(rows, inputs, strict=True)}
-        tokenizer = _tokenizer(self._run.path / self._run["data_folder"] / "tokenizer.json")
+        tokenizer = _tokenizer(self._run.path / self._run["data_folder"])
         texts = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         read = [tokenizer.decode(ids[mask.bool()].tolist(), skip_special_tokens=True) for ids, mask in texts]
         cut = [text if len(text) <= letters else f"{text[:letters]}…" for text in read]
@@ -89,9 +90,8 @@ def _sixteen_greys(values: np.ndarray) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(file: Path) -> Tokenizer:
-    with as_sentence(f"{file} cannot be read", "prepare the same data again", Exception):
-        tokenizer = Tokenizer.from_file(str(file))
+def _tokenizer(folder: Path) -> Tokenizer:
+    tokenizer = tokenizer_of(folder, None)  # `server_examples` has compared the digest
     if tokenizer.decoder is None:
         words = type(tokenizer.model).__name__ == "WordPiece"
         tokenizer.decoder = decoders.WordPiece(cleanup=False) if words else decoders.ByteLevel()

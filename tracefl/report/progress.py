@@ -3,13 +3,14 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.runs import Run
 
 LINE = "%(levelname)s - %(message)s"
@@ -33,20 +34,39 @@ def log_to_console() -> None:
         log.addHandler(handler)
 
 
+class _File(logging.FileHandler):
+    """A log file; that it cannot be written is a sentence."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        with as_sentence(f"{self.baseFilename} cannot be written", "make room and run the command again", OSError):
+            raise error
+
+
 @contextmanager
 def log_to_file(file: Path) -> Iterator[None]:
-    """Send the package's log to this file too, and the error that ends the block."""
-    handler = logging.FileHandler(file, mode="a", encoding="utf-8")
+    """Send the package's log to this file too, and the error that ends the block.
+
+    Raises:
+        TraceFLError: it cannot be written.
+    """
+    with as_sentence(f"{file} cannot be written", "correct the path or make room", OSError):
+        require(file.is_file() or not file.exists(), f"{file} must be a file, and is something else: remove it")
+        handler = _File(file, mode="a", encoding="utf-8")
     handler.setFormatter(logging.Formatter(LINE))
     log.addHandler(handler)
     try:
         yield
     except BaseException as error:
-        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
+        with suppress(TraceFLError):
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error) or repr(error), (), None))
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 class Bars(Progress):
@@ -67,7 +87,7 @@ def bar(doing: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """A bar while something is done, which leaves nothing behind; call what it gives for a step."""
     with Bars(transient=True, counted=total is not None) as bars:
         task = bars.add_task(doing, total=total)
-        yield lambda: bars.advance(task)
+        yield lambda: None if bars.finished else bars.advance(task)  # some take more steps than they say
 
 
 class TrainingProgress(Bars):
