@@ -12,6 +12,7 @@ import torch
 
 from tracefl.config import Config
 from tracefl.main import main
+from tracefl.stopping import WORD
 
 SWEEP = "--multirun device=cpu client_resources.gpus=1 exp_key=artifact_exp model.name=resnet18 dataset.name=mnist"
 ALL_TO_ZERO = "label2flip={1:0,2:0,3:0,4:0,5:0,6:0,7:0,8:0,9:0,10:0,11:0,12:0,13:0}"
@@ -235,7 +236,7 @@ def test_a_process_that_is_interrupted_ends_with_130(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
-    assert done.stderr == "interrupted: complete rounds are kept, the same command goes on from there\n"
+    assert done.stderr == f"{WORD}\n"
 
 
 def test_a_wrong_value_is_answered_without_torch():

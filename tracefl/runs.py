@@ -159,6 +159,10 @@ class Run(Compared):
             sha256 = write_state(self._file(number, name), state, metadata)
         return Participant(client, num_examples, weight, f"{name}.safetensors", sha256)
 
+    def forget_client(self, number: int, client: Participant) -> None:
+        """Remove what `record_client` has written of a round that is not complete yet."""
+        (self._file(number, "global").parent / client.file).unlink(missing_ok=True)
+
     def received(self, number: int, client: Participant) -> StateFile:
         """What `record_client` has written, also of a round that is not complete yet."""
         file = self._file(number, "global").parent / client.file

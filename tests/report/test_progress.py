@@ -43,6 +43,18 @@ def test_where_there_is_no_terminal_clients_and_rounds_have_their_lines(capsys):
     ]
 
 
+def test_a_line_needs_nothing_from_a_client(capsys):
+    log_to_console()
+    with TrainingProgress(1, 3, 0) as progress:
+        for metrics in ({}, {"num-examples": 7, "train-loss": [1.0]}, {"train-loss": float("nan")}):
+            progress.on_client(1, "4", metrics)
+    assert capsys.readouterr().out.splitlines() == [
+        "INFO - [Round 1] client c4 trained on ? examples, loss not said (1 of 3)",
+        "INFO - [Round 1] client c4 trained on 7 examples, loss not said (2 of 3)",
+        "INFO - [Round 1] client c4 trained on ? examples, loss nan (3 of 3)",
+    ]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

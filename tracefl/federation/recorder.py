@@ -43,7 +43,8 @@ class Recorder:
             they train in; or Flower's node id -> client id, if that is known and does not change.
         node_key: of the nodes' configuration; its value is a client's id.
         clients: all clients, by id or `ClientInfo`; none: those whose nodes are there. Nodes of
-            others take no part.
+            others take no part. Where label counts are given, a client's num-examples must be their
+            sum; where they are not, a warning says that its share is what it says.
         settings: the app's settings, plain JSON; a run that goes on must have the same.
         keep: whether all clients' states are kept ("all"), those of the last N rounds ("last:N"),
             or all as differences ("deltas"). A run that goes on must have the same; None: as it was
@@ -53,7 +54,7 @@ class Recorder:
         evaluate: called with the state dict of every released model; returns its evaluation on the
             server's data. None: the run is recorded without predictions.
         accept_failures: record why a client failed and go on without it, instead of stopping the
-            run.
+            run. A task whose process died is sent again before its client has failed.
         clients_per_round: participants to draw for a round; None: the strategy samples. With it,
             the strategy must take every node that it is shown, as with
             `FedAvg(min_train_nodes=n, min_available_nodes=n)`.

@@ -101,9 +101,10 @@ class TrainingProgress(Bars):
     def on_client(self, number: int, client: str, metrics: Mapping[str, Any]) -> None:
         self.advance(self.clients)
         if not self.alone:
-            line = "[Round %d] client c%s trained on %d examples, loss %.3f (%d of %d)"
-            examples, loss, bar = metrics["num-examples"], metrics["train-loss"], self.tasks[self.clients]
-            log.info(line, number, client, examples, loss, bar.completed, bar.total)
+            line = "[Round %d] client c%s trained on %s examples, loss %s (%d of %d)"
+            loss, bar = metrics.get("train-loss"), self.tasks[self.clients]
+            shown = f"{loss:.3f}" if isinstance(loss, int | float) else "not said"
+            log.info(line, number, client, metrics.get("num-examples", "?"), shown, bar.completed, bar.total)
 
     def on_round(self, run: Run) -> None:
         record = run.rounds[-1]
