@@ -1,7 +1,7 @@
 """Does the verdict find faulty clients, and nobody where there are none?
 
     python benchmarks/faults.py                                                       (digits, a small CNN)
-    python benchmarks/faults.py --model resnet18 --data ../shared/data/mnist --alphas 0.7 --faults 1 --seeds 1
+    python benchmarks/faults.py --model resnet18 --data data/mnist --alphas 0.7 --faults 1 --seeds 1
 
 Trains federations of ten clients in this process, each with one or three faulty clients of one kind (or none), records
 them as runs, and asks:
@@ -43,7 +43,8 @@ from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evidence.verdict import audit_run, judge
 from tracefl.models import build_model, exchanged_state, load_exchanged_state
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import evaluate, train
 
 CLIENTS, CLASSES = 10, 10

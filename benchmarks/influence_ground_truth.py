@@ -1,8 +1,8 @@
 """How true are the scores? Against all 2^K coalitions of a round: exact leave-one-out, exact Shapley, client-LDS.
 
-    python benchmarks/influence_ground_truth.py --data ../shared/data/mnist --model resnet18
-    python benchmarks/influence_ground_truth.py --data ../shared/data/cifar10 --model densenet121
-    python benchmarks/influence_ground_truth.py --data ../shared/data/dbpedia_14 --model bert --rounds 6
+    python benchmarks/influence_ground_truth.py --data data/mnist --model resnet18
+    python benchmarks/influence_ground_truth.py --data data/cifar10 --model densenet121
+    python benchmarks/influence_ground_truth.py --data data/dbpedia_14 --model bert --rounds 6
     python benchmarks/influence_ground_truth.py --run logs/<a recorded run>
 
 Without a recorded run, trains by plain FedAvg (clients by Dirichlet, Adam at 1e-3, 2 epochs, batch 32). For the last

@@ -1,6 +1,6 @@
-"""The proof table of the README: four model families, on images and texts, clean, with a faulty client, and private.
+"""The proof table of docs/benchmarks.md: four model families, on images and texts; clean, faulty and private.
 
-    python benchmarks/proof.py ../shared/data [key=value ...]
+    python benchmarks/proof.py data [key=value ...]
 
 Each row is one command, printed first; a finished run is not trained again. Then the table in Markdown.
 """

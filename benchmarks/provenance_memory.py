@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 from tracefl import trace
-from tracefl.runs import write_state
+from tracefl.files import write_state
 
 
 def peak_gib() -> float:

@@ -32,7 +32,8 @@ from tracefl.classifier import log_odds
 from tracefl.data.examples import Examples, count_labels
 from tracefl.evaluation.localization import spearman
 from tracefl.models import exchanged_state
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import evaluate
 
 FEDERATIONS = ((10, 10), (12, 4), (20, 5))  # clients, of whom in a round

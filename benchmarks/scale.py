@@ -176,7 +176,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/mnist")
+    parser.add_argument("--data", default="data/mnist")
     parser.add_argument("--clients", type=int, nargs=2, default=[10, 1000])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--examples", type=int, default=50)

@@ -1,9 +1,9 @@
 """How true are Shapley values from few fusions, and what do they cost?
 
-    python benchmarks/shapley.py --data ../shared/data/mnist --model resnet18
-    python benchmarks/shapley.py --data ../shared/data/cifar10 --model cnn --rounds 5
-    python benchmarks/shapley.py --data ../shared/data/dbpedia_14 --model bert --rounds 6
-    python benchmarks/shapley.py --data ../shared/data/mnist --model cnn --clients 30 --evaluations 100 200 400
+    python benchmarks/shapley.py --data data/mnist --model resnet18
+    python benchmarks/shapley.py --data data/cifar10 --model cnn --rounds 5
+    python benchmarks/shapley.py --data data/dbpedia_14 --model bert --rounds 6
+    python benchmarks/shapley.py --data data/mnist --model cnn --clients 30 --evaluations 100 200 400
 
 Trains as influence_ground_truth.py does and explains, for the last `--judged` rounds, the predicted classes of test
 inputs, a quarter of them wrong. Up to 14 clients the truth are all 2^K fusions; beyond, a run of `--long` fusions.

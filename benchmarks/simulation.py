@@ -29,11 +29,13 @@ from hydra import compose, initialize_config_module
 
 from tracefl.checks import load
 from tracefl.config import Config
-from tracefl.data.prepare import PreparedData, prepare
+from tracefl.data.prepare import prepare
+from tracefl.data.prepared import PreparedData
 from tracefl.federation.server_app import identify_nodes, serve
 from tracefl.federation.simulation import simulate
 from tracefl.models import build_model, exchanged_state, load_exchanged_state, model_spec
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import train
 
 State = dict[str, torch.Tensor]
@@ -153,7 +155,7 @@ def watch(process: subprocess.Popen) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["round", "experiment"])
-    parser.add_argument("--data", default="../shared/data/mnist")
+    parser.add_argument("--data", default="data/mnist")
     parser.add_argument("--per-client", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=2)
     chosen = parser.parse_args()

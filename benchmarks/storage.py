@@ -17,7 +17,8 @@ import torch
 from scipy.stats import spearmanr
 
 from tracefl import trace
-from tracefl.runs import Run, write_state
+from tracefl.files import write_state
+from tracefl.runs import Run
 from tracefl.states import State
 from tracefl.storage import TYPES, PackedFile, Storing, packed
 

@@ -17,7 +17,7 @@ def run(name: str, *arguments: str) -> str:
 
 def test_three_state_dicts():
     answer = "\n".join(run("three_state_dicts.py").splitlines()[:3])
-    assert answer in (EXAMPLES.parent / "README.md").read_text()
+    assert answer in (EXAMPLES.parent / "docs" / "quickstart.md").read_text()
 
 
 @pytest.mark.slow

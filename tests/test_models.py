@@ -8,7 +8,7 @@ import torch
 
 from tracefl.config import IMAGE_MODELS, Model
 from tracefl.data.examples import Examples
-from tracefl.data.prepare import PreparedData
+from tracefl.data.prepared import PreparedData
 from tracefl.errors import TraceFLError
 from tracefl.models import build_model, exchanged_state, initial_model, load_exchanged_state
 from tracefl.models.text import ARCHITECTURES, architecture, text_spec

@@ -4,6 +4,7 @@ One whole process trains on Ray; what needs no process of its own runs in this o
 """
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,13 +17,17 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from tests.conftest import composed
 from tests.data.tables import encoded, write
 from tests.federation import local
+from tests.rewriting import rewrite
 from tests.test_main import process
 from tracefl import Run, whatif
+from tracefl.checks import load
 from tracefl.data.prepare import prepare
 from tracefl.errors import TraceFLError
 from tracefl.pipeline import run_experiment
+from tracefl.report import read
 
 SMALL = [
     "exp_key=small", "num_clients=3", "clients_per_round=2", "num_rounds=3", "client.epochs=1",
@@ -67,7 +72,7 @@ def test_it_leaves_what_the_readme_lists(finished):
     assert left == states | plots | {
         "run.json", "config.yaml", "rounds/0000/global.safetensors", "rounds.csv", "timings.csv", "provenance.parquet",
         "provenance.csv", "TraceFL_clients_contributions.log", events,
-        "audit.parquet", "verdict.json", "class_by_client.csv",
+        "audit.parquet", "verdict.json", "class_by_client.csv", "layers.parquet", "report.html", "results.json",
     }  # fmt: skip
     assert run["versions"].keys() >= {"torch", "flwr", "tracefl", "python"}
     assert [len(record.clients) for record in run.rounds] == [2, 2, 2]
@@ -170,12 +175,28 @@ def test_clients_in_one_process_send_the_same_bytes(finished, config, tmp_path, 
     assert weights(tmp_path) == weights(finished[0])
 
 
+def test_the_page_holds_what_was_traced(finished):
+    folder = the_run(finished[0])
+    page, answers = read(folder / "report.html"), pd.read_parquet(folder / "provenance.parquet")
+    answers = answers.merge(page.predictions, on=["round", "method", "input", "client"], suffixes=("", "_page"))
+    assert len(answers) == len(page.predictions) > 0
+    assert answers["contribution"].to_numpy() == pytest.approx(answers["contribution_page"].to_numpy(), rel=1e-4)
+    assert set(page.inputs) == set(answers["input"])
+    assert (folder / "report.html").stat().st_size < 300_000
+    assert f"The run's page: logs/{folder.name}/report.html" in finished[1]
+    typed = shlex.split(page.content["command"])[3:]
+    assert load(composed(tuple(typed))) == load(OmegaConf.load(folder / "config.yaml"))
+    layers = pd.read_parquet(folder / "layers.parquet").groupby(["round", "method", "input"])["contribution"].sum()
+    first = answers[answers["rank"] == 1].set_index(["round", "method", "input"])["contribution"]
+    assert layers.to_dict() == pytest.approx(first.to_dict(), rel=1e-6)
+
+
 def test_faults_and_lines_name_labels_and_columns_as_the_data_write_them(config, tmp_path, in_process, capsys):
     labels = [1 + k % 3 for k in range(120)]
     images = [encoded(Image.new("L", (8, 8), 60 * label)) for label in labels]
     write(tmp_path / "d", {"scan": images, "label": labels}, test={"scan": images, "label": labels})
     words = ("num_clients=2", "clients_per_round=2", "num_rounds=1", "client.epochs=1", "dirichlet_alpha=100")
-    faults = ("faulty_clients_ids=[0]", "label2flip={1:2}", "do_provenance=false", "exp_key=small")
+    faults = ("faulty_clients_ids=[0]", "label2flip={1:2}", "do_provenance=false", "exp_key=small", "report=false")
     settings = config(f"dataset.path={tmp_path}/d", *words, *faults)
     for _ in range(2):  # the second time from the prepared data
         run_experiment(settings, "")
@@ -183,6 +204,7 @@ def test_faults_and_lines_name_labels_and_columns_as_the_data_write_them(config,
         assert "data: input scan, label label, 3 classes (1, 2, 3)" in out
         assert "label2flip: labels as the data write them: 1 is class 0, 2 is class 1" in out
     run = Run.open(the_run(tmp_path))
+    assert not (run.path / "report.html").exists()
     faulty, other = run.clients
     assert run["class_names"] == ["1", "2", "3"]
     assert faulty.trained_label_counts.keys() == {1, 2}  # the label 1 is class 0, and was flipped
@@ -255,7 +277,7 @@ def test_the_whole_run_is_traced_beside_the_rounds(finished, small, capsys):
 def test_other_data_under_the_same_settings_are_refused(finished, small):
     header = the_run(finished[0]) / "run.json"
     original = header.read_text()
-    header.write_text(original.replace(json.loads(original)["data_sha256"], "0" * 64))
+    rewrite(header, lambda entries: entries | {"data_sha256": "0" * 64})
     try:
         with pytest.raises(TraceFLError, match="was trained on other data"):
             small()
@@ -435,7 +457,6 @@ def test_a_run_that_keeps_its_last_round_answers_for_it_and_goes_on_as_recorded(
     other = config(*typed)
     run_experiment(other, "")  # all is recorded
     assert "other storage settings change nothing" in (folder / "TraceFL_clients_contributions.log").read_text()
-    header = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**header, "rounds": header["rounds"][:1]}))
+    rewrite(folder / "run.json", lambda header: {**header, "rounds": [header["rounds"][0] | {"kept": True}]})
     with pytest.raises(TraceFLError, match=r"was recorded with storage.keep=last:1, got all: give storage.keep=last:1"):
         run_experiment(other, "")

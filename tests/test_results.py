@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 
 from tests.report.recorded import record
+from tests.rewriting import rewrite
 from tracefl import Run
-from tracefl.results import cached, read_timings, update_timings, write_events
+from tracefl.errors import TraceFLError
+from tracefl.results import cached, intact, read_result, read_rounds, read_timings, write_result
 
 
 def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
@@ -27,27 +29,61 @@ def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
     assert pd.read_parquet(tmp_path / "feddebug.parquet")["client"].tolist() == ["3"]
 
 
-def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypatch):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    rounds = pd.DataFrame({"round": [1, 2], "accuracy": [0.5, 0.75], "spearman": [float("nan"), 0.25]})
-    write_events(tmp_path, rounds.assign(spearman=0.0))  # is replaced
-    write_events(tmp_path, rounds)
-    events = reader.EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(1, 0.5), (2, 0.75)]
-    assert [(e.step, e.value) for e in events.Scalars("spearman")] == [(2, 0.25)]
-    monkeypatch.setattr("tracefl.results.find_spec", lambda _: None)
-    write_events(tmp_path / "without", rounds)
-    assert not (tmp_path / "without").exists()
+def timed(method: str, seconds: float) -> list[dict]:
+    return [{"method": method, "localizations": 10, "seconds": seconds}]
 
 
-def timing(method: str, seconds: float) -> pd.DataFrame:
-    rows = [(method, 10, seconds, seconds / 10)]
-    return pd.DataFrame(rows, columns=["method", "localizations", "seconds", "seconds_per_localization"])
-
-
-def test_timings_keep_what_was_not_measured_again(tmp_path):
+def test_timings_stay_with_the_answers(tmp_path):
     assert read_timings(tmp_path).empty
-    for measured in (timing("neuron", 1.0), timing("FedDebug", 2.0), timing("neuron", 3.0), timing("x", 0.0)[:0]):
-        update_timings(tmp_path, measured)
-    found = read_timings(tmp_path).set_index("method")["seconds"].to_dict()
-    assert found == {"FedDebug": 2.0, "neuron": 3.0}
+    write_result(tmp_path, "provenance.parquet", b"a", timed("neuron", 1.0))
+    write_result(tmp_path, "feddebug.parquet", b"b", timed("FedDebug", 2.0))
+    write_result(tmp_path, "provenance.parquet", b"a", timed("neuron", 3.0))
+    write_result(tmp_path, "rounds.csv", b"c")
+    found = read_timings(tmp_path).set_index("method")
+    assert found["seconds"].to_dict() == {"FedDebug": 2.0, "neuron": 3.0}
+    assert found["seconds_per_localization"].to_dict() == {"FedDebug": 0.2, "neuron": 0.3}
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "folder", "no hashes", "hashes changed", "forged hashes"])
+def test_a_damaged_table_is_made_again_and_said_so(tmp_path, caplog, damage):
+    run = Run.open(record(tmp_path))
+    made = []
+
+    def make() -> pd.DataFrame:
+        made.append(1)
+        return pd.DataFrame({"round": [1, 2]})
+
+    first = cached(run, "audit.parquet", [], make)
+    file, hashes = tmp_path / "audit.parquet", tmp_path / "results.json"
+    content = file.read_bytes()
+    match damage:
+        case "changed":
+            file.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+        case "missing" | "folder":
+            file.unlink()
+        case "no hashes":
+            hashes.unlink()
+        case "hashes changed":
+            hashes.write_text(hashes.read_text().replace("a", "b", 1))
+        case "forged hashes":
+            rewrite(hashes, lambda entries: {"files": ["x"]})
+    if damage == "folder":
+        file.mkdir()
+        with pytest.raises(TraceFLError, match=r"audit\.parquet cannot be written \(.*directory"):
+            cached(run, "audit.parquet", [], make)
+        return
+    with pytest.raises(TraceFLError, match=r"audit\.parquet"):
+        read_result(tmp_path, "audit.parquet")
+    pd.testing.assert_frame_equal(cached(run, "audit.parquet", [], make), first)
+    assert len(made) == 2
+    assert file.read_bytes() == content == intact(tmp_path, "audit.parquet")
+    assert ("audit.parquet was changed since it was written" in caplog.text) == (damage != "missing")
+
+
+def test_what_a_report_reads_is_compared(tmp_path):
+    record(tmp_path)
+    assert len(read_rounds(tmp_path)) == 2
+    file = tmp_path / "rounds.csv"
+    file.write_text(file.read_text().replace("1.0", "0.9", 1))
+    with pytest.raises(TraceFLError, match=r"rounds\.csv was changed since it was written: run its command again"):
+        read_rounds(tmp_path)

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from tracefl import Run, runs, states
+from tracefl import Run, states
 from tracefl.errors import TraceFLError
-from tracefl.runs import ClientInfo, locked, write_state
+from tracefl.files import locked, write_state
+from tracefl.record import ClientInfo
+from tracefl.sealed import KEY
 from tracefl.states import StateFile
 from tracefl.training import Evaluation
 
@@ -22,8 +24,8 @@ def state(value: float) -> dict[str, torch.Tensor]:
 
 
 def one_round(folder) -> Run:
-    clients = [ClientInfo("0", {3: 12, 5: 10}), ClientInfo("7", {5: 20})]
-    run = Run.create(folder, initial=state(0.0), clients=clients, seed=3, data_sha256="abc")
+    clients = [ClientInfo("0", {3: 12, 5: 10}), ClientInfo("7", {5: 20}), ClientInfo("4")]
+    run = Run.create(folder, initial=state(0.0), clients=clients, seed=3, data_sha256="ab" * 32)
     participants = [
         run.record_client(1, "0", state(1.0), 22, 22 / 42),
         run.record_client(1, "7", state(2.0), 20, 20 / 42),
@@ -99,7 +101,7 @@ def test_what_is_no_run_is_said_so(tmp_path):
     with pytest.raises(TraceFLError, match="no JSON"):
         Run.open(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(TraceFLError, match="must be 1, 2 or 3, got 99"):
+    with pytest.raises(TraceFLError, match="must be 1, 2, 3 or 4, got 99"):
         Run.open(tmp_path)
 
 
@@ -115,17 +117,17 @@ def test_a_recording_is_never_written_over(tmp_path):
 
 
 def test_opening_or_creating_goes_on_with_the_same_and_refuses_another(tmp_path):
-    clients = [ClientInfo("0", {3: 12, 5: 10}), ClientInfo("7", {5: 20})]
-    same = {"initial": state(0.0), "clients": clients, "seed": 3, "data_sha256": "abc"}
+    clients = [ClientInfo("0", {3: 12, 5: 10}), ClientInfo("7", {5: 20}), ClientInfo("4")]
+    same = {"initial": state(0.0), "clients": clients, "seed": 3, "data_sha256": "ab" * 32}
     one_round(tmp_path / "a")
     assert len(Run.open_or_create(tmp_path / "a", **same).rounds) == 1
     assert len(Run.open_or_create(tmp_path / "b", **same).rounds) == 0
     for change, words in [
         ({"seed": 4}, "recorded with seed=3, got 4"),
         ({"initial": state(0.0) | {"w": torch.zeros(3, 2, dtype=torch.float64)}}, "another model .* 'w' differs"),
-        ({"clients": clients[:1]}, "client '7' of the run is not given"),
+        ({"clients": [clients[0], clients[2]]}, "client '7' of the run is not given"),
         (
-            {"clients": [ClientInfo("0", {3: 12}), clients[1]]},
+            {"clients": [ClientInfo("0", {3: 12}), *clients[1:]]},
             r"client '0' was recorded with label counts \{3: 12, 5: 10",
         ),
     ]:
@@ -153,7 +155,7 @@ def test_states_keep_the_order_of_the_model(tmp_path):
 def test_a_run_of_the_first_schema_still_opens_and_goes_on(tmp_path):
     one_round(tmp_path)
     header = json.loads((tmp_path / "run.json").read_text())
-    del header["entries"], header["initial_metrics"]
+    del header["entries"], header["initial_metrics"], header[KEY]
     for record in header["rounds"]:
         del record["metrics"], record["weights_from"]
     (tmp_path / "run.json").write_text(json.dumps(header | {"schema": 1}))
@@ -212,7 +214,7 @@ def test_the_same_state_gives_the_same_bytes(tmp_path):
 def test_lazy_states_read_what_safetensors_reads(tmp_path):
     state = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in states._DTYPES.values()}
     state |= {"scalar": torch.tensor(3), "none": torch.empty(0, 4)}
-    lazy = StateFile(tmp_path / "a.safetensors", runs.write_state(tmp_path / "a.safetensors", state))
+    lazy = StateFile(tmp_path / "a.safetensors", write_state(tmp_path / "a.safetensors", state))
     expected = load_file(tmp_path / "a.safetensors")
     assert set(lazy) == set(expected) == set(state)
     for name, tensor in expected.items():

@@ -21,7 +21,8 @@ TRAINS = {key: field.metadata["trains"] for key, field in leaves()}
 NOT_TRAINING = {
     *("exp_key", "storage.dir", "storage.keep", "storage.dtype", "total_cpus", "total_gpus", "client_gpu"),
     *("round_timeout", "accept_failures", "ray.address"),
-    *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv", "model.arch"),
+    *("dry_run", "do_training", "do_provenance", "plotting", "convert_cache_to_csv", "model.arch", "tracking"),
+    "report",
     *("check_dataset_cache", "check_train_cache", "check_prov_cache", "do_feddebug", "do_audit"),
     *("enable_beta", "client_weights_normalization", "parallel_processes", "neuron_activation_threshold"),
     *("provenance.scope", "provenance.proxies", "provenance.methods"),

@@ -78,6 +78,8 @@ STRATEGIES: dict[str, dict[str, Rule]] = {
     "multikrum": _MALICIOUS | {"num_nodes_to_select": integer(1)},
     "bulyan": _MALICIOUS,
 }
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+TRACKING = Rule(f"name some of {', '.join(TRACKERS)}", lambda v: all(entry in TRACKERS for entry in v))
 TYPES = ("float32", "float16", "bfloat16")
 # The original has these settings twice. Either spelling is accepted, the second is stored.
 ALIASES = {
@@ -260,6 +262,10 @@ class Config:
     check_train_cache: bool = setting(True, "false: train again", trains=False)
     check_prov_cache: bool = setting(True, "false: trace again", trains=False)
     plotting: bool = setting(False, "true: draw the run's figures", trains=False)
+    report: bool = setting(True, "false: write no report.html", trains=False)
+    tracking: list[str] | None = setting(
+        None, "where metrics go; null: tensorboard, if it is installed; []: nowhere", TRACKING, trains=False
+    )
     convert_cache_to_csv: bool = setting(False, "true: write provenance.csv too", trains=False)
     accept_failures: bool = setting(False, "true: record a client that failed, and go on without it", trains=False)
     round_timeout: float = setting(3600, "seconds until a silent client has failed", above_0(10**9), trains=False)

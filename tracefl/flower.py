@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from tracefl.federation.identity import identify
     from tracefl.federation.recorder import Recorder
     from tracefl.federation.server_app import identify_nodes
-    from tracefl.runs import ClientInfo, Run
+    from tracefl.record import ClientInfo
+    from tracefl.runs import Run
     from tracefl.training import Evaluation, evaluate
 
 __all__ = ["ClientInfo", "Evaluation", "Examples", "Recorder", "Run", "evaluate", "identify", "identify_nodes"]
@@ -25,7 +26,7 @@ _HOMES = {
     "identify": "federation.identity",
     "Recorder": "federation.recorder",
     "identify_nodes": "federation.server_app",
-    "ClientInfo": "runs",
+    "ClientInfo": "record",
     "Run": "runs",
     "Evaluation": "training",
     "evaluate": "training",

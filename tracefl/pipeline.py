@@ -14,7 +14,8 @@ from tracefl.checks import check_examples, numbered_labels
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import unchanged
-from tracefl.data.prepare import PreparedData, prepare
+from tracefl.data.prepare import prepare
+from tracefl.data.prepared import PreparedData
 from tracefl.errors import require
 from tracefl.evaluation import feddebug, tracing
 from tracefl.evaluation.metrics import Metric, judge_answers, judge_models, judge_times, wide
@@ -23,26 +24,31 @@ from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.evidence.verdict import audit_run, class_by_client, verdict_json
 from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
+from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
 from tracefl.models import build_model, model_spec
 from tracefl.readonly import held
-from tracefl.report import figures, lines, progress, tables
+from tracefl.report import figures, lines, progress, tables, tracking, write_page
 from tracefl.results import (
     AUDIT,
     CLASS_BY_CLIENT,
+    CONFIG,
     FEDDEBUG,
+    LAYERS,
     PROVENANCE,
     ROUNDS,
+    TIMINGS,
     VERDICT,
     WHOLE_RUN,
     cached,
+    intact,
     read_timings,
-    update_timings,
-    write_csv,
-    write_events,
+    write_layers,
+    write_result,
+    write_table,
 )
-from tracefl.runs import Run, write_atomically
-from tracefl.settings import run_folder
+from tracefl.runs import Run
+from tracefl.settings import run_folder, training_settings
 from tracefl.storage import disk_line
 from tracefl.training import keep_freed_memory
 
@@ -63,6 +69,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     Raises:
         TraceFLError: something that the user can correct; what was recorded before is kept.
     """
+    tracking.wanted(config)  # before anything is trained
     data = prepare(config)
     folder = run_folder(config)
     check_examples(config, data.label_counts)
@@ -84,7 +91,8 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         for note in notes:
             log.info(note)
         run = open_or_create(config, data, folder, initial)
-        write_atomically(folder / "config.yaml", resolved.encode())
+        run.check_header(settings=training_settings(config))
+        write_result(folder, CONFIG, resolved.encode())
         model, examples = build_model(model_spec(config, data)).to(config.device), data.server()
         train(config, data, run, model, examples, simulate)
         for line in lines.storage_lines(run):
@@ -99,6 +107,9 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         if whole is not None and len(whole):
             tables.print_whole_run(whole)
         report(config, run, answers, metrics)
+        if config.report:
+            log.info("The run's page: %s", write_page(run.path))
+        tracking.log_run(config, run.path)
     tables.print_summary(metrics, config.provenance.methods)
     if config.do_provenance and config.faulty_clients_ids:
         tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
@@ -137,7 +148,8 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started = time.perf_counter()
-        table = audit_run(run, model=model, examples=examples)
+        with spread_over(config) as spread, progress.bar("auditing rounds", len(run.kept_rounds)) as done:
+            table = audit_run(run, model=model, examples=examples, spread=spread, on_round=done)
         log.info("audited %d updates in %.1f s", len(table), time.perf_counter() - started)
         return table
 
@@ -147,15 +159,17 @@ def audit(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 def accuse(run: Run, audited: pd.DataFrame, model: nn.Module, examples: Examples) -> None:
     """Log the verdict and what removing the faulty clients would give, and write both."""
     names = run["class_names"]
-    verdict = judge_clients(audited, names)
+    verdict, removal = judge_clients(audited, names), None
     for line in verdict.lines():
         log.info(line)
     if verdict.faulty:
         since = run.kept_rounds[0].number
-        for line in removal_lines(whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)):
+        removal = whatif(run, verdict.faulty, since=since, memory=0.5, examples=examples, model=model)
+        for line in removal_lines(removal):
             log.info(line)
-    write_atomically(run.path / VERDICT, verdict_json(verdict))
-    write_csv(run.path / CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
+    told = removal.as_json() if removal is not None else None
+    write_result(run.path, VERDICT, verdict_json(verdict, told))
+    write_table(run.path, CLASS_BY_CLIENT, class_by_client(audited, names).reset_index())
 
 
 def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -167,14 +181,19 @@ def trace(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.
 
     def make() -> pd.DataFrame:
         started, cpu = time.perf_counter(), time.process_time()
-        answers = _every_round(run, partial(tracing.trace_round, config, run, model, examples))
+        by_layer = list[pd.DataFrame]()
+        with spread_over(config) as spread:
+            one_round = partial(tracing.trace_round, config, run, model, examples, layers=by_layer, spread=spread)
+            answers = _every_round("tracing rounds", run, one_round)
+        write_layers(run, by_layer)
         inputs, seconds = answers[["round", "input"]].drop_duplicates(), time.perf_counter() - started
         log.info("traced %d inputs in %.1f s (%.1f s of CPU)", len(inputs), seconds, time.process_time() - cpu)
         return answers
 
     settings = [_of_rounds(config), config.enable_beta, config.client_weights_normalization]
     settings += [vars(config.evaluation)] if config.evaluation.coalitions else []
-    return cached(run, PROVENANCE, settings, make, reuse=config.check_prov_cache)
+    reuse = config.check_prov_cache and intact(run.path, LAYERS) is not None
+    return cached(run, PROVENANCE, settings, make, reuse=reuse)
 
 
 def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) -> pd.DataFrame | None:
@@ -184,7 +203,8 @@ def trace_whole(config: Config, run: Run, model: nn.Module, examples: Examples) 
 
     def make() -> pd.DataFrame:
         log.info("tracing over all %d rounds; provenance.proxies=1 takes the fewest trainings", len(run.rounds))
-        answers, memory = tracing.trace_whole_run(config, run, model, examples)
+        with progress.bar("tracing over all rounds"):
+            answers, memory = tracing.trace_whole_run(config, run, model, examples)
         log.info("traced %d inputs over all %d rounds: %s", answers["input"].nunique(), len(run.rounds), memory)
         return answers
 
@@ -201,7 +221,7 @@ def debug(config: Config, run: Run, model: nn.Module) -> pd.DataFrame | None:
     """FedDebug's votes of every round (`feddebug.COLUMNS`); None where it is not to run."""
     if not (config.do_provenance and config.faulty_clients_ids and config.do_feddebug and config.arch == "cnn"):
         return None
-    make = partial(_every_round, run, partial(feddebug.debug_round, config, run, model))
+    make = partial(_every_round, "FedDebug on rounds", run, partial(feddebug.debug_round, config, run, model))
     settings = [config.neuron_activation_threshold, config.faster_input_generation]
     return cached(run, FEDDEBUG, settings, make, reuse=config.check_prov_cache)
 
@@ -219,27 +239,32 @@ def judge(config: Config, run: Run, answers: pd.DataFrame | None, votes: pd.Data
 
 
 def report(config: Config, run: Run, answers: pd.DataFrame | None, metrics: pd.DataFrame) -> None:
-    """Log the lines, and write rounds.csv, TensorBoard's events and the figures."""
+    """Log the lines, and write rounds.csv and the figures."""
     if answers is not None:
         if config.convert_cache_to_csv:
-            write_csv(run.path / "provenance.csv", answers)
+            write_table(run.path, "provenance.csv", answers)
         gone = {record.number for record in run.rounds if not record.kept}
         for line in lines.provenance_lines(metrics, answers, faulty_clients(config), gone):
             log.info(line)
     for line in (*lines.fusion_lines(run, config.strategy.name), *lines.privacy_lines(config, len(run.rounds))):
         log.info(line)
     log.info(disk_line(run.disk()))
-    if answers is not None or not (run.path / ROUNDS).exists():
-        rounds = wide(metrics)
-        write_csv(run.path / ROUNDS, rounds)
-        write_events(run.path / "tensorboard", rounds)
+    timings = read_timings(run.path)
+    if len(timings):
+        write_table(run.path, TIMINGS, timings)
+    if answers is not None or intact(run.path, ROUNDS) is None:
+        write_table(run.path, ROUNDS, wide(metrics))
     if config.plotting:
         figures.draw_run(run.path)
 
 
-def _every_round(run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all rounds that can be traced as one; what they took goes into timings.csv."""
-    watch = Stopwatch()
-    tables = [one_round(record.number, watch) for record in run.kept_rounds]
-    update_timings(run.path, watch.table())
-    return pd.concat([table for table in tables if len(table)] or tables[:1])
+def _every_round(doing: str, run: Run, one_round: Callable[[int, Stopwatch], pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all rounds that can be traced as one; `attrs["timings"]`: what they took."""
+    watch, tables = Stopwatch(), list[pd.DataFrame]()
+    with progress.bar(doing, len(run.kept_rounds)) as done:
+        for record in run.kept_rounds:
+            tables.append(one_round(record.number, watch))
+            done()
+    table = pd.concat([table for table in tables if len(table)] or tables[:1])
+    table.attrs["timings"] = watch.rows()
+    return table

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tracefl.runs import Run, locked
+from tracefl.files import locked
+from tracefl.runs import Run
 
 log = logging.getLogger("tracefl")
 

@@ -1,79 +1,182 @@
-"""The tables beside a recorded run: rounds.csv, timings.csv, and Parquet files of answers."""
+"""The tables beside a recorded run: rounds.csv, timings.csv, and Parquet files of answers.
 
-import shutil
-from collections.abc import Callable
-from importlib.util import find_spec
+results.json holds the SHA-256 of each of them, and how long it took to make; whoever reads one
+compares it. What was changed, or written by an earlier version, is computed again by the command
+that made it.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tracefl.runs import Run, write_atomically
+from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.files import read_file, write_atomically
+from tracefl.runs import Run
+from tracefl.sealed import read_sealed, sealed
 from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
 AUDIT, VERDICT, CLASS_BY_CLIENT = "audit.parquet", "verdict.json", "class_by_client.csv"
-WHOLE_RUN = "whole_run.parquet"
+WHOLE_RUN, LAYERS, CONFIG, HASHES = "whole_run.parquet", "layers.parquet", "config.yaml", "results.json"
+AGAIN = "run its command again with do_provenance=true, which writes it anew"
+log = logging.getLogger("tracefl")
 
 
 def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame], *, reuse: bool = True) -> pd.DataFrame:
     """The table in a Parquet file if it was made of the same models with the same settings.
 
-    Otherwise it is made and written, with a key for both in the file's metadata.
+    Otherwise, or if the file was changed, it is made and written, with a key for both in the file's
+    metadata.
 
     Args:
         run: the run whose models the table is about.
         name: of the file in the run's folder.
         settings: all that the table depends on, beside the models; plain JSON.
-        make: computes the table.
+        make: computes the table; `attrs["timings"]` may say how long it took (`read_timings`).
         reuse: False computes it in any case.
     """
-    file = run.path / name
-    key = {"settings": fingerprint(settings), "models": fingerprint([record.as_json() for record in run.rounds])}
-    if reuse and file.exists():
-        table = pd.read_parquet(file)
+    key = {"settings": fingerprint(settings), "models": _models(run)}
+    if reuse and (content := intact(run.path, name)) is not None:
+        table = pd.read_parquet(BytesIO(content))
         if table.attrs.get("settings") == key:
             return table
     table = make()
+    timings = table.attrs.get("timings", [])
     table.attrs = {"settings": key}
-    write_atomically(file, table.to_parquet(index=False))
+    write_result(run.path, name, table.to_parquet(index=False), timings)
     return table
 
 
+def write_layers(run: Run, tables: list[pd.DataFrame]) -> None:
+    """layers.parquet of the tables of a tracing (`tracing.LAYER_COLUMNS`); none is an empty one."""
+    filled = [table for table in tables if len(table)] or tables[:1]
+    table = pd.concat(filled) if filled else pd.DataFrame()
+    table.attrs = {"settings": {"models": _models(run)}}
+    write_result(run.path, LAYERS, table.to_parquet(index=False))
+
+
+def of_this_run(run: Run, name: str) -> pd.DataFrame | None:
+    """The table in a Parquet file of the run's folder; None if it is absent or of other models.
+
+    Raises:
+        TraceFLError: it was changed since it was written, or is of an earlier version.
+    """
+    if not (run.path / name).exists():
+        return None
+    table = read_table(run.path, name)
+    made_of = table.attrs.get("settings", {}).get("models")
+    return table if made_of in (None, _models(run)) else None
+
+
+def _models(run: Run) -> str:
+    """What identifies the recorded models."""
+    return fingerprint([record.as_json() for record in run.rounds])
+
+
+def write_result(folder: Path, name: str, content: bytes, timings: Sequence[dict[str, Any]] = ()) -> None:
+    """Write a file of a run's folder, and its SHA-256 into results.json; a process may die between.
+
+    Args:
+        folder: the run's.
+        name: of the file.
+        content: what it is to hold.
+        timings: rows of `read_timings`, of the methods whose answers it holds.
+    """
+    file, hashes = folder / name, _hashes(folder)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), **({"timings": list(timings)} if timings else {})}
+    before = intact(folder, name)
+    if before is None and file.exists():
+        log.warning("%s was changed since it was written, or is of an earlier version: it is computed again", file)
+    if before != content:
+        write_atomically(file, content)
+    if hashes.get(name) != entry:
+        files = dict(sorted((hashes | {name: entry}).items()))
+        write_atomically(folder / HASHES, sealed(dumps({"files": files}, indent=1)))
+
+
+def intact(folder: Path, name: str) -> bytes | None:
+    """The content of a run's file if it is as `write_result` has written it, else None."""
+    try:
+        return read_result(folder, name)
+    except TraceFLError:
+        return None
+
+
+def read_result(folder: Path, name: str) -> bytes:
+    """The content of a run's file.
+
+    Args:
+        folder: the run's.
+        name: of the file.
+
+    Raises:
+        TraceFLError: it is missing, was changed since it was written, or is of an earlier version.
+    """
+    content, known = read_file(folder / name, AGAIN), _hashes(folder).get(name)
+    unknown = f"{folder / HASHES} does not know {name}, which may be of an earlier version"
+    require(known is not None, f"{unknown}: {AGAIN}")
+    same = known is not None and hashlib.sha256(content).hexdigest() == known["sha256"]
+    require(same, f"{folder / name} was changed since it was written: {AGAIN}")
+    return content
+
+
+def held(folder: Path, name: str) -> bytes | None:
+    """As `read_result`; None if the file is not there."""
+    return read_result(folder, name) if (folder / name).exists() else None
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> its entry in results.json; nothing if that is damaged or missing."""
+    try:
+        _, found = read_sealed(folder / HASHES, AGAIN)
+        return {name: {"sha256": entry["sha256"], **entry} for name, entry in found["files"].items()}
+    except (TraceFLError, KeyError, AttributeError, TypeError):
+        return {}
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """A Parquet file of a run's folder.
+
+    Raises:
+        TraceFLError: as `read_result`.
+    """
+    content = BytesIO(read_result(folder, name))
+    with as_sentence(f"{folder / name} is no table", AGAIN, OSError, ValueError):
+        return pd.read_parquet(content)
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """A table as a CSV file of a run's folder."""
+    write_result(folder, name, table.to_csv(index=False).encode())
+
+
 def write_csv(file: Path, table: pd.DataFrame) -> None:
+    """A table as a CSV file anywhere."""
     write_atomically(file, table.to_csv(index=False).encode())
 
 
 def read_rounds(folder: Path) -> pd.DataFrame:
-    """rounds.csv of a run's folder, one row per round."""
-    return pd.read_csv(folder / ROUNDS)
+    """rounds.csv of a run's folder, one row per round.
 
-
-def update_timings(folder: Path, measured: pd.DataFrame) -> None:
-    """Put what was measured into timings.csv; rows of other methods are kept."""
-    if len(measured):
-        kept = read_timings(folder)
-        kept = kept[~kept["method"].isin(measured["method"])]
-        write_csv(folder / TIMINGS, pd.concat([kept, measured] if len(kept) else [measured]))
+    Raises:
+        TraceFLError: as `read_result`.
+    """
+    return pd.read_csv(BytesIO(read_result(folder, ROUNDS)))
 
 
 def read_timings(folder: Path) -> pd.DataFrame:
-    """timings.csv, a row per method: localizations, seconds, seconds_per_localization."""
-    file = folder / TIMINGS
-    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["method", "seconds_per_localization"])
+    """How long the answers took, a row per method.
 
-
-def write_events(folder: Path, rounds: pd.DataFrame) -> None:
-    """Every metric of `rounds` as a TensorBoard scalar by round, in place of what `folder` held.
-
-    Nothing is written where tensorboard is not installed (pip install tracefl[tensorboard]).
+    Columns: method, localizations, seconds, seconds_per_localization. They are kept with the hashes
+    of the answers, so that no answers are without them; timings.csv is a copy.
     """
-    if find_spec("tensorboard") is None:
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(folder) as writer:
-        for name in rounds.columns.drop("round"):
-            for number, value in rounds.set_index("round")[name].dropna().items():
-                writer.add_scalar(str(name), value, number)
+    found = _hashes(folder)
+    rows = [row for name in (PROVENANCE, FEDDEBUG) for row in found.get(name, {}).get("timings", [])]
+    table = pd.DataFrame(rows, columns=["method", "localizations", "seconds"])
+    return table.assign(seconds_per_localization=table["seconds"] / table["localizations"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -59,6 +60,7 @@ class StateFile(Mapping[str, Tensor]):
     def _entries(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
         """Name -> dtype, shape, start and end in the file."""
         try:
+            require(self._file.is_file() or not self._file.exists(), f"{self._name} is no file: correct the path")
             with self._file.open("rb") as content:
                 found = self._sha256 and hashlib.file_digest(content, "sha256").hexdigest()
                 changed = f"{self._name} is not the file that was recorded: restore it or train the run again"
@@ -71,9 +73,12 @@ class StateFile(Mapping[str, Tensor]):
             for name, entry in sorted(header.items(), key=lambda item: place.get(item[0], len(place))):
                 start, end = (8 + size + offset for offset in entry["data_offsets"])
                 entries[sys.intern(name)] = entry["dtype"], tuple(entry["shape"]), start, end
+            for kind, shape, start, end in entries.values():
+                if not _fits(kind, shape, end - start) or start < 8 + size:
+                    raise ValueError
         except OSError as error:
             raise TraceFLError(f"{self._name} cannot be read ({error.strerror}): correct the path") from None
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise TraceFLError(f"{self._name} is no safetensors file: write it with safetensors") from None
         require(all(end <= length for *_, end in entries.values()), f"{self._name} ends too early: restore it")
         return entries
@@ -93,7 +98,11 @@ class StateFile(Mapping[str, Tensor]):
             raise TraceFLError(f"{self._name}: tensor {name!r} is of type {kind}, which is not supported")
         if start == end:
             return torch.empty(shape, dtype=dtype)
-        read = np.fromfile(self._file, np.uint8, end - start, offset=start)
+        try:
+            read = np.fromfile(self._file, np.uint8, end - start, offset=start)
+        except OSError as error:
+            raise TraceFLError(f"{self._name} cannot be read ({error.strerror}): restore it") from None
+        require(len(read) == end - start, f"{self._name} ends too early: restore it")
         return torch.from_numpy(read).view(dtype).view(shape)
 
     def __contains__(self, name: object) -> bool:
@@ -104,6 +113,12 @@ class StateFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _fits(kind: str, shape: tuple[int, ...], length: int) -> bool:
+    """Whether a tensor of this type and shape has so many bytes; a type that is not known may."""
+    whole = all(type(size) is int and size >= 0 for size in shape) and length >= 0
+    return whole and (kind not in _DTYPES or math.prod(shape) * _DTYPES[kind].itemsize == length)
 
 
 def as_file(state: State, metadata: Mapping[str, str] | None = None) -> list[memoryview]:

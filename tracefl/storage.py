@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tracefl.config import KEEP, TYPES
+from tracefl.errors import TraceFLError, as_sentence, first_line
 from tracefl.rules import one_of
 from tracefl.states import State, StateFile, as_bytes
 
@@ -142,15 +143,21 @@ class PackedFile(StateFile):
 
     def __getitem__(self, name: str) -> Tensor:
         stored, how = super().__getitem__(name), self._packing().get(name, {})
-        if "xor" in how:
-            dtype, shape = getattr(torch, how["xor"]), how["shape"]
-            plain = _decompressed(stored.numpy(), dtype.itemsize, math.prod(shape))
-            stored = torch.from_numpy(plain ^ as_bytes(self._base[name].to(dtype))).view(dtype).view(shape)
-        return stored.to(getattr(torch, how["rounded"])) if "rounded" in how else stored
+        broken = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, zlib.error)
+        with as_sentence(f"{self._name}: entry '{name}' cannot be unpacked", "restore the file", *broken):
+            if "xor" in how:
+                dtype, shape = getattr(torch, how["xor"]), how["shape"]
+                plain = _decompressed(stored.numpy(), dtype.itemsize, math.prod(shape))
+                stored = torch.from_numpy(plain ^ as_bytes(self._base[name].to(dtype))).view(dtype).view(shape)
+            return stored.to(getattr(torch, how["rounded"])) if "rounded" in how else stored
 
     def _packing(self) -> Mapping[str, Mapping[str, Any]]:
         if self._how is None:
-            self._how = json.loads(self.metadata.get(METADATA, "{}"))
+            try:
+                self._how = {name: dict(entry) for name, entry in json.loads(self.metadata.get(METADATA, "{}")).items()}
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                problem = f"{self._name} does not say how it is packed ({first_line(error)})"
+                raise TraceFLError(f"{problem}: restore the file") from None
         return self._how
 
 

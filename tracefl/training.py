@@ -20,7 +20,7 @@ class Evaluation:
     """How a model does on N examples.
 
     Attributes:
-        loss: Mean cross-entropy.
+        loss: Mean cross-entropy; of `evaluate`, NaN where an output is not finite.
         accuracy: In [0, 1].
         predictions: The predicted class of every example, int64 [N], on the CPU.
     """
@@ -132,4 +132,5 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation:
     logits = torch.cat([logits_of(model, part.inputs).cpu() for part in parts])
     predictions = logits.argmax(dim=1)
     accuracy = (predictions == examples.labels).double().mean().item()
-    return Evaluation(F.cross_entropy(logits, examples.labels).item(), accuracy, predictions)
+    loss = F.cross_entropy(logits, examples.labels).item() if logits.isfinite().all() else float("nan")
+    return Evaluation(loss, accuracy, predictions)

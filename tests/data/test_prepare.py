@@ -1,17 +1,24 @@
 """Prepared data: what clients and server read is what the dataset holds, prepared once."""
 
 import json
+import subprocess
+import sys
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 from PIL import Image
 
+from tests.rewriting import rewrite
 from tracefl.data.examples import MEAN, STD, normalize
 from tracefl.data.prepare import prepare
+from tracefl.data.prepared import read_info
 from tracefl.data.sources import load_source
 from tracefl.errors import TraceFLError
+from tracefl.federation.client_app import own_examples
+from tracefl.federation.server_app import where_data_are
 
 
 def write_dataset(folder, label: str = "label", names=("cat", "dog"), mode: str = "RGB", count: int = 120) -> None:
@@ -143,6 +150,101 @@ def test_a_failure_while_writing_leaves_nothing(config, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="disk full"):
         prepare(config())
     assert list((tmp_path / "logs" / "data").iterdir()) == []
+
+
+SMALL = ("num_clients=2", "clients_per_round=2", "data_dist.max_per_client_data_size=12")
+FILES = ("clients/1.safetensors", "server.safetensors", "data.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [("changed", FILES[0]), ("changed", FILES[2]), ("missing", FILES[0]), ("missing", FILES[2]), ("cut", FILES[1]),
+     ("another's", FILES[1])],
+)  # fmt: skip
+def test_damaged_data_are_prepared_again(config, name, damage):
+    c = config(*SMALL)
+    whole = prepare(c)
+    content = {file: (whole.folder / file).read_bytes() for file in FILES}
+    file = whole.folder / name
+    match damage:
+        case "changed":
+            file.write_bytes(content[name][:-9] + bytes([content[name][-9] ^ 1]) + content[name][-8:])
+        case "missing":
+            file.unlink()
+        case "cut":
+            file.write_bytes(content[name][:-100])
+        case "another's":
+            file.write_bytes((whole.folder / "clients/0.safetensors").read_bytes())
+    again = prepare(c)
+    assert {file: (whole.folder / file).read_bytes() for file in FILES} == content
+    assert again.digest == whole.digest
+    told = [note for note in again.notes if "is prepared again: " in note]
+    assert len(told) == (0 if (name, damage) == ("data.json", "missing") else 1)
+    assert all(name in note for note in told)
+    assert prepare(c).notes == whole.notes
+
+
+def test_data_that_change_after_they_were_opened_are_refused(config):
+    data = prepare(config(*SMALL))
+    for name, read in ((FILES[0], lambda: data.client("1")), (FILES[1], data.server)):
+        file = data.folder / name
+        file.write_bytes(file.read_bytes()[:-1] + b"\xee")
+        with pytest.raises(TraceFLError, match=rf"{name} cannot be read \(it is not as it was prepared\)"):
+            read()
+
+
+def test_a_client_refuses_damaged_data(config):
+    data = prepare(config(*SMALL))
+    file = data.folder / FILES[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"\xee")
+    context = Context(run_id=0, node_id=1, node_config={"partition-id": 1}, state=RecordDict(), run_config={})
+    with pytest.raises(ValueError, match="it is not as it was prepared"):
+        own_examples(where_data_are(data), context)
+
+
+def test_settings_and_files_of_others_are_no_data(config):
+    c = config(*SMALL)
+    data = prepare(c)
+    rewrite(data.folder / "data.json", lambda info: info | {"settings": info["settings"] | {"seed": 5}})
+    assert "with other settings" in prepare(c).notes[0]
+    for change, told in [
+        ({"sha256": {"../../x.safetensors": "ab" * 32}}, "must name files of prepared data"),
+        ({"label_counts": {"0": {"cat": 1}}}, r"label_counts\['0'\] must hold whole numbers"),
+        ({"class_names": 7}, "class_names must be a list of texts"),
+        ({"sha256": {}}, "must have the server's file and that of each client"),
+    ]:
+        rewrite(data.folder / "data.json", lambda info, change=change: info | change)
+        with pytest.raises(TraceFLError, match=told):
+            read_info(data.folder)
+        assert prepare(c).digest == data.digest
+
+
+def test_what_dead_processes_left_is_swept(config, tmp_path):
+    """Half-prepared data and temporary files; not those of a process that lives, nor anything of the user's."""
+    c = config(*SMALL)
+    whole = prepare(c).folder
+    parent = whole.parent
+    dead, alive, own = parent / "dead-0123abcd", parent / "alive-0123abcd", parent / "mine-0123abcd"
+    for folder in (dead, alive, own):
+        (folder / "clients").mkdir(parents=True)
+        (folder / "clients" / ".0.safetensors.tmp").write_text("half")
+        (folder / ".lock").touch()
+    (own / "notes.txt").write_text("keep")
+    (whole / ".server.safetensors.tmp").write_text("half")
+    words = "import sys, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); "
+    words += "print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", words, alive / ".lock"]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    c.check_dataset_cache = False
+    prepare(c)
+    assert not dead.exists()
+    assert not list(whole.glob(".*.tmp"))
+    assert (own / "notes.txt").exists()
+    assert (alive / "clients" / ".0.safetensors.tmp").exists()
+    other.communicate("")
+    prepare(c)
+    assert not alive.exists()
 
 
 @pytest.mark.parametrize(("name", "classes", "first"), [("mnist", 10, "0"), ("cifar10", 10, "airplane")])

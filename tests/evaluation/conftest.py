@@ -6,7 +6,8 @@ from torch import nn
 
 from tracefl.data.examples import Examples
 from tracefl.models import exchanged_state
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 

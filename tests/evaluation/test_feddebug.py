@@ -22,7 +22,8 @@ from tracefl.evaluation.feddebug import (
 )
 from tracefl.evaluation.stopwatch import Stopwatch
 from tracefl.models import exchanged_state
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation, train
 
 
@@ -146,7 +147,7 @@ def test_a_trained_faulty_client_is_found(trained, config):
     (row,) = judge_votes(trained, votes, {"2"})
     assert row.chance == 0.2
     assert row.value >= 0.8
-    assert watch.table().loc[0, ["method", "localizations"]].tolist() == ["FedDebug", IMAGES]
+    assert [(row["method"], row["localizations"]) for row in watch.rows()] == [("FedDebug", IMAGES)]
 
 
 def test_several_faults_get_as_many_suspects(trained, config):

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from tracefl import TraceFLError, audit_run, judge
 from tracefl.data.examples import Examples
 from tracefl.evidence.verdict import COLUMNS, class_by_client, evenly, verdict_json
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 K, C = 6, 3

@@ -10,8 +10,9 @@ from torch import nn
 
 from tracefl import Run, TraceFLError, fuse, whatif
 from tracefl.data.examples import Examples
-from tracefl.evidence.whatif import WhatIf, removal_lines, state_without
-from tracefl.runs import ClientInfo
+from tracefl.evidence.whatif import WhatIf, removal_lines
+from tracefl.evidence.without import state_without
+from tracefl.record import ClientInfo
 from tracefl.training import Evaluation, evaluate
 
 EVALUATION = Evaluation(0.5, 0.5, torch.tensor([0, 1]))
@@ -257,9 +258,21 @@ def test_the_line_says_what_is_gained_and_what_it_costs():
     assert list(removal_lines(absent)) == ["Without c3 in round 4: nothing changes, c3 takes no part there"]
 
 
+def test_what_verdict_json_holds_of_it():
+    labels, before, after = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1])
+    models = Evaluation(math.inf, 1 / 3, before), Evaluation(0.5, 2 / 3, after)
+    told = WhatIf(["a"], 5, 2, [2, 4], ["no", "yes"], labels, *models).as_json()
+    assert told == {
+        "without": ["a"], "since": 2, "round": 5, "rounds": [2, 4], "accuracy_before": 1 / 3, "accuracy_after": 2 / 3,
+        "loss_before": None, "loss_after": 0.5, "examples": 3, "mispredictions": 2, "righted": 2, "wronged": 1,
+    }  # fmt: skip
+
+
 def test_a_client_that_took_no_part_changes_nothing_and_it_is_said(tmp_path):
     run, model = of_networks(tmp_path / "n")
-    absent = Run.create(tmp_path / "m", initial=dict(run.global_state(0)), clients=[ClientInfo("9", {0: 1})], seed=0)
+    absent = Run.create(
+        tmp_path / "m", initial=dict(run.global_state(0)), clients=[ClientInfo(who, {0: 1}) for who in "901"], seed=0
+    )
     parts = [absent.record_client(1, who, run.round(1).client_state(who), 1, 1 / 2) for who in "01"]
     absent.record_round(1, parts, dict(run.global_state(1)), EVALUATION, {})
     found = whatif(absent, ["9"], examples=Examples(torch.randn(4, 3), torch.tensor([0, 1, 2, 0])), model=model)

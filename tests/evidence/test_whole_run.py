@@ -11,8 +11,8 @@ from torch import nn
 from tests.evidence.small import log_odds_of
 from tracefl import Run, TraceFLError, trace_run
 from tracefl.data.examples import Examples
-from tracefl.evidence import whole_run
-from tracefl.runs import ClientInfo
+from tracefl.evidence import reaction
+from tracefl.record import ClientInfo
 from tracefl.training import Evaluation, train
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double()
@@ -197,10 +197,10 @@ def test_a_proxy_does_not_train_on_what_is_explained(tmp_path):
 
 def test_where_every_example_of_the_run_is_explained_memory_answers(tmp_path, monkeypatch):
     run = recorded(tmp_path, ROUNDS, binary())
-    monkeypatch.setattr(whole_run, "_training_of", lambda run: TRAINING)
-    monkeypatch.setattr(whole_run, "_examples_of", lambda run: Examples(X, torch.arange(5) % 2))
+    monkeypatch.setattr(reaction, "_training_of", lambda run: TRAINING)
+    monkeypatch.setattr(reaction, "_examples_of", lambda run: Examples(X, torch.arange(5) % 2))
     assert explained(run).layers == ["the whole run, memory 0.5"]
-    monkeypatch.setattr(whole_run, "_examples_of", lambda run: Examples(2 * X, torch.arange(5) % 2))
+    monkeypatch.setattr(reaction, "_examples_of", lambda run: Examples(2 * X, torch.arange(5) % 2))
     assert explained(run).layers == ["the whole run, 0.7 by proxy, 0.3 by memory 0.3"]
 
 

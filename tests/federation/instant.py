@@ -24,11 +24,12 @@ class InstantGrid:
         return list(NODES)
 
     def push_messages(self, messages):
+        messages = list(messages)
         for index, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = f"{len(self.sent)}-{index}"
-            self.mailbox.append(message)
-        self.sent.append([NODES[m.metadata.dst_node_id] for m in self.mailbox])
-        return [message.metadata.message_id for message in self.mailbox]
+        self.mailbox += messages
+        self.sent.append([NODES[m.metadata.dst_node_id] for m in messages])
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids):
         if not self.mailbox:

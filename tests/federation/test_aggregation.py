@@ -11,7 +11,8 @@ from tracefl.config import STRATEGIES
 from tracefl.errors import TraceFLError
 from tracefl.federation.aggregation import build_strategy
 from tracefl.federation.recorder import Recorder
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 BUFFERS = frozenset({"bn.running_var"})
@@ -20,7 +21,7 @@ OPTIONS = {"fedavgm": ["strategy.options={server_momentum: 0.5}"], "fedprox": ["
 
 def run_rounds(config, folder, name, *overrides, upto=(3,)) -> Run:
     c = config("num_clients=12", "clients_per_round=4", f"strategy.name={name}", *OPTIONS.get(name, []), *overrides)
-    run = Run.create(folder, initial=START, clients=[ClientInfo(str(k), {0: 10}) for k in range(12)], seed=0)
+    run = Run.create(folder, initial=START, clients=[ClientInfo(str(k), {0: 10 + k}) for k in range(12)], seed=0)
     for count in upto:
         run = Run.open(folder)
         strategy = build_strategy(c, BUFFERS)

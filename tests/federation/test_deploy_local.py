@@ -16,6 +16,7 @@ from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
 
+import pandas as pd
 import psutil
 import pytest
 from omegaconf import OmegaConf
@@ -25,6 +26,7 @@ from tracefl import Run
 from tracefl.data.prepare import prepare
 from tracefl.errors import TraceFLError
 from tracefl.federation.client_app import own_examples
+from tracefl.federation.cluster import spread_over
 from tracefl.federation.deployed import settings
 from tracefl.federation.server_app import client_task
 from tracefl.federation.simulation import check_cluster
@@ -225,7 +227,10 @@ def test_a_deployment_goes_on_after_its_server_was_killed_and_turns_strangers_aw
         until(lambda: "ready" in log.read_text() or deployment.poll(), 60, "the deployment")
         assert deployment.poll() is None, log.read_text()
         (data,) = (out / "server" / "data").iterdir()
-        assert {file.name for file in data.iterdir()} == {"data.json", "server.safetensors"}  # the clients' went away
+        assert {file.name for file in data.iterdir()} - {".lock"} == {
+            "data.json",
+            "server.safetensors",
+        }  # the clients' went away
         with started([out / "run.sh", "num_rounds=3"], tmp_path / "first.log"):
             until(lambda: any(len(Run.open(file.parent).rounds) == 2 for file in out.glob(RUNS)), 160, "two rounds")
             family = psutil.Process(deployment.pid).children(recursive=True)
@@ -266,11 +271,26 @@ def test_an_existing_ray_cluster_gives_the_same_models(config, tmp_path):
                 return False
 
             until(answers, 60, "the cluster")
-            typed = [*SMALL, "num_rounds=2", f"storage.dir={tmp_path}/ray", f"ray.address=127.0.0.1:{port}"]
+            typed = [word for word in SMALL if word != "do_provenance=false"] + ["num_rounds=2"]
+            typed += [f"storage.dir={tmp_path}/ray", f"ray.address=127.0.0.1:{port}"]
             with started([sys.executable, "-m", "tracefl.main", *typed], tmp_path / "main.log") as main:
                 assert main.wait(timeout=120) == 0, (tmp_path / "main.log").read_text()
             assert list(Path(session).glob("session_*/logs/worker-*")), "nothing ran on the cluster"
+            with spread_over(config(f"ray.address=127.0.0.1:{port}")) as spread:
+                parts = spread(lambda names: (os.getpid(), list(names)), ["0", "1", "2"])
+            assert [names for _, names in parts] == [["0", "1"], ["2"]]  # two cores: two workers
+            assert os.getpid() not in {process for process, _ in parts}
+            again = tmp_path / "here"  # the same run, traced and audited in one process
+            (folder,) = (tmp_path / "ray").glob("tracefl-*")
+            shutil.copytree(tmp_path / "ray", again)
+            for table in ("audit.parquet", "provenance.parquet"):
+                (again / folder.name / table).unlink()
+            typed[-2:] = [f"storage.dir={again}"]
+            with started([sys.executable, "-m", "tracefl.main", *typed], tmp_path / "again.log") as main:
+                assert main.wait(timeout=120) == 0, (tmp_path / "again.log").read_text()
     finally:
         shutil.rmtree(session, ignore_errors=True)
-    (folder,) = (tmp_path / "ray").glob("tracefl-*")
     assert models(folder) == expected(config, "num_rounds=2")
+    for table in ("audit.parquet", "provenance.parquet"):
+        found, expect = (pd.read_parquet(place / folder.name / table) for place in (tmp_path / "ray", again))
+        pd.testing.assert_frame_equal(found, expect, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,5 @@
 """What is kept of clients' states: it comes back as it should, and what is gone is said so in a sentence."""
 
-import json
 import math
 
 import pytest
@@ -10,12 +9,14 @@ from torch import nn
 
 from tests.federation.instant import NODES, START, state_of
 from tests.federation.test_recorder import ArrayRecord, ConfigRecord, InstantGrid, new_run, run_rounds
+from tests.rewriting import rewrite
 from tracefl import audit_run, whatif
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
 from tracefl.federation.recorder import Recorder
+from tracefl.record import ClientInfo
 from tracefl.report.lines import storage_lines
-from tracefl.runs import ClientInfo, Run
+from tracefl.runs import Run
 from tracefl.storage import PackedFile, Storing, disk_line
 from tracefl.training import Evaluation
 
@@ -213,8 +214,7 @@ def test_a_run_that_failed_in_its_first_round_keeps_its_storage(tmp_path):
 )
 def test_a_header_that_says_something_else_is_refused(tmp_path, storage, told):
     run, _ = recorded(tmp_path, Storing("deltas"))
-    header = json.loads((run.path / "run.json").read_text())
-    (run.path / "run.json").write_text(json.dumps(header | {"storage": storage}))
+    rewrite(run.path / "run.json", lambda header: header | {"storage": storage})
     with pytest.raises(TraceFLError, match=told):
         Run.open(tmp_path)
 
@@ -224,7 +224,7 @@ def test_default_storage_leaves_no_trace_in_a_run(tmp_path):
     text = (tmp_path / "run.json").read_text()
     assert "storage" not in text
     assert "kept" not in text
-    assert '"schema": 2' in text
+    assert '"schema": 4' in text
     assert not isinstance(Run.open(tmp_path).round(1).client_state("a"), PackedFile)
 
 

@@ -8,7 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from tracefl.evaluation.tracing import COLUMNS
-from tracefl.runs import ClientInfo, Run
+from tracefl.record import ClientInfo
+from tracefl.results import write_result, write_table
+from tracefl.runs import Run
 from tracefl.training import Evaluation
 
 
@@ -34,11 +36,11 @@ def record(
                 for client, value, rank in zip(clients, values, (-values).argsort().argsort() + 1, strict=True):
                     held = client.label_counts[label]
                     rows.append((t, method, row, client.id, label, label, value, 1 / 3, rank, held, None, None))
-    pd.DataFrame(rows, columns=COLUMNS).to_parquet(folder / "provenance.parquet")
+    write_result(folder, "provenance.parquet", pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False))
     table = pd.DataFrame(rounds)
     if faulty:
         table = table.assign(feddebug_accuracy=0.5, seconds_neuron=0.01, seconds_influence=0.02, seconds_feddebug=1.0)
-    table.to_csv(folder / "rounds.csv", index=False)
+    write_table(folder, "rounds.csv", table)
     settings = {
         "seed": 0, "dataset": {"name": dataset}, "model": {"name": "resnet18"}, "client": {"epochs": 1, "lr": 0.1},
         "dirichlet_alpha": alpha, "num_clients": 3, "clients_per_round": 3, "num_rounds": num_rounds,
@@ -46,5 +48,5 @@ def record(
         "strategy": {"name": "fedavg"},
         "fault": {"kind": "label_flip"}, "faulty_clients_ids": [0] if faulty else [],
     }  # fmt: skip
-    OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
+    write_result(folder, "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)).encode())
     return folder

@@ -13,6 +13,7 @@ from tracefl.errors import TraceFLError
 from tracefl.report import plots
 from tracefl.report.__main__ import main
 from tracefl.report.figures import draw_data, draw_run, draw_runs
+from tracefl.sealed import sealed
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +62,10 @@ def test_label_distribution_of_prepared_data(tmp_path):
         "settings": {"dataset.name": "owner/pets", "data_dist.dist_type": "non_iid_dirichlet", "dirichlet_alpha": 0.3},
         "class_names": ["cat", "dog"],
         "label_counts": {"0": {"0": 12}, "1": {"0": 3, "1": 40}},
-    }
-    (tmp_path / "data.json").write_text(json.dumps(info))
+        "sha256": dict.fromkeys(("server.safetensors", *(f"clients/{k}.safetensors" for k in (0, 1))), "ab" * 32),
+        "left_out": {}, "text_model": None, "notes": [],
+    }  # fmt: skip
+    (tmp_path / "data.json").write_bytes(sealed(json.dumps(info, indent=1)))
     draw_data([tmp_path], tmp_path / "out")
     assert_drawn(tmp_path / "out", "labels_pets_non_iid_dirichlet_alpha_0.3")
     assert pd.read_csv(tmp_path / "out" / "labels.csv")["examples"].tolist() == [12, 3, 40]

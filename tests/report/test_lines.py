@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from tests.report.metrics import NAN, table, tidy
-from tracefl.data.prepare import PreparedData
+from tracefl.data.prepared import PreparedData
 from tracefl.report.lines import data_lines, exclusion_lines, provenance_lines
 
 

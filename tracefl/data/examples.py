@@ -5,6 +5,7 @@ Texts are stored as token ids [N, T] with their lengths; loading adds the attent
 client process imports this module, so its imports are few.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -80,9 +81,24 @@ def count_labels(labels: Tensor | np.ndarray) -> dict[int, int]:
     return dict(sorted(Counter(labels.tolist()).items()))
 
 
-def load_examples(file: Path) -> Examples:
-    """Read one of the files that prepare.py writes."""
-    tensors = read_tensors(file)
+def load_prepared(folder: Path, name: str) -> Examples:
+    """Read a file of prepared data, compared with the hash in their data.json.
+
+    Args:
+        folder: where data.json is.
+        name: the file's path there, as "clients/7.safetensors".
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not as it was prepared.
+        KeyError: data.json does not know it.
+    """
+    return load_examples(folder / name, json.loads((folder / "data.json").read_bytes())["sha256"][name])
+
+
+def load_examples(file: Path, sha256: str | None = None) -> Examples:
+    """Read one of the files that prepare.py writes; `sha256` is what its SHA-256 must be."""
+    tensors = read_tensors(file, sha256)
     if "input_ids" in tensors:
         ids, lengths = tensors["input_ids"].long(), tensors["lengths"]
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -90,14 +106,21 @@ def load_examples(file: Path) -> Examples:
     return Examples(normalize(tensors["pixels"]), tensors["labels"])
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, read without that library, which a client need not have.
+
+    Args:
+        file: its path.
+        sha256: what its SHA-256 must be; None: anything.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no safetensors file, or holds other types than prepared data have.
+        ValueError: it is no safetensors file, holds other types than prepared data have, or has
+            another SHA-256.
     """
     content = bytearray(file.read_bytes())
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("it is not as it was prepared")
     start = 8 + int.from_bytes(content[:8], "little")
     if not 8 < start <= len(content):
         raise ValueError("it is no safetensors file, or not a whole one")

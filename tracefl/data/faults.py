@@ -21,7 +21,7 @@ from tracefl.data.examples import MEAN, STD, Examples, Inputs, count_labels
 
 if TYPE_CHECKING:
     from tracefl.config import Config
-    from tracefl.data.prepare import PreparedData
+    from tracefl.data.prepared import PreparedData
 
 PATCH = 4  # pixels: the trigger is a white square of 4 x 4 in the lower right corner
 TRIGGER_TOKEN, TRIGGER_PLACE = 5, 1  # id of an ordinary token, and its position: after [CLS]

@@ -136,7 +136,7 @@ def pixels(form: Form, column: str, split: Split, rows: np.ndarray) -> dict[str,
         image = _to_bytes(form, split, column, row, _decode(split, column, row, stored), clipped)
         image = image.convert("L" if form.channels == 1 else "RGB")
         images.append(np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)))
-    most = f"more than half of the values of split {split.name}, column {column} are outside of the training split's"
+    most = f"more than half of the values of {split.where(column)} are outside of the training split's"
     require(not clipped or np.mean(clipped) <= 0.5, f"{most}: bring both to one scale.")
     found = torch.from_numpy(np.stack(images)).view(len(rows), IMAGE_SIZE, IMAGE_SIZE, -1)
     return {"pixels": found.permute(0, 3, 1, 2).contiguous()}
@@ -148,21 +148,21 @@ def _to_bytes(
     """The image in a mode of 8 bits without transparency."""
     depth = DEPTHS.get(image.mode)
     if depth:
-        kind = f"{split.place(row)}, column {column} is a {depth} image, but no training image is"
+        kind = f"{split.where(column, row)} is a {depth} image, but no training image is"
         require(depth in form.ranges, f"{kind}: convert it to the depth of those.")
         low, high = form.ranges[depth]
         share = (_values(image, split, column, row) - low) / max(high - low, np.finfo(float).tiny)
         if clipped is not None:
             clipped.append(float(((share < 0) | (share > 1)).mean()))
         return Image.fromarray(np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8))
-    kind = f"{split.place(row)}, column {column} is an 8-bit image, but all training images are deeper"
+    kind = f"{split.where(column, row)} is an 8-bit image, but all training images are deeper"
     require(form.bytes, f"{kind}: convert it to their depth.")
     if image.has_transparency_data:
         rgba = _rgba(image)
         ground = form.ground
         if ground is None:
             opaque = np.asarray(rgba)[..., 3].min() == 255
-            kind = f"{split.place(row)}, column {column} is transparent, but no training image is"
+            kind = f"{split.where(column, row)} is transparent, but no training image is"
             require(opaque, f"{kind}: lay it on the ground that fits those.")
             ground = 255
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (ground, ground, ground, 255)), rgba)
@@ -208,7 +208,7 @@ def _ground(contrasts: list[np.ndarray], channels: int) -> int:
 def _values(image: Image.Image, split: Split, column: str, row: int) -> np.ndarray:
     values = np.asarray(image).astype(np.float64)
     finite = np.isfinite(values).all()
-    require(finite, f"{split.place(row)}, column {column} has pixels that are NaN or infinite: drop or mend it.")
+    require(finite, f"{split.where(column, row)} has pixels that are NaN or infinite: drop or mend it.")
     return values
 
 
@@ -234,7 +234,7 @@ def _open(split: Split, column: str, row: int, stored: Any) -> Image.Image:
 
 
 def _decode(split: Split, column: str, row: int, stored: Any) -> Image.Image:
-    place = f"{split.place(row)}, column {column}"
+    place = split.where(column, row)
     value = {"bytes": stored} if isinstance(stored, bytes) else stored
     there = value is not None and (value.get("bytes") is not None or value.get("path"))
     require(there, f"{place} has no image: drop such rows.")
@@ -254,7 +254,7 @@ def _decode(split: Split, column: str, row: int, stored: Any) -> Image.Image:
 
 def _check_header(image: Image.Image, split: Split, column: str, row: int) -> None:
     """Refuse what is too large, run by other programs or of 16 bits in colour; not yet decoded."""
-    holds, sides = f"{split.place(row)}, column {column}", f"{image.width} x {image.height} pixels"
+    holds, sides = split.where(column, row), f"{image.width} x {image.height} pixels"
     fits = image.width * image.height <= LARGEST
     require(fits, f"{holds} is an image of {sides}: drop it or make it smaller.")
     drawn = f"{holds} is {image.format}, which other programs would draw: convert it to PNG."
@@ -267,4 +267,4 @@ def _check_header(image: Image.Image, split: Split, column: str, row: int) -> No
 def _unreadable(split: Split, column: str, row: int, stored: Any, error: Exception) -> TraceFLError:
     said = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
     file = "" if isinstance(stored, bytes) or not stored.get("path") else f", file {stored['path']}"
-    return TraceFLError(f"{split.place(row)}, column {column}{file} has no readable image ({said}): drop or mend it.")
+    return TraceFLError(f"{split.where(column, row)}{file} has no readable image ({said}): drop or mend it.")

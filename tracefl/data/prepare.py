@@ -2,7 +2,7 @@
 
 <storage.dir>/data/<dataset>-<hash>/
     data.json                 settings, class names, label counts of clients and of what no client
-                              holds, SHA-256 of files
+                              holds, SHA-256 of files and of itself; written last
     server.safetensors        the head of the shuffled test split: labels int64 [N] and, of images,
                               pixels uint8 [N, C, 32, 32]; of texts, input_ids int32 [N, T] and
                               lengths int32 [N]
@@ -12,74 +12,37 @@
 
 import hashlib
 import json
-import os
+import logging
 import shutil
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import Timeout
 from safetensors.torch import save
 
 from tracefl.config import Config
-from tracefl.data.examples import Examples, count_labels, load_examples
-from tracefl.errors import as_sentence, require
+from tracefl.data.examples import count_labels
+from tracefl.data.prepared import AGAIN, PreparedData, open_prepared
+from tracefl.errors import TraceFLError, as_sentence
+from tracefl.files import LOCK, PARTIAL, lock_of, make_folder, waiting, write_atomically
+from tracefl.sealed import sealed
 from tracefl.settings import data_settings, file_stamps, fingerprint
 
 SCHEMA = 4
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """A dataset on disk, spread over the clients.
-
-    Attributes:
-        folder: Where its files are.
-        class_names: Of the labels 0, 1, ...
-        label_counts: Number of training examples by client and label.
-        digest: SHA-256 over the SHA-256 of every file.
-        sha256: Of every file, by its path in the folder.
-        text_model: Of texts, the spec of the model that the tokens are for.
-        left_out: Number of training examples that no client holds, by reason and label
-            (`Partition.left_out`).
-        notes: Lines for the user: which columns were used, and how images became bytes.
-    """
-
-    folder: Path
-    class_names: list[str]
-    label_counts: dict[str, dict[int, int]]
-    digest: str
-    text_model: dict[str, Any] | None = None
-    left_out: dict[str, dict[int, int]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    sha256: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.class_names)
-
-    def client(self, client_id: str) -> Examples:
-        """The training examples of a client.
-
-        Raises:
-            TraceFLError: They are on the client's own machine only.
-        """
-        file = self.folder / "clients" / f"{client_id}.safetensors"
-        away = f"client {client_id}'s examples are not in {self.folder}, but on its own machine"
-        require(file.exists(), f"{away}: leave out faulty_clients_ids, whose clients are chosen by their examples")
-        return load_examples(file)
-
-    def server(self) -> Examples:
-        """The test examples of the server."""
-        return load_examples(self.folder / "server.safetensors")
+log = logging.getLogger("tracefl")
 
 
 def prepare(config: Config) -> PreparedData:
     """Prepare the data of a configuration, or open them if there and `check_dataset_cache`.
+
+    Data that are damaged are prepared again, which a line of `notes` says. One process prepares,
+    and others wait for it.
 
     Raises:
         TraceFLError: The data cannot be loaded, partitioned as asked or encoded for the model.
@@ -87,19 +50,28 @@ def prepare(config: Config) -> PreparedData:
     settings = data_settings(config) | {"schema": SCHEMA, "files": file_stamps(config.dataset.path)}
     name = config.dataset.name.rsplit("/", 1)[-1]
     folder = Path(config.storage.dir) / "data" / f"{name}-{fingerprint(settings)}"
-    if not (config.check_dataset_cache and (folder / "data.json").exists()):
-        _write(folder, config, settings)
-    info = json.loads((folder / "data.json").read_text())
-    label_counts, left_out = (
-        {key: {int(label): n for label, n in labels.items()} for key, labels in info[counts].items()}
-        for counts in ("label_counts", "left_out")
-    )
-    digest = hashlib.sha256(json.dumps(info["sha256"], sort_keys=True).encode()).hexdigest()
-    text_model, notes = info["text_model"], tuple(info["notes"])
-    return PreparedData(folder, info["class_names"], label_counts, digest, text_model, left_out, notes, info["sha256"])
+    sweep_unfinished(folder.parent, but=folder.name)
+    if not config.check_dataset_cache:
+        return _write(folder, config, settings, reuse=False)
+    try:
+        return open_prepared(folder, settings)
+    except TraceFLError as damage:
+        if not _is_there(folder / "data.json"):
+            return _write(folder, config, settings)
+        told = f"{folder} is prepared again: {str(damage).removesuffix(f': {AGAIN}').removesuffix(f': {AGAIN}.')}"
+        log.warning(told)
+        data = _write(folder, config, settings)
+        return replace(data, notes=(told, *data.notes))
 
 
-def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
+def _is_there(file: Path) -> bool:
+    with suppress(OSError):
+        return file.exists()
+    return True
+
+
+def _write(folder: Path, config: Config, settings: dict[str, Any], reuse: bool = True) -> PreparedData:
+    """Prepare the data; with `reuse` not if another process has done so meanwhile."""
     from tracefl.data.images import find_form, pixels  # take seconds to import; cached data do not need them
     from tracefl.data.sources import load_source
 
@@ -124,37 +96,63 @@ def _write(folder: Path, config: Config, settings: dict[str, Any]) -> None:
         form = find_form(source.train, source.input_columns[0], config.dataset.channels)
         notes += form.notes()
         encode = partial(pixels, form, source.input_columns[0])
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    info: dict[str, Any] = {
+        "settings": settings,
+        "class_names": source.class_names,
+        "label_counts": {client: count_labels(labels[rows]) for client, rows in enumerate(clients)},
+        "left_out": spread.left_out,
+        "sha256": {},
+        "text_model": text_model,
+        "input_columns": source.input_columns,
+        "label_column": source.label_column,
+        "images": None if source.is_text else form.as_dict(),
+        "notes": notes,
+    }
     with as_sentence(f"storage.dir={config.storage.dir} cannot be written to", "name another folder", OSError):
-        (unfinished / "clients").mkdir(parents=True)
-    try:
-        sha256 = {}
+        make_folder(folder)
+    with waiting(folder), _all_or_nothing(folder):
+        if reuse:
+            with suppress(TraceFLError):
+                return open_prepared(folder, settings)
         for file, (split, rows) in parts.items():
             encoded = encode(split, rows) | {"labels": torch.from_numpy(source.labels(split)[rows])}
-            sha256[file] = _write_hashed(unfinished / file, save(encoded))
+            info["sha256"][file] = _write_hashed(folder / file, save(encoded))
         if text_model:
-            sha256["tokenizer.json"] = _write_hashed(unfinished / "tokenizer.json", tokenizer.encode())
-        info = {
-            "settings": settings,
-            "class_names": source.class_names,
-            "label_counts": {client: count_labels(labels[rows]) for client, rows in enumerate(clients)},
-            "left_out": spread.left_out,
-            "sha256": sha256,
-            "text_model": text_model,
-            "input_columns": source.input_columns,
-            "label_column": source.label_column,
-            "images": None if source.is_text else form.as_dict(),
-            "notes": notes,
-        }
-        (unfinished / "data.json").write_text(json.dumps(info, indent=1))
-        if not config.check_dataset_cache:
+            info["sha256"]["tokenizer.json"] = _write_hashed(folder / "tokenizer.json", tokenizer.encode())
+        write_atomically(folder / "data.json", sealed(json.dumps(info, indent=1)))
+        return open_prepared(folder, settings)
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[None]:
+    """What is not complete is removed if the block fails; what was complete stays."""
+    try:
+        yield
+    except BaseException:
+        if not _is_there(folder / "data.json"):
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # the folder exists: another process prepared the same data, and may use it
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def sweep_unfinished(parent: Path, but: str) -> None:
+    """Remove what processes that died while they prepared data have left, and nothing else.
+
+    Args:
+        parent: where prepared data are.
+        but: the name of a folder to leave as it is.
+    """
+    for folder in parent.glob("*-????????"):
+        with suppress(OSError, Timeout):
+            if folder.name != but and (folder / LOCK).exists() and not (folder / "data.json").exists():
+                with lock_of(folder).acquire(blocking=False):
+                    if not (folder / "data.json").exists() and all(map(_is_ours, folder.iterdir())):
+                        shutil.rmtree(folder)
+
+
+def _is_ours(file: Path) -> bool:
+    return file.name in (LOCK, "clients", "server.safetensors", "tokenizer.json") or file.name.endswith(PARTIAL)
 
 
 def _write_hashed(file: Path, content: bytes) -> str:
-    file.write_bytes(content)
+    write_atomically(file, content)
     return hashlib.sha256(content).hexdigest()

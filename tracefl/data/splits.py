@@ -45,6 +45,10 @@ class Split:
         """Words that tell the user which row of the data this is."""
         return f"split {self.name}, row {row if self.rows is None else self.rows[row]}"
 
+    def where(self, column: str, row: int | None = None) -> str:
+        """The same for a row of a column, or for the whole column."""
+        return f"{f'split {self.name}' if row is None else self.place(row)}, column {column}"
+
     def only(self, rows: np.ndarray) -> "Split":
         """These rows (int64) of the split."""
         return Split(self.name, self.table.select(rows), rows if self.rows is None else self.rows[rows])

@@ -19,7 +19,8 @@ import pandas as pd
 
 from tracefl.evaluation.localization import NAN, Judged, against, localize, name_faulty
 from tracefl.evidence.answers import CONFIDENCE, AnswerSets, members
-from tracefl.runs import Round, Run
+from tracefl.record import Round
+from tracefl.runs import Run
 
 MODEL = "global model"
 # Column in rounds.csv of a metric's value and of its chance level.

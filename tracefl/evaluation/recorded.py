@@ -11,7 +11,7 @@ from tracefl.data.examples import Inputs
 from tracefl.errors import as_sentence, require
 from tracefl.provenance import Provenance, trace
 from tracefl.provenance.state import names_of_adapters
-from tracefl.runs import Run
+from tracefl.reading import Recorded
 from tracefl.states import as_state
 
 UNWEIGHTED = ("neuron",)  # methods that take no weights unless they are given
@@ -19,7 +19,7 @@ WITH_REFERENCE = ("integrated", "shapley")
 
 
 def trace_recorded(
-    run: Run,
+    run: Recorded,
     index: int | Sequence[int] | None,
     number: int | None,
     inputs: Batch | None,
@@ -44,7 +44,7 @@ def trace_recorded(
     return trace(model, run.client_states(number), chosen, **{**given, **options})
 
 
-def released(run: Run, number: int, model: nn.Module | None) -> nn.Module:
+def released(run: Recorded, number: int, model: nn.Module | None) -> nn.Module:
     """The global model of a round; of an own model a copy that holds its weights.
 
     Raises:
@@ -66,7 +66,7 @@ def released(run: Run, number: int, model: nn.Module | None) -> nn.Module:
     return model
 
 
-def server_inputs(run: Run, number: int, index: Any) -> Inputs:
+def server_inputs(run: Recorded, number: int, index: Any) -> Inputs:
     """The server's examples with these numbers.
 
     Raises:

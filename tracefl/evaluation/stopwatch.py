@@ -3,8 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import pandas as pd
+from typing import Any
 
 
 class Stopwatch:
@@ -20,8 +19,11 @@ class Stopwatch:
         yield
         self._measured.append((method, localizations, time.perf_counter() - started))
 
-    def table(self) -> pd.DataFrame:
-        """One row per method: localizations, seconds, seconds_per_localization."""
-        rows = pd.DataFrame(self._measured, columns=["method", "localizations", "seconds"])
-        table = rows.groupby("method", sort=False, as_index=False).sum()
-        return table.assign(seconds_per_localization=table["seconds"] / table["localizations"])
+    def rows(self) -> list[dict[str, Any]]:
+        """For each method its name, localizations and seconds; plain JSON."""
+        sums = dict[str, dict[str, Any]]()
+        for method, localizations, seconds in self._measured:
+            row = sums.setdefault(method, {"method": method, "localizations": 0, "seconds": 0.0})
+            row["localizations"] += localizations
+            row["seconds"] += seconds
+        return list(sums.values())

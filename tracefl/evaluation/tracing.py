@@ -25,6 +25,7 @@ from tracefl.evidence.whole_run import trace_run
 from tracefl.federation.noise import gaussian_noise, noise_std
 from tracefl.models import load_exchanged_state
 from tracefl.provenance import Provenance, trace
+from tracefl.provenance.spread import Spread, here, trace_spread
 from tracefl.runs import Run
 
 # One row per (round, method, input, client). `input` is the row of the server's examples, `score`
@@ -36,11 +37,21 @@ COLUMNS = [
     *("round", "method", "input", "client", "label", "predicted", "contribution", "score", "rank"),
     *("label_examples", "server", "noise"),
 ]
+# One row per (round, method, input, layer), of the client that contributes most: its contribution
+# through this layer. Layers that add nothing are left out; `place` counts those of the model.
+LAYER_COLUMNS = [*("round", "method", "input", "client", "place", "layer", "contribution")]
 log = logging.getLogger("tracefl")
 
 
 def trace_round(
-    config: Config, run: Run, model: nn.Module, examples: Examples, number: int, watch: Stopwatch | None = None
+    config: Config,
+    run: Run,
+    model: nn.Module,
+    examples: Examples,
+    number: int,
+    watch: Stopwatch | None = None,
+    layers: list[pd.DataFrame] | None = None,
+    spread: Spread = here,
 ) -> pd.DataFrame:
     """Trace round `number` with every method of `config.provenance.methods`.
 
@@ -51,6 +62,8 @@ def trace_round(
         examples: the server's examples, those that the run's predictions are about.
         number: of the round, from 1.
         watch: measures every method, from checked client states on disk to answers.
+        layers: gets a table with `LAYER_COLUMNS` for every method but "shapley".
+        spread: does parts of the clients elsewhere; default: all here, as Shapley values are.
 
     Returns:
         A table with `COLUMNS`, without rows if there is nothing to trace. With a backdoor, an input
@@ -74,17 +87,20 @@ def trace_round(
         clients = run.client_states(number)  # checked before the clock runs
         for method in config.provenance.methods:
             with watch.measure(method, len(rows)):
-                answer = trace(model, clients, inputs, targets=targets, method=method, **arguments[method])
+                given = {"targets": targets, "method": method, **arguments[method]}
+                answer = trace_spread(spread, model, clients, inputs, **given)
             server = noise = torch.full((len(rows),), torch.nan, dtype=torch.float64)
             if method == "influence" and answer.residual is not None:
                 server, noise = answer.residual, _noise_share(run, number, model, inputs, targets, config)
             of_input = {"input": rows, "label": examples.labels[rows], "server": server, "noise": noise}
             tables.append(_table(run, number, answer, of_input))
+            if layers is not None:
+                layers.append(_layers(number, answer, rows))
         if config.evaluation.coalitions:
             some = evenly(len(rows), config.evaluation.coalition_inputs)
             log.info("[Round %d] fusing coalitions of %d clients for %d inputs", number, len(clients), len(some))
             start, of_some = time.perf_counter(), take(inputs, some.tolist())
-            given: dict[str, Any] = {"weights": weights, "reference": run.global_state(number - 1)}
+            given = {"weights": weights, "reference": run.global_state(number - 1)}
             with watch.measure("shapley", len(some)):
                 answer = trace(
                     model, clients, of_some, targets=targets[some.to(targets.device)], method="shapley", **given
@@ -195,3 +211,18 @@ def _table(run: Run, number: int, answer: Provenance, of_input: dict[str, Tensor
         label_examples=[held[c].get(label, 0) for c, label in zip(table["client"], table["predicted"], strict=True)],
         **{name: values.cpu().numpy()[table["input"]] for name, values in of_input.items()},
     )[[*COLUMNS, *(name for name in ["standard_error"] if name in table)]]
+
+
+def _layers(number: int, answer: Provenance, rows: Tensor) -> pd.DataFrame:
+    """Through which layers the first client of each answer contributes, with `LAYER_COLUMNS`."""
+    first = answer.contributions.argmax(1)
+    through = answer.by_layer[:, torch.arange(len(rows)), first]  # [L, N]
+    n, place = through.T.nonzero(as_tuple=True)
+    columns = {
+        **{"round": number, "method": answer.method, "input": rows[n].numpy()},
+        "client": [answer.client_ids[k] for k in first[n].tolist()],
+        "place": place.numpy(),
+        "layer": [answer.layers[layer] for layer in place.tolist()],
+        "contribution": through[place, n].numpy(),
+    }
+    return pd.DataFrame(columns)[LAYER_COLUMNS]

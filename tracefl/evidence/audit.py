@@ -16,40 +16,22 @@ the gradient is asked for by class, and contracted with the clients.
 Beside it stands what a client's update looks like, and what its own model has learnt (`updates`).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tracefl import classifier
-from tracefl.classifier import (
-    Batch,
-    batch_size,
-    copied,
-    explained,
-    full_precision,
-    kept_bytes,
-    logits_of,
-    of_two_classes,
-    output_of,
-    take,
-)
+from tracefl.classifier import Batch, batch_size, copied, full_precision, whole_float32
 from tracefl.errors import require
-from tracefl.evidence.updates import compare, lessons
+from tracefl.evidence.labelled import Labelled
+from tracefl.evidence.updates import compare, lessons, products
 from tracefl.provenance.clients import States
 from tracefl.provenance.contract import Dense, Shares
-from tracefl.provenance.derivative import check_derivative, own_functions, random_step
-from tracefl.provenance.layers.batchnorm import WithStatistics
-from tracefl.provenance.passes import check_same, graph, true_gradients
-from tracefl.provenance.state import TracedState, names_of_adapters, traced_state
+from tracefl.provenance.spread import Spread, here
+from tracefl.provenance.state import names_of_adapters, traced_state
 from tracefl.provenance.trace import as_classes, normalised
 from tracefl.states import Source, as_real, as_state
-
-MOST_INPUTS = 256  # of a batch
 
 
 @dataclass(frozen=True)
@@ -100,7 +82,7 @@ class Audit:
         return torch.where(off == 0, off, off / spread)
 
 
-@classifier.whole_float32()
+@whole_float32()
 def audit(
     model: nn.Module,
     clients: Mapping[str, Source],
@@ -112,6 +94,7 @@ def audit(
     exact: bool = False,
     aims: bool = False,
     scratch_bytes: int = 1 << 30,
+    spread: Spread = here,
 ) -> Audit:
     """What every client does to a global model's loss over labelled examples.
 
@@ -128,6 +111,7 @@ def audit(
         aims: evaluate every client's own model too (K + 1 forward passes over the examples); needs
             `reference`.
         scratch_bytes: memory to take beside the model (default 1 GiB).
+        spread: does parts of the work elsewhere; default: all here. Fusions are all made here.
 
     Returns:
         The values of the clients; see `Audit`.
@@ -157,92 +141,41 @@ def audit(
     states = States(sources, entries, traced.aliases)
     require(traced.tensors, "no client sends a floating-point tensor of the model: pass their states")
     labels = as_classes(labels, batch_size(inputs), "labels")
-    examples = _Examples(model, inputs, labels, traced, scratch_bytes)
-    changes = (_by_fusing if exact else _first_order)(examples, states, p, scratch_bytes)
-    alone = (1 - p) <= 0
-    by_class = torch.where(alone, torch.nan, changes / examples.counts[:, None])  # 0 / 0 where there is no example
-    values = torch.where(alone, torch.nan, changes.sum(0) / examples.counts.sum())
-    further: dict[str, Tensor] = {}
+    examples, further = Labelled(model, inputs, labels, traced, scratch_bytes), dict[str, Tensor]()
     require(reference is not None or not aims, "aims=True needs the model that the clients received: pass reference")
+    start = None
     if reference is not None:
         start = States({"reference": as_state(reference, "reference", entries, saved_as)}, entries, traced.aliases)
-        parameters = [name for name, tensor in traced.tensors.items() if isinstance(tensor, nn.Parameter)]
-        further = compare(states, start, parameters, p, scratch_bytes // 4)
-        further |= lessons(_own_models(examples, states, start), examples.counts.tolist()) if aims else {}
-    return Audit(ids, values, by_class, examples.counts, exact, **further)
+
+    def alone(some: Sequence[str]) -> dict[str, Tensor]:
+        """What each of some clients gives by itself; of all tensors, clients are the last axis."""
+        part = States({f"client {who!r}": sources[f"client {who!r}"] for who in some}, entries, traced.aliases)
+        found = {} if exact else {"slopes": _slopes(examples, part, scratch_bytes)}
+        if aims and start is not None:
+            found |= lessons(_own_models(examples, part, start), examples.counts.tolist())
+        return found
+
+    parts = spread(alone, ids)
+    each = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+    slopes = each.pop("slopes", None)
+    changes = _by_fusing(examples, states, p, scratch_bytes) if slopes is None else _first_order(slopes, p)
+    by_class = changes / examples.counts[:, None]  # 0 / 0 where there is no example
+    values = changes.sum(0) / examples.counts.sum()
+    if start is not None:
+        names = [name for name, tensor in traced.tensors.items() if isinstance(tensor, nn.Parameter)]
+        dots = spread(lambda some: products(states, start, some, scratch_bytes // 4), names)
+        further = compare(torch.stack(dots).sum(0), p)
+    return Audit(ids, values, by_class, examples.counts, exact, **further, **each)
 
 
-class _Examples:
-    """A model's loss over labelled examples, class by class.
-
-    Attributes:
-        counts: int64 [C], examples of each class.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Batch, labels: Tensor, traced: TracedState, scratch_bytes: int):
-        self.model, self.inputs, self.traced, self.checked = model, inputs, traced, False
-        with _every_gradient(model, traced):
-            one = take(inputs, slice(0, 1))
-            alone, nbytes = kept_bytes(model, lambda: output_of(model, one), lambda _: [])
-            explained(alone, None, "log_odds")  # refuses probabilities
-            check_same(output_of(model, one), alone)
-        alone = of_two_classes(alone)
-        C, alike = alone.shape[1], not classifier.uses_batch_statistics(model)
-        for label in labels[(labels < 0) | (labels >= C)].tolist():
-            require(False, f"labels must be 0 to {C - 1}, got {label}: leave such examples out")
-        self.at_once = max(1, min(MOST_INPUTS, scratch_bytes // 2 // max(1, nbytes))) if alike else 1
-        self.rows = [torch.nonzero(labels == c)[:, 0] for c in range(C)]
-        self.counts = torch.tensor([len(rows) for rows in self.rows])
-
-    def losses(self, model: nn.Module) -> Tensor:
-        """Of a model of the same kind the sum of the loss over each class, float64 [C]."""
-        found = torch.zeros(len(self.rows), dtype=torch.float64)
-        with classifier.exact(model), torch.no_grad():
-            for c in range(len(self.rows)):
-                for rows in self._batches(c):
-                    found[c] += self._loss(model, c, rows).double().cpu()
-        return _finite(found)
-
-    def logits(self, model: nn.Module) -> Tensor:
-        """Of a model of the same kind, class after class, the centred logits: float64 [N, C]."""
-        with classifier.exact(model), torch.no_grad():
-            some = [rows for c in range(len(self.rows)) for rows in self._batches(c)]
-            found = [of_two_classes(logits_of(model, take(self.inputs, rows.tolist()))).double().cpu() for rows in some]
-        logits = torch.cat(found)
-        return logits - logits.mean(1, keepdim=True)
-
-    def gradients(self, c: int) -> dict[str, Tensor]:
-        """dΣL/dW of one class: traced tensor -> its gradient, complex numbers as pairs."""
-        total = {name: torch.zeros_like(as_real(w.detach())) for name, w in self.traced.tensors.items()}
-        with _every_gradient(self.model, self.traced):
-            for rows in self._batches(c):
-                loss = self._loss(self.model, c, rows)
-                _finite(loss)
-                leaves, nodes = graph(loss)
-                own = own_functions(nodes)
-                found = dict(zip(leaves, true_gradients(loss, list(leaves.values()), nodes), strict=True))
-                for name, w in self.traced.tensors.items():
-                    if (g := found.get(id(w))) is not None:
-                        total[name] += g
-                if own and not self.checked:
-                    steps, self.checked = random_step(self.traced.tensors), True
-                    share = sum(float((as_real(step) * total[name]).sum()) for name, step in steps.items())
-                    again = partial(self._loss, self.model, c, rows)
-                    check_derivative(own, share, steps, self.traced.tensors, again)
-        return total
-
-    def _batches(self, c: int) -> tuple[Tensor, ...]:
-        return self.rows[c].split(self.at_once) if len(self.rows[c]) else ()
-
-    def _loss(self, model: nn.Module, c: int, rows: Tensor) -> Tensor:
-        logits = logits_of(model, take(self.inputs, rows.tolist()))
-        labels = torch.full((len(rows),), c, device=logits.device)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+def _first_order(slopes: Tensor, p: Tensor) -> Tensor:
+    """Of each class the change of its summed loss without client k: [C, K], NaN if that is all."""
+    return torch.where(p < 1, -p / (1 - p) * (slopes - slopes @ p[:, None]), torch.nan)
 
 
-def _first_order(examples: _Examples, states: States, p: Tensor, scratch_bytes: int) -> Tensor:
-    """Of each class the change of its summed loss without client k, to first order: [C, K]."""
-    C, K = len(examples.counts), len(p)
+def _slopes(examples: Labelled, states: States, scratch_bytes: int) -> Tensor:
+    """Of each class the slope of its summed loss towards client k, <W_k - W, dL/dW>: [C, K]."""
+    C, K = len(examples.counts), len(states.states)
     origin = States({"the model": states.model}, states.model, states.aliases)
     shares = Shares(states, origin, C, read_at_once=scratch_bytes // 4)
     shares.open(["loss"])
@@ -257,10 +190,10 @@ def _first_order(examples: _Examples, states: States, p: Tensor, scratch_bytes: 
             shares.layers["loss"].zero_()
             shares.add(slice(0, len(classes)), 1.0, "loss", {name: G})
             found[classes] += shares.layers["loss"][: len(classes)].cpu()
-    return -p / (1 - p) * (found - found @ p[:, None])
+    return found
 
 
-def _by_fusing(examples: _Examples, states: States, p: Tensor, scratch_bytes: int) -> Tensor:
+def _by_fusing(examples: Labelled, states: States, p: Tensor, scratch_bytes: int) -> Tensor:
     """The same by evaluating the fusion without each client, and that of all."""
     of_all = dict[str, Tensor]()
     for name in states.aliases:
@@ -283,7 +216,7 @@ def _by_fusing(examples: _Examples, states: States, p: Tensor, scratch_bytes: in
     return torch.stack([losses(k) - everyone if p[k] < 1 else everyone * torch.nan for k in range(len(p))], 1)
 
 
-def _own_models(examples: _Examples, states: States, start: States) -> Iterator[Tensor]:
+def _own_models(examples: Labelled, states: States, start: States) -> Iterator[Tensor]:
     """Logits of the model that the clients received, then of each one's own (`lessons`)."""
     trial = copied(examples.model)
     entries = trial.state_dict()
@@ -293,19 +226,3 @@ def _own_models(examples: _Examples, states: States, start: States) -> Iterator[
                 for name in some.aliases:
                     as_real(entries[name]).copy_(some.tensors([name], k, k + 1)[0])
             yield examples.logits(trial)
-
-
-@contextmanager
-def _every_gradient(model: nn.Module, traced: TracedState) -> Iterator[None]:
-    """Run a model so that autograd sees every traced tensor, running statistics too."""
-    with classifier.exact(model):
-        for tensor in traced.tensors.values():
-            tensor.requires_grad_(True)
-        with WithStatistics():
-            yield
-
-
-def _finite(losses: Tensor) -> Tensor:
-    finite = bool(torch.isfinite(losses).all())
-    require(finite, "the loss over the labelled examples is not finite: check model, states and inputs")
-    return losses

@@ -12,7 +12,7 @@ is 1 for a client that raises every class on that class's inputs only, and 0 whe
 part. What is lowered does not count: that is how a client forgets classes that it does not hold.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from scipy.stats import rankdata
@@ -21,21 +21,16 @@ from torch import Tensor
 from tracefl.provenance.clients import States
 
 
-def compare(states: States, start: States, names: list[str], p: Tensor, read_at_once: int) -> dict[str, Tensor]:
-    """How long the updates of K clients are, and how they lie to each other.
+def products(states: States, start: States, names: Sequence[str], read_at_once: int) -> Tensor:
+    """Scalar products of the updates of K clients, float64 [K, K].
 
     Args:
         states: of the clients.
         start: one state, that of the model which they received.
         names: the tensors that count.
-        p: weights of the clients, float64 [K].
         read_at_once: bytes of clients' tensors to hold.
-
-    Returns:
-        `norms` [K]; `cosines` [K] with the mean update; `agreement` [K], the median of the cosines
-        with the other clients' updates. NaN for an update of norm 0, and with no other client.
     """
-    K = len(p)
+    K = len(states.states)
     dots = torch.zeros(K, K, dtype=torch.float64)
     for name in names:
         origin = start.tensors([name], 0, 1)[0]
@@ -50,10 +45,23 @@ def compare(states: States, start: States, names: list[str], p: Tensor, read_at_
             for j in range(i, K, block):
                 right = left if i == j else updates(j)
                 dots[i : i + block, j : j + block] += (left @ right.T).cpu()
-    dots = dots.triu() + dots.triu(1).T
+    return dots.triu() + dots.triu(1).T
+
+
+def compare(dots: Tensor, p: Tensor) -> dict[str, Tensor]:
+    """How long the updates of K clients are, and how they lie to each other.
+
+    Args:
+        dots: their scalar `products`, float64 [K, K].
+        p: weights of the clients, float64 [K].
+
+    Returns:
+        `norms` [K]; `cosines` [K] with the mean update; `agreement` [K], the median of the cosines
+        with the other clients' updates. NaN for an update of norm 0, and with no other client.
+    """
     norms = dots.diagonal().sqrt()
     cosines = dots / (norms[:, None] * norms)
-    with_others = torch.where(torch.eye(K, dtype=torch.bool), torch.nan, cosines)
+    with_others = torch.where(torch.eye(len(p), dtype=torch.bool), torch.nan, cosines)
     with_mean = dots @ p / (norms * (p @ dots @ p).sqrt())
     return {"norms": norms, "cosines": with_mean, "agreement": with_others.nanquantile(0.5, dim=1)}
 

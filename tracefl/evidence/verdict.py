@@ -16,7 +16,7 @@ close to 0.
 """
 
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
 from tracefl.evidence.audit import audit
 from tracefl.models import load_exchanged_state
+from tracefl.provenance.spread import Spread, here
 from tracefl.runs import Run
 
 MOST_EXAMPLES = 1000  # of the server's, drawn evenly from the classes
@@ -103,7 +104,14 @@ class Verdict:
         return {"faulty": self.faulty, "clients": clients}
 
 
-def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | None = None) -> pd.DataFrame:
+def audit_run(
+    run: Run,
+    *,
+    model: nn.Module | None = None,
+    examples: Examples | None = None,
+    spread: Spread = here,
+    on_round: Callable[[], object] = lambda: None,
+) -> pd.DataFrame:
     """Audit every round of a recorded run whose clients' states are there (storage.keep).
 
     Args:
@@ -112,6 +120,8 @@ def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | 
             Default: what the run knows of it.
         examples: labelled examples of the server, of which 1,000 at most are used; default: those
             of the run.
+        spread: does parts of the work elsewhere; default: all here.
+        on_round: called when a round is audited.
 
     Returns:
         A table with `COLUMNS` and the values by class, from which `judge` makes the verdict.
@@ -124,7 +134,10 @@ def audit_run(run: Run, *, model: nn.Module | None = None, examples: Examples | 
     model = run.model(0) if model is None else model
     examples = run.server_examples() if examples is None else examples
     examples = examples[evenly(examples.labels, MOST_EXAMPLES)].to(next(model.parameters()).device)
-    tables = [_audit_round(run, record.number, model, examples) for record in run.kept_rounds]
+    tables = []
+    for record in run.kept_rounds:
+        tables.append(_audit_round(run, record.number, model, examples, spread))
+        on_round()
     return pd.concat(tables, ignore_index=True)
 
 
@@ -187,9 +200,15 @@ def _reasons(of: Mapping[Hashable, Any], middle: float, taught: str) -> Iterator
         yield f"moves the model against the others ({cosine})"
 
 
-def verdict_json(verdict: Verdict) -> bytes:
-    """The bytes of verdict.json."""
-    return json.dumps(verdict.as_json(), indent=1, allow_nan=False).encode()
+def verdict_json(verdict: Verdict, removal: dict[str, Any] | None = None) -> bytes:
+    """The bytes of verdict.json.
+
+    Args:
+        verdict: of the run.
+        removal: what leaving out the faulty clients would give (`WhatIf.as_json`), if it was tried.
+    """
+    content = verdict.as_json() if removal is None else {**verdict.as_json(), "removal": removal}
+    return json.dumps(content, indent=1, allow_nan=False).encode()
 
 
 def class_by_client(table: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
@@ -223,12 +242,13 @@ def evenly(labels: Tensor, most: int) -> Tensor:
     return torch.argsort(place, stable=True)[:most].sort().values
 
 
-def _audit_round(run: Run, number: int, model: nn.Module, examples: Examples) -> pd.DataFrame:
+def _audit_round(run: Run, number: int, model: nn.Module, examples: Examples, spread: Spread) -> pd.DataFrame:
     weights: Mapping[str, float] = {client.id: client.weight for client in run.round(number).clients}
     try:
         load_exchanged_state(model, dict(run.global_state(number)))
         states, reference = run.client_states(number), run.global_state(number - 1)
-        found = audit(model, states, examples.inputs, examples.labels, weights=weights, reference=reference, aims=True)
+        given: dict[str, Any] = {"weights": weights, "reference": reference, "aims": True, "spread": spread}
+        found = audit(model, states, examples.inputs, examples.labels, **given)
     except TraceFLError as error:
         raise TraceFLError(f"round {number} cannot be audited: {error}") from error
     taught = torch.as_tensor(found.taught).clamp(min=0)

@@ -1,28 +1,14 @@
-"""What would a recorded run's model be without some of its clients, and what would it predict?
+"""What would a recorded run's model predict without some of its clients?
 
-The round, fused again without them (W_t: the model that round t released, F_t: the mean of its
-clients by their weights p_k, F'_t: the mean of those that are kept),
-
-    W'_t = W_t + d_t,    d_t = F'_t - F_t;
-
-or replayed, every round from `since` on without them, a share c of what is changed being carried on
-(`memory`, 1 unless given):
-
-    d_t = c d_{t-1} + F'_t - F_t.
-
-What the server adds to the mean (noise, an optimizer's step) stays as it was: W_t - F_t. A round
-with nobody left keeps the model that came in, W'_t = W'_{t-1}. A running variance stays positive:
-it keeps at least a tenth of W_t's, or of F'_t's if that is less.
-
-How the others would have trained from the changed model is left out: later rounds undo part of a
-change, for which c below 1 stands. Only a training without the clients (exclude_clients) has it.
+The model is that of `without`: fused again from the recorded states, without training.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +16,16 @@ from torch import Tensor, nn
 from tracefl.classifier import copied, logits_of
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
-from tracefl.evidence.fusion import as_ids, mean_of, same_names, wide
+from tracefl.evidence.without import known_ids, opened, rounds_of, state_without, weights_of
 from tracefl.models import exchanged_state
 from tracefl.provenance.trace import as_classes
-from tracefl.runs import Round, Run
-from tracefl.states import State, is_continuous
+from tracefl.runs import Run
+from tracefl.states import State
 from tracefl.training import Evaluation, evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LEAST_VARIANCE = 0.1  # of what it is without the clients, or in the model if that is less
 SHOWN_CLASSES = 10
 
 
@@ -111,6 +96,20 @@ class WhatIf:
         }  # fmt: skip
         return pd.DataFrame(columns)
 
+    def as_json(self) -> dict[str, Any]:
+        """What verdict.json holds of it, strict JSON: a number that is not finite is null."""
+        counts = {"examples": len(self.labels), "mispredictions": self.mispredictions}
+        counts |= {"righted": len(self.righted), "wronged": len(self.wronged)}
+        models = {"before": self.before, "after": self.after}
+        scores = {
+            f"{name}_{when}": value if math.isfinite(value := getattr(model, name)) else None
+            for when, model in models.items()
+            for name in ("accuracy", "loss")
+        }
+        return (
+            {"without": self.without, "since": self.since, "round": self.round, "rounds": self.rounds} | scores | counts
+        )
+
     def __repr__(self) -> str:
         loss = f"loss {self.before.loss:.3f} -> {self.after.loss:.3f}"
         pairs = zip(self.class_names, self.by_class_before.tolist(), self.by_class_after.tolist(), strict=True)
@@ -164,7 +163,7 @@ def whatif(
         Client 1 says the opposite of client 0, with more weight:
 
         >>> import tempfile
-        >>> from tracefl.runs import ClientInfo
+        >>> from tracefl.record import ClientInfo
         >>> good = {"weight": torch.tensor([[2.0], [-2.0]])}
         >>> bad = {"weight": torch.tensor([[-4.0], [4.0]])}
         >>> ids = [ClientInfo("0", {0: 1}), ClientInfo("1", {0: 2})]
@@ -178,9 +177,9 @@ def whatif(
         >>> found.before.accuracy, found.after.accuracy, found.righted.tolist()
         (0.0, 1.0, [0, 1])
     """
-    run = _opened(run)
-    number, first = _rounds(run, round, since)
-    left_out = _known(run, without)
+    run = opened(run)
+    number, first = rounds_of(run, round, since)
+    left_out = known_ids(run, without)
     examples = run.server_examples() if examples is None else examples
     kind = type(examples).__name__
     require(isinstance(examples, Examples), f"examples must be Examples(inputs, labels), got a {kind}")
@@ -191,109 +190,8 @@ def whatif(
     labels, before = examples.labels.cpu(), evaluate(model, examples)
     _load(model, state_without(run, left_out, round=number, since=first, memory=memory))
     after = evaluate(model, examples)
-    rounds = [t.number for t in run.rounds[first - 1 : number] if any(_weights(t, left_out))]
+    rounds = [t.number for t in run.rounds[first - 1 : number] if any(weights_of(t, left_out))]
     return WhatIf(left_out, number, first, rounds, _class_names(run, C), labels, before, after)
-
-
-@torch.no_grad()
-def state_without(
-    run: Run | str | Path,
-    without: Collection[str | int],
-    *,
-    round: int | None = None,
-    since: int | None = None,
-    memory: float = 1.0,
-) -> dict[str, Tensor]:
-    """The model of a recorded round without some clients, as a state dict.
-
-    One pass over the recorded rounds; beside the model, a change of it in double precision is in
-    memory, and one tensor at a time of the clients.
-
-    Args:
-        run: the run, or its folder.
-        without: ids of the clients to leave out.
-        round: the round whose model it is; default: the last one.
-        since: the first round to fuse without them; default: only `round` itself.
-        memory: share of a change that the next round keeps in a replay, 0 to 1.
-
-    Raises:
-        TraceFLError: an argument or a recorded state is unusable.
-    """
-    run = _opened(run)
-    number, first = _rounds(run, round, since)
-    share = isinstance(memory, int | float) and not isinstance(memory, bool) and 0 <= memory <= 1
-    require(share, f"memory must be a number from 0 to 1, got {memory!r}: 1 keeps all of a change")
-    left_out, replay = _known(run, without), _Replay()
-    for record in run.rounds[first - 1 : number]:
-        out, kept = _weights(record, left_out), _weights(record, None, left_out)
-        replay.released = run.global_state(record.number)
-        if not kept:
-            replay.keep_incoming(run.global_state(record.number - 1))
-        else:
-            replay.carry_on(memory)
-            if out:
-                replay.fuse_without(record, out, kept)
-    return replay.state()
-
-
-class _Replay:
-    """The change d of the model, round by round.
-
-    Attributes:
-        released: W_t of the round that is replayed.
-        change: d_t, name -> float64 or complex128; what is not there has not changed.
-        least: of running variances that were changed, what they were without the clients.
-        fused: W'_t of what was fused without clients in this round: F'_t + W_t - F_t + c d_{t-1},
-            which has no rounding error of the clients' that are left out.
-    """
-
-    def __init__(self) -> None:
-        self.released: State = {}
-        self.change, self.least, self.fused = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-
-    def carry_on(self, memory: float) -> None:
-        """The next round, in which others train."""
-        self.fused = {}
-        for change in self.change.values():
-            change *= memory
-
-    def keep_incoming(self, incoming: State) -> None:
-        """W'_t = W'_{t-1}, where nobody is left."""
-        self.fused = {}
-        for name in incoming:
-            if is_continuous(came := incoming[name]):
-                self._add(name, came.to(wide(came.dtype)) - self.released[name], came)
-
-    def fuse_without(self, record: Round, out: dict[str, float], kept: dict[str, float]) -> None:
-        """F' - F = p_out (mean of those kept - mean of those left out); states are read once."""
-        states: dict[str, State] = {who: record.client_state(who) for who in (*kept, *out)}
-        p_out = sum(out.values()) / (sum(out.values()) + sum(kept.values()))
-        for name in same_names(states):
-            stay, dtype = mean_of({who: states[who] for who in kept}, kept, name)
-            if is_continuous(stay):
-                leave, _ = mean_of({who: states[who] for who in out}, out, name)
-                W, F = self.released[name], torch.lerp(leave, stay, 1 - p_out)
-                rounded = len(states) * torch.finfo(dtype).eps * (p_out * leave.abs() + (1 - p_out) * stay.abs())
-                added = torch.where((W - F).abs() <= rounded, 0, W - F)
-                self.fused[name] = stay + added + self.change.get(name, 0)
-                self._add(name, p_out * (stay - leave), stay)
-
-    def state(self) -> dict[str, Tensor]:
-        """W'_t = W_t + d_t."""
-        state = dict[str, Tensor]()
-        for name in self.released:
-            state[name] = W = self.released[name]
-            if name in self.change and is_continuous(W):
-                moved = self.fused[name] if name in self.fused else W + self.change[name]
-                if name in self.least:
-                    moved = torch.maximum(moved, LEAST_VARIANCE * torch.minimum(self.least[name], W))
-                state[name] = moved.to(W.dtype)
-        return state
-
-    def _add(self, name: str, moved: Tensor, without: Tensor) -> None:
-        self.change[name] = self.change[name] + moved if name in self.change else moved
-        if name.endswith("running_var"):
-            self.least[name] = without
 
 
 def removal_lines(found: WhatIf) -> Iterator[str]:
@@ -317,42 +215,6 @@ def removal_lines(found: WhatIf) -> Iterator[str]:
     accuracy = f"accuracy {found.before.accuracy:.2f} -> {found.after.accuracy:.2f}"
     righted = f"{len(found.righted)} of {found.mispredictions} mispredictions become right"
     yield f"Without {who} in {when}: {accuracy}; {righted}, {len(found.wronged)} right ones wrong"
-
-
-def _opened(run: Run | str | Path) -> Run:
-    kind = type(run).__name__
-    require(isinstance(run, Run | str | Path), f"run must be a Run or the folder of one, got a {kind}")
-    return run if isinstance(run, Run) else Run.open(run)
-
-
-def _rounds(run: Run, round: int | None, since: int | None) -> tuple[int, int]:
-    """The round, and the first one that is fused again."""
-    require(run.rounds, f"{run.path} has no complete round: train it first")
-    number = len(run.rounds) if round is None else round
-    for name, value in (("round", number), ("since", since)):
-        whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
-        require(whole, f"{name} must be the number of a round, got {value!r}: give one from 1 to {len(run.rounds)}")
-    run.round(number)
-    first = number if since is None else since
-    require(1 <= first <= number, f"since must be a round from 1 to round={number}, got {first}: correct it")
-    return number, first
-
-
-def _known(run: Run, without: Collection[str | int]) -> list[str]:
-    """The ids as the run has them; a whole number stands for its digits."""
-    took_part = [client.id for record in run.rounds for client in record.clients]
-    known = list(dict.fromkeys([client.id for client in run.clients] + took_part))
-    if isinstance(without, Collection) and not isinstance(without, str | bytes):
-        without = [str(who) if isinstance(who, int) and not isinstance(who, bool) else who for who in without]
-    left_out = as_ids(without, known, "without")
-    require(left_out, "without must name the clients to leave out, got none: name one")
-    return left_out
-
-
-def _weights(record: Round, only: Collection[str] | None, but: Collection[str] = ()) -> dict[str, float]:
-    """Weight of every client whose update the round used, above 0."""
-    some = [client for client in record.clients if (only is None or client.id in only) and client.id not in but]
-    return {client.id: client.weight for client in some if client.weight > 0}
 
 
 def _load(model: nn.Module, state: State) -> None:

@@ -18,34 +18,25 @@ was. Without its only client there is no round, and W_{t-1} + d_k stays. What no
 round stays. A running variance of W + d is at least a tenth of W's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracefl.classifier import Batch, batch_size, copied, exact, full_precision, logits_of, take
+from tracefl.classifier import Batch, batch_size, copied, exact, full_precision
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
 from tracefl.evidence.game import Explained
+from tracefl.evidence.reaction import Difference, Memory, Proxy, reaction
+from tracefl.evidence.recorded import Recorded
 from tracefl.provenance.clients import States
 from tracefl.provenance.result import Provenance
-from tracefl.provenance.state import names_of_adapters, traced_state
-from tracefl.provenance.trace import as_classes, normalised
-from tracefl.runs import Round, Run
-from tracefl.states import State, as_real, as_state
-from tracefl.training import train
+from tracefl.provenance.trace import as_classes
+from tracefl.runs import Run
 
 METHODS = ("replay", "sum")
-MEMORY = 0.5  # where there is nothing to train a proxy on
-PROXY, FADING = 0.7, 0.3  # "mixed": R(d) = 0.7 of the proxy's + 0.3 of memory 0.3's
-LEAST_VARIANCE = 0.1  # of a running variance, in units of the model's own
-
-# How a client trains, and the settings of a run of TraceFL's that say so.
-_TRAINING = {"epochs": "client.epochs", "lr": "client.lr", "batch_size": "batch_size"}
-Difference = dict[str, Tensor]  # traced tensor -> what it differs by
 
 
 def trace_run(
@@ -99,7 +90,7 @@ def trace_run(
     Example:
         >>> import tempfile, torch
         >>> from tracefl import Run, trace_run
-        >>> from tracefl.runs import ClientInfo
+        >>> from tracefl.record import ClientInfo
         >>> from tracefl.training import Evaluation
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> initial, clients = {"weight": torch.zeros(2, 1)}, [ClientInfo(who, {}) for who in "ab"]
@@ -136,7 +127,7 @@ def trace_run(
     if method == "sum":
         with exact(model):
             return _sum(recorded, at, int(scratch_bytes))
-    react = _reaction(run, recorded, at, memory, examples, training, proxies)
+    react = reaction(run, recorded, at, memory, examples, training, proxies)
     with exact(model):
         return _replay(recorded, at, react, int(scratch_bytes))
 
@@ -148,261 +139,11 @@ def _model_of(run: Run, number: int) -> nn.Module:
         raise TraceFLError(f"the model of {run.path} cannot be built ({error}); pass model=") from error
 
 
-class Recorded:
-    """The recorded states of a run up to a round, checked as they are read, tensor by tensor.
-
-    Args:
-        run: the run.
-        model: of its architecture, in full precision; `load` changes its weights.
-        last: the round.
-    """
-
-    def __init__(self, run: Run, model: nn.Module, last: int):
-        self.run, self.model, self.last = run, model, last
-        self.saved_as = names_of_adapters(model)
-        self.p = {record.number: _weights(record) for record in run.rounds[:last]}
-        took_part = {client.id for record in run.rounds[:last] for client in record.clients}
-        known = [client.id for client in run.clients if client.id in took_part]
-        self.ids = known + sorted(took_part - set(known))
-        self.entries = dict(model.state_dict())
-        self.clients = {t: self._clients(t) for t in self.p}
-        self.sent = {t: frozenset[str]().union(*of.values()) for t, of in self.clients.items()}
-        state = traced_state(model, "all", True, frozenset().union(*self.sent.values()))
-        self.aliases, self.tensors = state.aliases, {name: as_real(w) for name, w in state.tensors.items()}
-        require(self.tensors, f"no client of {run.path} sends a floating-point tensor: there is nothing to replay")
-        self.nbytes = sum(w.nbytes for w in self.tensors.values())
-        self.variances = [name for name in self.tensors if name.rpartition(".")[2] == "running_var"]
-
-    def _clients(self, t: int) -> dict[str, State]:
-        record = self.run.round(t)
-        whose = {k: f"round {t}, client {k!r}" for k in self.p[t]}
-        return {whose[k]: as_state(record.client_state(k), whose[k], self.entries, self.saved_as) for k in whose}
-
-    @torch.no_grad()
-    def load(self, t: int) -> dict[str, Tensor]:
-        """Load the model released by round t; its traced tensors."""
-        whose = f"the global model of round {t}"
-        state = as_state(self.run.global_state(t), whose, self.entries, self.saved_as)
-        released = States({whose: state}, self.entries, self.aliases)
-        W = {name: released.tensors([name], 0, 1)[0] for name in self.tensors}
-        for name in state.keys() - {alias for some in self.aliases.values() for alias in some}:
-            self.entries[name].copy_(state[name])  # counters, and what no client sends
-        self.put(W)
-        return W
-
-    @torch.no_grad()
-    def put(self, W: Mapping[str, Tensor], d: Mapping[str, Tensor] | None = None) -> None:
-        """Make W + d the model's weights."""
-        for name, tensor in self.tensors.items():
-            moved = W[name] if d is None else W[name] + d[name]
-            least = LEAST_VARIANCE * W[name] if name in self.variances else None
-            tensor.copy_(moved if least is None else torch.maximum(moved, least))
-
-    def without(self, t: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Of every tensor that round t fuses: its name, and client -> fusion without it - fusion.
-
-        Every client is read once. A client with all the weight is left out.
-        """
-        states = States(self.clients[t], self.entries, self.aliases_of(t))
-        for name in self.aliases_of(t):
-            thetas = states.tensors([name], 0, len(self.p[t]))
-            fused, clients = self._mean(t, thetas), zip(self.p[t].items(), thetas, strict=True)
-            yield name, {k: p / (1 - p) * (fused - theta.double()) for (k, p), theta in clients if p < 1}
-
-    def fusion(self, t: int, W: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Σ p W_k of round t; what its clients do not send is as in W."""
-        states, fused = States(self.clients[t], self.entries, self.aliases_of(t)), dict(W)
-        for name in self.aliases_of(t):
-            fused[name] = self._mean(t, states.tensors([name], 0, len(self.p[t]))).to(W[name].dtype)
-        return fused
-
-    def _mean(self, t: int, thetas: list[Tensor]) -> Tensor:
-        return torch.stack([p * theta.double() for p, theta in zip(self.p[t].values(), thetas, strict=True)]).sum(0)
-
-    def aliases_of(self, t: int) -> dict[str, list[str]]:
-        return {name: some for name, some in self.aliases.items() if self.sent[t] & set(some)}
-
-
-def _weights(record: Round) -> dict[str, float]:
-    """p_k of the clients whose updates a round used; none, if it used no update."""
-    used = {client.id: client.weight for client in record.clients if client.weight != 0}
-    return dict(zip(used, normalised(used, list(used)).tolist(), strict=True)) if used else {}
-
-
-@dataclass
-class _Memory:
-    """R(d) = c d on what the round's clients send."""
-
-    c: float
-    recorded: Recorded
-
-    @property
-    def name(self) -> str:
-        return f"the whole run, memory {self.c:g}"
-
-    def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
-        for d in differences.values():
-            for name in self.recorded.aliases_of(t):
-                d[name] *= self.c
-
-
-@dataclass
-class _Proxy:
-    """R(d) = s Σ_j p'_j (F_j(W + d) - F_j(W)) + (1 - s) c d, over the round's clients but k.
-
-    F_j is client j's training on server's examples: as many as it has, each class drawn as often
-    as it holds it.
-    """
-
-    examples: Examples
-    training: Mapping[str, Any]
-    recorded: Recorded
-    share: float  # s
-    most: int | None  # how many of a round's clients are stood for
-    trained: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.trained = copied(self.recorded.model)
-        state = traced_state(self.trained, "all", True, frozenset(self.recorded.aliases))
-        self.tensors = {name: as_real(w) for name, w in state.tensors.items()}
-        mixed = f"{self.share:g} by proxy, {1 - self.share:g} by memory {FADING:g}"
-        self.name = f"the whole run, {mixed if self.share < 1 else 'memory by proxy'}"
-        self.counts = {client.id: client.label_counts for client in self.recorded.run.clients}
-
-    def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
-        if not differences:
-            return
-        p, names = self.recorded.p[t], self.recorded.aliases_of(t)
-        order = torch.randperm(len(p), generator=torch.Generator().manual_seed(t)).tolist()
-        drawn = [list(p)[i] for i in order]
-        others = {k: [j for j in drawn if j != k][: self.most] for k in differences}
-        answers = {k: {name: torch.zeros_like(d[name]) for name in names} for k, d in differences.items()}
-        for j in drawn:
-            answering = [k for k in differences if j in others[k]]
-            if not answering:
-                continue
-            rows, seed = self._drawn(t, j), 1000 * t + drawn.index(j)
-            start = self._train(W, None, rows, seed)
-            for k in answering:
-                end, share = self._train(W, differences[k], rows, seed), p[j] / sum(p[i] for i in others[k])
-                for name, answer in answers[k].items():
-                    answer.add_(end[name] - start[name], alpha=share)
-        for k, d in differences.items():
-            for name in names:
-                d[name].mul_((1 - self.share) * FADING).add_(answers[k][name], alpha=self.share)
-
-    def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, seed: int) -> dict[str, Tensor]:
-        self.recorded.put(W, d)
-        self.trained.load_state_dict(self.recorded.model.state_dict())
-        with torch.random.fork_rng(), torch.enable_grad():
-            train(self.trained, self.examples[rows], seed=seed, **self.training)
-        return {name: w.detach().clone() for name, w in self.tensors.items()}
-
-    def _drawn(self, t: int, client: str) -> Tensor:
-        """Rows of the server's examples, with replacement."""
-        labels = self.examples.labels
-        held = labels.bincount().double()
-        wanted = torch.zeros_like(held)
-        for label, count in self.counts.get(client, {}).items():
-            if label < len(wanted):
-                wanted[label] += count
-        chance = (wanted / held.clamp_min(1))[labels]
-        chance = chance if chance.any() else torch.ones_like(chance)  # what it holds is not known
-        number = next(of.num_examples for of in self.recorded.run.round(t).clients if of.id == client)
-        generator = torch.Generator().manual_seed(1000 * t + self.recorded.ids.index(client))
-        return torch.multinomial(chance, max(2, number), replacement=True, generator=generator)
-
-
-def _reaction(
-    run: Run, recorded: Recorded, at: Explained, memory: float | str | None,
-    examples: Examples | tuple[Batch, Tensor] | None, training: Mapping[str, Any] | None, proxies: int | None,
-) -> _Memory | _Proxy:  # fmt: skip
-    if isinstance(memory, int | float):
-        return _Memory(float(memory), recorded)
-    given = training is not None or examples is not None
-    training = _training_of(run) if training is None else training
-    examples = _examples_of(run) if examples is None else examples
-    if memory is None and (examples is None or training is None) and not given:
-        return _Memory(MEMORY, recorded)
-    known = (
-        f"memory={memory or 'mixed'!r} needs labelled examples and how clients train, which {run.path} does not hold"
-    )
-    if examples is None or training is None:
-        raise TraceFLError(f"{known}: pass examples= and training=, or memory as a number")
-    training, examples = _checked(training), _usable(examples, at)
-    if memory is None and not given and len(examples) == 0:
-        return _Memory(MEMORY, recorded)
-    must = "examples must hold others than the inputs that are explained"
-    require(len(examples), f"{must}: pass more, or memory as a number")
-    memory = memory or "mixed"
-    return _Proxy(examples, training, recorded, 1.0 if memory == "proxy" else PROXY, proxies)
-
-
-def _checked(training: Mapping[str, Any]) -> dict[str, Any]:
-    kind = ", ".join(map(str, training)) if isinstance(training, Mapping) else f"a {type(training).__name__}"
-    fits = isinstance(training, Mapping) and set(training) == set(_TRAINING)
-    require(fits, f"training must be a dict of {', '.join(_TRAINING)}, got {kind}")
-    for name, value in training.items():
-        numbers = int if name != "lr" else int | float
-        fine = isinstance(value, numbers) and not isinstance(value, bool) and 0 < value < float("inf")
-        must = "a number" if name == "lr" else "a whole number"
-        require(fine, f"training's {name} must be {must} above 0, got {value!r}")
-    return dict(training)
-
-
-def _usable(examples: Examples | tuple[Batch, Tensor], at: Explained) -> Examples:
-    """Labelled examples to train on, without those that are explained."""
-    if not isinstance(examples, Examples):
-        pair = isinstance(examples, tuple | list) and len(examples) == 2
-        require(pair, f"examples must be (inputs, labels), got a {type(examples).__name__}: correct them")
-        inputs, labels = examples
-        examples = Examples(inputs, as_classes(labels, batch_size(inputs), "the labels of examples"))  # type: ignore[arg-type]
-    fits = batch_size(examples.inputs) == len(examples)
-    require(fits, f"examples must have a label for each input, got {len(examples)} labels: correct them")
-    padded = isinstance(examples.inputs, Tensor) or "attention_mask" in examples.inputs
-    require(padded, "examples must be a Tensor, or texts with an attention_mask: add it, or pass memory as a number")
-    with exact(at.work), torch.no_grad():
-        C = logits_of(at.work, take(at.inputs, slice(0, 1))).shape[1]
-    for label in examples.labels[(examples.labels < 0) | (examples.labels >= C)].tolist():
-        require(False, f"the labels of examples must be 0 to {C - 1}, got {label}: leave such examples out")
-    explained = {_content(at.inputs, i) for i in range(at.N)}
-    rest = [i for i in range(len(examples)) if _content(examples.inputs, i) not in explained]
-    return examples[torch.tensor(rest, dtype=torch.int64)]
-
-
-def _content(inputs: Batch, i: int) -> bytes:
-    """What tells one input from another; of a text the tokens, not the padding."""
-    if isinstance(inputs, Tensor):
-        return inputs[i].detach().double().cpu().numpy().tobytes()
-    tokens = inputs.get("input_ids", next(iter(inputs.values())))[i]
-    mask = inputs.get("attention_mask")
-    return (tokens if mask is None else tokens[mask[i].bool()]).detach().double().cpu().numpy().tobytes()
-
-
-def _training_of(run: Run) -> dict[str, Any] | None:
-    """How the clients of a run of TraceFL's train."""
-    file = run.path / "config.yaml"
-    if not file.exists():
-        return None
-    from omegaconf import OmegaConf
-
-    found = {name: OmegaConf.select(OmegaConf.load(file), key) for name, key in _TRAINING.items()}
-    return None if None in found.values() else found
-
-
-def _examples_of(run: Run) -> Examples | None:
-    """The server's examples of a run of TraceFL's, unless its prepared data are gone."""
-    try:
-        return run.server_examples()
-    except (TraceFLError, FileNotFoundError):
-        return None
-
-
-def _replay(recorded: Recorded, at: Explained, react: _Memory | _Proxy, scratch_bytes: int) -> Provenance:
+def _replay(recorded: Recorded, at: Explained, react: Memory | Proxy, scratch_bytes: int) -> Provenance:
     W_T, ids = recorded.load(recorded.last), recorded.ids
     y = at.of_model()
     share = torch.zeros(at.N, len(ids), dtype=torch.float64)
-    copies = 1 if isinstance(react, _Memory) else 2  # with a proxy, differences before and after a round
+    copies = 1 if isinstance(react, Memory) else 2  # with a proxy, differences before and after a round
     some = max(1, scratch_bytes // 4 * 3 // (copies * recorded.nbytes))
     for first in range(0, len(ids), some):
         followed = ids[first : first + some]
@@ -414,12 +155,12 @@ def _replay(recorded: Recorded, at: Explained, react: _Memory | _Proxy, scratch_
 
 
 @torch.no_grad()
-def _differences(recorded: Recorded, ids: Sequence[str], react: _Memory | _Proxy) -> dict[str, Difference]:
+def _differences(recorded: Recorded, ids: Sequence[str], react: Memory | Proxy) -> dict[str, Difference]:
     """Client -> d_k after the last round, of those with an update that counted."""
     differences = dict[str, Difference]()
     for t, p in recorded.p.items():
         alone = next(iter(p)) if len(p) == 1 else None
-        W = recorded.load(t - 1) if alone in ids or isinstance(react, _Proxy) else {}
+        W = recorded.load(t - 1) if alone in ids or isinstance(react, Proxy) else {}
         if p:
             answering = {k: d for k, d in differences.items() if k != alone}
             react(t, answering, W)

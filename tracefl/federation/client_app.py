@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from tracefl.data.examples import Examples, load_examples
+from tracefl.data.examples import Examples, load_examples, load_prepared
 from tracefl.data.faults import client_seed, faulty_examples, opposite
 from tracefl.errors import as_sentence, require
 from tracefl.federation.identity import ACTION, identify
@@ -64,7 +64,7 @@ def own_examples(task: dict[str, Any], context: Context) -> Examples:
     partition = str(context.node_config["partition-id"])
     named = context.node_config.get("data-path")
     if named is None and task["data"]:
-        return load_examples(Path(task["data"]) / "clients" / f"{partition}.safetensors")
+        return load_prepared(Path(task["data"]), f"clients/{partition}.safetensors")
     require(named, f"client {partition}: the node's configuration has no data-path: start it with data-path='FILE'")
     file, must = Path(str(named)), f"client {partition}: data-path={named} must be its file of the prepared data"
     wrong = (OSError, ValueError, KeyError, RuntimeError)

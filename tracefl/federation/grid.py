@@ -1,15 +1,22 @@
-"""A view of Flower's grid: some of its nodes, each reply as soon as it comes, an end on request."""
+"""A view of Flower's grid: some of its nodes, each reply once and as soon as it comes, an end on
+request."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, Metadata
+from flwr.app import Error, Message, Metadata
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from tracefl.federation.replies import UNREADABLE, as_line
 
 PULL_INTERVAL_S = 0.1
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError, DecodeError)
+log = logging.getLogger("tracefl")
 
 
 @dataclass
@@ -33,6 +40,7 @@ class GridView:
     on_reply: Callable[[Message], None] = lambda _: None
     stop: threading.Event = field(default_factory=threading.Event)
     asked: dict[str, Metadata] = field(default_factory=dict, init=False)
+    _answered: set[str] = field(default_factory=set, init=False)
 
     def get_node_ids(self) -> Iterable[int]:
         self._check()
@@ -48,9 +56,30 @@ class GridView:
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         self._check()
-        replies = list(self.grid.pull_messages(message_ids))
-        for reply in replies:
+        replies = []
+        for reply in self._pull(list(message_ids)):
+            answers = reply.metadata.reply_to_message_id
+            if answers in self._answered:
+                log.warning("node %s answers a message twice: its first answer counts", reply.metadata.src_node_id)
+                continue
+            self._answered.add(answers)
             self.on_reply(reply)
+            replies.append(reply)
+        return replies
+
+    def _pull(self, message_ids: list[str]) -> list[Message]:
+        """The replies; from a SuperLink one by one: what cannot be put together takes others along.
+
+        A view gives what it has from its own grid.
+        """
+        if type(self.grid).__name__ != "HttpGrid":
+            return list(self.grid.pull_messages(message_ids))
+        replies = list[Message]()
+        for sent in message_ids:
+            try:
+                replies += self.grid.pull_messages([sent])
+            except BROKEN as error:
+                replies.append(_unreadable(self.asked[sent], sent, error))
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -73,3 +102,19 @@ class GridView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.grid, name)
+
+
+def _unreadable(asked: Metadata, sent: str, error: Exception) -> Message:
+    """Stands for a reply that Flower cannot put together from what the client has sent."""
+    about = Metadata(
+        run_id=asked.run_id,
+        message_id="",
+        src_node_id=asked.dst_node_id,
+        dst_node_id=asked.src_node_id,
+        reply_to_message_id=sent,
+        group_id=asked.group_id,
+        created_at=asked.created_at,
+        ttl=asked.ttl,
+        message_type=asked.message_type,
+    )
+    return Message(Error(UNREADABLE, as_line(error)), metadata=about)  # type: ignore[call-overload]

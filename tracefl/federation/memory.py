@@ -47,7 +47,7 @@ def settings_of(strategy: Strategy) -> dict[str, Any]:
     """Class of every part -> the arguments of Flower's classes that change what it aggregates."""
     found = {}
     for part in parts(strategy):
-        names = sorted(_arguments(part) - set(NO_SETTING))
+        names = sorted(arguments(part) - set(NO_SETTING))
         values = {name: getattr(part, name, None) for name in names}
         found[type(part).__name__] = {k: v for k, v in values.items() if isinstance(v, bool | int | float | str)}
     return found
@@ -67,7 +67,7 @@ def state_of(strategy: Strategy) -> dict[str, Tensor]:
     for index, part in enumerate(parts(strategy)):
         if isinstance(part, DifferentialPrivacyAdaptiveBase):
             state[f"clipping_norm/{index}"] = torch.tensor(part.clipping_norm, dtype=torch.float64)
-        if _keeps_state(part):
+        if keeps_state(part):
             packed[str(index)] = _pack(part.state_dict(), state, type(part).__name__)  # type: ignore[attr-defined]
     if packed:
         state["state_dict"] = torch.frombuffer(bytearray(json.dumps(packed).encode()), dtype=torch.uint8)
@@ -85,7 +85,7 @@ def load_state(strategy: Strategy, state: State) -> None:
     for index, part in enumerate(parts(strategy)):
         if f"clipping_norm/{index}" in state:
             part.clipping_norm = float(state[f"clipping_norm/{index}"])  # type: ignore[attr-defined]
-        if str(index) in packed and _keeps_state(part):
+        if str(index) in packed and keeps_state(part):
             part.load_state_dict(_unpack(packed[str(index)], state))  # type: ignore[attr-defined]
 
 
@@ -93,8 +93,8 @@ def fingerprints(strategy: Strategy) -> dict[str, bytes]:
     """The pickle of every value that `state_of` cannot read, by "Class.attribute"."""
     found = {}
     for part in parts(strategy):
-        known = {*_arguments(part), *MOMENTS, "current_arrays"} - {"accountant"}
-        ours = type(part).__module__.startswith(OURS) or _keeps_state(part)
+        known = {*arguments(part), *MOMENTS, "current_arrays"} - {"accountant"}
+        ours = type(part).__module__.startswith(OURS) or keeps_state(part)
         names = {"accountant"} if ours else set(vars(part)) - known
         own = {name: value for name, value in vars(part).items() if name in names and not callable(value)}
         for name, value in own.items():
@@ -104,12 +104,14 @@ def fingerprints(strategy: Strategy) -> dict[str, bytes]:
     return found
 
 
-def _arguments(part: Strategy) -> set[str]:
+def arguments(part: Strategy) -> set[str]:
+    """Names of the arguments of those of its classes that are Flower's or ours."""
     flowers = [kind for kind in type(part).__mro__ if kind.__module__.startswith(OURS)]
     return {name for kind in flowers for name in inspect.signature(kind).parameters} - {"self", "strategy"}
 
 
-def _keeps_state(part: Strategy) -> bool:
+def keeps_state(part: Strategy) -> bool:
+    """Whether it has state_dict() and load_state_dict(state)."""
     return callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
 
 

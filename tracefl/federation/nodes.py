@@ -11,9 +11,9 @@ from flwr.serverapp import Grid
 
 from tracefl.errors import TraceFLError, require
 from tracefl.federation import grid as grid_module
-from tracefl.federation.grid import GridView
 from tracefl.federation.identity import ACTION, KEY
-from tracefl.federation.replies import LOST
+from tracefl.federation.replies import LOST, as_line
+from tracefl.federation.resend import Resending
 
 log = logging.getLogger("tracefl")
 HOW = 'register app.query("identify")(identify) in its client app'
@@ -79,19 +79,23 @@ class Nodes:
             return
         content = RecordDict({"config": ConfigRecord({"key": self.key})})
         kind = f"{MessageType.QUERY}.{ACTION}"
-        view = GridView(self.grid)
+        view = Resending(self.grid)
         queries = [Message(content, message_type=kind, dst_node_id=node) for node in nodes]
         replies = view.send_and_receive(queries, timeout=self.timeout)
-        answers = {view.asked[reply.metadata.reply_to_message_id].dst_node_id: reply for reply in replies}
+        answers = {
+            view.asked[reply.metadata.reply_to_message_id].dst_node_id: reply
+            for reply in replies
+            if reply.metadata.reply_to_message_id in view.asked
+        }
         for node in nodes:
             self.clients.pop(node, None)
             reply = answers.get(node)
             if reply is None:
                 self._refuse(node, f"did not say within {self.timeout:g} s which client it is")
             elif reply.has_error() and reply.error.code in LOST:
-                self._refuse(node, f"is lost ({reply.error.reason})")
+                self._refuse(node, f"is lost ({as_line(reply.error.reason)})")
             elif reply.has_error():
-                said = (reply.error.reason or "no reason given").strip("'\"> \n").splitlines()[-1].strip()
+                said = as_line(reply.error.reason)
                 self._refuse(node, f"could not say which client it is ({said}); {HOW}")
             elif (client := _said(reply)) is None:
                 self._refuse(node, f"answered without a client's id; {HOW}")
@@ -172,6 +176,8 @@ class KnownNodes:
 
 def _said(reply: Message) -> str | None:
     """The client's id in an answer; an answer of an earlier version has "partition-id"."""
+    if not reply.has_content():
+        return None
     for record in reply.content.config_records.values():
         for key in ("client", KEY):
             if key in record and str(cast(str, record[key])):

@@ -21,7 +21,10 @@ from tracefl.federation.identity import KEY
 from tracefl.federation.memory import innermost, load_state, parts, settings_of
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number
 from tracefl.federation.rounds import Options, Rounds, draw
-from tracefl.runs import ClientInfo, Run, locked, same_state, writing
+from tracefl.files import locked, writing
+from tracefl.record import ClientInfo
+from tracefl.runs import Run
+from tracefl.same import same_state
 from tracefl.states import State
 from tracefl.storage import Storing, disk_line
 from tracefl.training import Evaluation
@@ -40,7 +43,8 @@ class Recorder:
             they train in; or Flower's node id -> client id, if that is known and does not change.
         node_key: of the nodes' configuration; its value is a client's id.
         clients: all clients, by id or `ClientInfo`; none: those whose nodes are there. Nodes of
-            others take no part.
+            others take no part. Where label counts are given, a client's num-examples must be their
+            sum; where they are not, a warning says that its share is what it says.
         settings: the app's settings, plain JSON; a run that goes on must have the same.
         keep: whether all clients' states are kept ("all"), those of the last N rounds ("last:N"),
             or all as differences ("deltas"). A run that goes on must have the same; None: as it was
@@ -50,7 +54,7 @@ class Recorder:
         evaluate: called with the state dict of every released model; returns its evaluation on the
             server's data. None: the run is recorded without predictions.
         accept_failures: record why a client failed and go on without it, instead of stopping the
-            run.
+            run. A task whose process died is sent again before its client has failed.
         clients_per_round: participants to draw for a round; None: the strategy samples. With it,
             the strategy must take every node that it is shown, as with
             `FedAvg(min_train_nodes=n, min_available_nodes=n)`.

@@ -17,18 +17,30 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, QFedAvg, Strategy
+from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Strategy
 from torch import Tensor
 
-from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.errors import TraceFLError, require
+from tracefl.federation.evaluating import Evaluations
 from tracefl.federation.grid import GridView
-from tracefl.federation.memory import OURS, fingerprints, innermost, parts, state_of
+from tracefl.federation.memory import fingerprints, innermost, parts
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number
-from tracefl.federation.privacy import Aggregated, Messages
-from tracefl.federation.replies import EXAMPLES, BadReplyError, Update, read_update
-from tracefl.federation.weights import Weights, find_weights
-from tracefl.runs import ClientInfo, Participant, Run
-from tracefl.states import State, is_finite
+from tracefl.federation.privacy import Aggregated, FixedClipping, Messages
+from tracefl.federation.released import apart_in, failing, not_finite, unusable
+from tracefl.federation.releasing import Releases
+from tracefl.federation.replies import (
+    EXAMPLES,
+    BadReplyError,
+    Expected,
+    NotFiniteError,
+    Update,
+    put_in_order,
+    read_update,
+)
+from tracefl.federation.resend import Resending
+from tracefl.record import ClientInfo, Participant
+from tracefl.runs import Run
+from tracefl.states import State
 from tracefl.training import Evaluation
 
 EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
@@ -53,7 +65,7 @@ class Options:
     joining: bool  # whether a client that comes later is one of the run's
 
 
-class Rounds:
+class Rounds(Releases, Evaluations):
     """One loop of a strategy over its rounds.
 
     Args:
@@ -88,10 +100,13 @@ class Rounds:
         self._away: list[str] = []  # clients without a node
         self._sampling_since: float | None = None
         self._client_of: dict[int, str] = {}  # node that is asked in this round -> client
+        self._held: dict[str, int] = {}  # client -> how many examples it holds, where that is known
+        self._unknown: set[str] = set()  # clients of which it was said that it is not
 
     def view(self, grid: Grid) -> GridView:
         """The grid for the strategy: it shows nodes whose clients are known; replies are read."""
-        self._view = GridView(grid, nodes=self._shown, on_reply=self._receive)
+        self._tasks = Resending(grid, lambda node: f"round {self.index}, client {self._client_of.get(node, node)}")
+        self._view = GridView(cast(Grid, self._tasks), nodes=self._shown, on_reply=self._receive)
         return self._view
 
     def watch(self, undo: ExitStack) -> None:
@@ -135,21 +150,8 @@ class Rounds:
         self.index += 1
         if self._recorded:
             return []
-        if self._first_values is None:
-            self._first_values = fingerprints(self.strategy)
-        self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
-        self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
-        self._failures: dict[str, str] = {}  # client -> why
-        self._used = {}
-        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
-        self._view.asked.clear()  # what comes late is no reply of this round
-        self._look_for_nodes()
-        absent: dict[int, str] = {}
-        if self.options.clients_per_round is not None:
-            drawn = draw(self.nodes, self.run, self.index, self.options)
-            shown = [self.nodes.node_of(client) for client in drawn]
-            absent = {-1 - i: drawn[i] for i, node in enumerate(shown) if node is None}
-            grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
+        self._begin(arrays)
+        grid, absent = self._drawn(grid)
         self._sampling_since = monotonic()
         messages = list(self._own["configure_train"](server_round, arrays, config, grid))
         self._sampling_since = None
@@ -169,8 +171,68 @@ class Rounds:
                 self._chosen.append(before[node])
                 gone = "none of the connected nodes says that it is this client"
                 self._fail(before[node], self.nodes.refused.get(node, (gone,))[0])
+        self._look_for_counts()
         messages = [message for message in messages if message.metadata.dst_node_id in self._client_of]
         return sorted(messages, key=lambda m: self._chosen.index(self._client_of[m.metadata.dst_node_id]))
+
+    def _drawn(self, grid: Grid) -> tuple[Grid, dict[int, str]]:
+        """The grid that shows the round's participants; those without a node under negative ids."""
+        absent: dict[int, str] = {}
+        if self.options.clients_per_round is not None:
+            drawn = draw(self.nodes, self.run, self.index, self.options)
+            shown = [self.nodes.node_of(client) for client in drawn]
+            absent = {-1 - i: drawn[i] for i, node in enumerate(shown) if node is None}
+            grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
+        return grid, absent
+
+    def _begin(self, arrays: ArrayRecord) -> None:
+        """Nothing is known of this round yet but the model that it begins with."""
+        if self._first_values is None:
+            self._first_values = fingerprints(self.strategy)
+        self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
+        self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
+        self._failures: dict[str, str] = {}  # client -> why
+        self._used = {}
+        self._not_finite: dict[str, str] = {}  # client -> which values
+        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
+        self._check_sent()
+        self._wanted = self._expect()
+        self._view.asked.clear()  # what comes late is no reply of this round
+        self._tasks.forget()
+        self._look_for_nodes()
+
+    def _check_sent(self) -> None:
+        """Send no model that cannot be trained on: clients would be blamed for it."""
+        before, last = self.index - 1, self.run.rounds[-1] if self.run.rounds else None
+        problem = not_finite(self._expected) or (unusable(self._expected, self.run.global_state(0)) if last else None)
+        if problem is None and last is not None and last.loss is not None:
+            problem = failing(last)
+        if problem is not None:
+            found = apart_in(self.run, before, problem.entry)
+            whose = f", client {found.client}'s update of round {before} stands apart: {found}" if found else ""
+            told = f"{f'the model of round {before}' if before else 'the initial model'} {problem.text}{whose}"
+            remedy = "train from another one, in another folder"
+            raise TraceFLError(f"round {self.index}: {told}; clients are not asked to train it: {remedy}.")
+
+    def _expect(self) -> Expected:
+        """What a reply of this round must be."""
+        ours = any(type(part).__module__.startswith("tracefl.") for part in parts(self.strategy))
+        key, record = self._weight_key(), self.options.arrayrecord_key
+        return Expected(self._expected, key, record, several=not self._flowers(), counted=ours)
+
+    def _look_for_counts(self) -> None:
+        """How many examples a client holds, where it is known; say where it is not, once."""
+        self._held = {
+            client.id: sum(client.label_counts.values()) for client in self.run.clients if client.label_counts
+        }
+        key, equal = self._weight_key() or EXAMPLES, isinstance(innermost(self.strategy), EQUAL_WEIGHTS)
+        known = self._held.keys() | self._unknown if key == EXAMPLES else self._unknown
+        unknown = [client for client in self._chosen if client not in known]
+        if unknown and not equal and not any(isinstance(part, FixedClipping) for part in parts(self.strategy)):
+            self._unknown |= set(unknown)
+            some = ", ".join(unknown[:5]) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
+            remedy = "; clients=[ClientInfo(id, label_counts), ...] lets it be checked" if key == EXAMPLES else ""
+            log.warning("the share of client %s in the mean is what it says itself (%s)%s", some, key, remedy)
 
     def _look_for_nodes(self) -> None:
         """Ask the nodes that have come, and say which clients have none."""
@@ -197,12 +259,14 @@ class Rounds:
         if client is None:  # the strategy has sent something of its own
             return
         try:
-            update = read_update(
-                reply, self._expected, self._weight_key(), self.options.arrayrecord_key, not self._flowers()
-            )
+            update = read_update(reply, self._wanted, self._held.get(client))
+        except NotFiniteError as problem:
+            self._not_finite[client] = str(problem)  # perhaps for the model that was sent
+            return
         except BadReplyError as problem:
             self._fail(client, str(problem))
             return
+        put_in_order(reply, self._expected)
         while len(self._unwritten) >= MOST_UNWRITTEN:
             self._write_one()
         written = self._writer.submit(self.run.record_client, self.index, client, update.state, update.num_examples)
@@ -225,100 +289,26 @@ class Rounds:
         while self._unwritten:
             self._write_one()
         for client in self._chosen:
-            if client not in self._updates and client not in self._failures:
+            if client not in self._updates and client not in self._failures and client not in self._not_finite:
                 self._fail(client, "it sent no reply in time (timeout, round_timeout)")
-        self._check_same_entries()
+        self._judge_not_finite()
+        self._check_alike()
         given = {reply.metadata.reply_to_message_id: reply for reply in replies}
-        accepted = [self._updates[client] for client in self._chosen if client in self._updates]
-        used = [(given[sent], update, participant) for sent, update, participant in accepted if sent in given]
-        first = next(iter(self._failures), "")
-        everyone_failed = f"every client failed; the first said: client {first}: {self._failures.get(first)}."
-        require(accepted or not self._chosen, f"round {number}: {everyone_failed}")
-        name = type(innermost(self.strategy)).__name__
-        with as_sentence(
-            f"round {number}: {name} cannot aggregate {len(used)} updates",
-            "correct the strategy, or let clients send what it expects",
-            Exception,
-        ):
-            arrays, metrics = self._own["aggregate_train"](server_round, [reply for reply, _, _ in used])
-        released = dict(self._expected)  # what no client sends is as it was
-        returned = f"round {number}: {name}.aggregate_train must return an ArrayRecord or None, and metrics"
-        require(arrays is None or isinstance(arrays, ArrayRecord), f"{returned}; got a {type(arrays).__name__}")
-        if arrays is None:
-            log.warning("round %d: %s released no model, it stays as it was", number, name)
-        else:
-            released |= self._fused(arrays)
-        for entry, value in released.items():
-            require(is_finite(value), f"round {number}: the released model has non-finite values in '{entry}'.")
-        weights = self._weights(released if arrays is not None else None, used)
+        made = self._release(server_round, given)
+        while made.problem is not None:
+            self._leave_out(made)
+            made = self._release(server_round, given)
+        arrays, used = made.arrays, made.used
+        weights = self._weights(made.released if arrays is not None else None, used)
         share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
-        participants = [replace(participant, weight=share.get(participant.id, 0.0)) for _, _, participant in accepted]
-        evaluation = self.options.evaluate(released) if self.options.evaluate else None
-        what = "evaluate must return a tracefl.flower.Evaluation"
-        require(evaluation is None or isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
-        state, source = state_of(self.strategy), weights.source
+        accepted = [self._updates[client][2] for client in self._chosen if client in self._updates]
+        participants = [replace(participant, weight=share.get(participant.id, 0.0)) for participant in accepted]
+        state, source, metrics = made.state, weights.source, made.metrics
         self._note_changes()
-        self.run.record_round(number, participants, released, evaluation, self._failures, state, metrics, source)
+        evaluation = made.evaluation
+        self.run.record_round(number, participants, made.released, evaluation, self._failures, state, metrics, source)
         self.options.on_round(self.run)
-        return (None if arrays is None else ArrayRecord(released)), metrics
-
-    def _fused(self, arrays: ArrayRecord) -> dict[str, Tensor]:
-        """What the strategy released, in the types of the model: whole numbers are rounded."""
-        fused = dict(arrays.to_torch_state_dict())
-        for name, value in fused.items():
-            if (was := self._expected.get(name)) is not None:
-                shapes = f"must have the shape {tuple(was.shape)} of the model sent, got {tuple(value.shape)}"
-                require(value.shape == was.shape, f"round {self.index}: the released '{name}' {shapes}")
-                whole = value.is_floating_point() and not was.is_floating_point()
-                fused[name] = (value.round() if whole else value).to(was.dtype)
-        return fused
-
-    def _weights(self, released: State | None, used: list[tuple[Message, Update, Participant]]) -> Weights:
-        """p_k of the updates that the strategy was given."""
-        nothing = [0.0] * len(used)
-        if released is None or not used:
-            return Weights(nothing, "strategy")
-        told = [self._used.get(id(reply.content), 0.0) for reply, _, _ in used]
-        if self._flowers() and any(told):
-            return Weights([weight / sum(told) for weight in told], "strategy")
-        examples = [float(update.num_examples) for _, update, _ in used]
-        known = {"told": told, "weight": [update.weight for _, update, _ in used], "examples": examples}
-        known["equal"] = [1.0] * len(used)
-        states = [update.state for _, update, _ in used]
-        if found := find_weights(released, self._expected, states, known):
-            return found
-        usual = examples if sum(examples) else [1.0] * len(used)
-        what = f"{EXAMPLES} is" if sum(examples) else "equal weights are"
-        told_by = f"round {self.index}: what weights {type(innermost(self.strategy)).__name__} gave the updates"
-        log.warning("%s cannot be told from the model that it released: %s assumed", told_by, what)
-        return Weights([n / sum(usual) for n in usual], "assumed")
-
-    def _flowers(self) -> bool:
-        """Whether Flower's own code averages, by the weight that it is seen to use for metrics."""
-        kinds = [next(k for k in type(p).__mro__ if "aggregate_train" in vars(k)) for p in parts(self.strategy)]
-        plain = isinstance(innermost(self.strategy), FedAvg) and not isinstance(innermost(self.strategy), QFedAvg)
-        return plain and all(kind.__module__.startswith(OURS) for kind in kinds)
-
-    def _weight_key(self) -> str | None:
-        return getattr(innermost(self.strategy), "weighted_by_key", None)
-
-    def _check_same_entries(self) -> None:
-        """Clients may send part of the model, but all the same: that of most, or the larger."""
-        names = {client: frozenset(update.state) for client, (_, update, _) in self._updates.items()}
-        usual_of = Counter(names.values())
-        usual = max(usual_of, key=lambda part: (usual_of[part], len(part)), default=frozenset[str]())
-        for client in [client for client in self._chosen if client in names]:
-            if odd := sorted(names[client] ^ usual):
-                verb = "lacks" if odd[0] in usual else "has"
-                del self._updates[client]
-                self._fail(client, f"its model {verb} '{odd[0]}', unlike those of most clients")
-
-    def _fail(self, client: str, reason: str) -> None:
-        kept = f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
-        others_can = self._updates or self._unwritten or self.run.rounds
-        tolerate = ", accept_failures=true goes on without such a client" if others_can else ""
-        require(self.options.accept_failures, f"round {self.index}, client {client}: {reason}. {kept}{tolerate}.")
-        self._failures[client] = reason
+        return (None if arrays is None else ArrayRecord(made.released)), metrics
 
     def _note_changes(self) -> None:
         """Record which values the strategy keeps, but cannot give: those that have changed."""
@@ -336,51 +326,6 @@ class Rounds:
         state = self.run.global_state(number)
         order = dict.fromkeys([name for name in self.order if name in state])  # early runs do not hold it
         return ArrayRecord({name: state[name] for name in order | dict.fromkeys(state)}), record
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
-        """The strategy's messages; none if the clients' evaluation is recorded."""
-        if self._evaluated():
-            return []
-        self._sampling_since = monotonic()
-        messages = self._own["configure_evaluate"](server_round, arrays, config, grid)
-        self._sampling_since = None
-        return messages
-
-    def aggregate_evaluate(self, server_round: int, replies: Messages) -> MetricRecord | None:
-        """The strategy's metrics, which are recorded; those recorded if there are."""
-        if self._evaluated():
-            metrics = self.run.round(self.index).metrics.get("evaluate")
-            return None if metrics is None else MetricRecord(metrics)
-        replies = list(replies)
-        name = type(innermost(self.strategy)).__name__
-        problem = f"round {self.index}: {name} cannot aggregate the metrics of {len(replies)} evaluations"
-        with as_sentence(problem, "let clients send what it expects", Exception):
-            found = self._own["aggregate_evaluate"](server_round, replies)
-        if found is not None or replies:
-            self.run.record_metrics(self.index, "evaluate", found)
-        return found
-
-    def _evaluated(self) -> bool:
-        """Whether nobody is to evaluate: that is recorded, or a later round is."""
-        known = self.index == len(self.run.rounds) > 0 and "evaluate" in self.run.round(self.index).metrics
-        return known or self.index < len(self.run.rounds)
-
-    def watched_evaluate_fn(self, evaluate_fn: Callable[..., MetricRecord | None]) -> Callable[..., Any]:
-        """The app's evaluate_fn, its metrics recorded; those recorded of a round that has them."""
-
-        def watched(*args: Any, **kwargs: Any) -> MetricRecord | None:
-            server_round = args[0] if args else kwargs.get("server_round", -1)
-            if not 0 <= server_round <= len(self.run.rounds):
-                return evaluate_fn(*args, **kwargs)
-            known = self.run.metrics(server_round)
-            if "server" in known:
-                return None if known["server"] is None else MetricRecord(known["server"])
-            found = evaluate_fn(*args, **kwargs)
-            self._note_changes()
-            self.run.record_metrics(server_round, "server", found)
-            return found
-
-        return watched
 
 
 def draw(nodes: Nodes | KnownNodes, run: Run, number: int, options: Options) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import fault_settings
-from tracefl.data.prepare import PreparedData
+from tracefl.data.prepared import PreparedData
 from tracefl.errors import TraceFLError, require
 from tracefl.federation import grid as grid_module
 from tracefl.federation.aggregation import build_strategy

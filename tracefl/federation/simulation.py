@@ -128,6 +128,7 @@ def _backend(config: Config) -> dict[str, Any]:
     elif "RAY_ADDRESS" not in os.environ:
         init |= {"num_cpus": config.total_cpus} if config.total_cpus else {}
         init |= {"num_gpus": config.total_gpus} if on_gpu and config.total_gpus is not None else {}
-    # a killed actor is replaced, its client counts as failed
-    resources = {"num_cpus": config.client_cpus, "num_gpus": config.client_gpu if on_gpu else 0.0, "max_restarts": -1}
+    resources = {"num_cpus": config.client_cpus, "num_gpus": config.client_gpu if on_gpu else 0.0}
+    # a worker that dies is replaced, its task done again; else the next client's task would fail
+    resources |= {"max_restarts": -1, "max_task_retries": 1}
     return {"init_args": init, "client_resources": resources}

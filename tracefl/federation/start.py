@@ -11,11 +11,12 @@ import torch
 
 from tracefl.config import Config
 from tracefl.data.faults import flipped_label_counts
-from tracefl.data.prepare import PreparedData
+from tracefl.data.prepared import PreparedData
 from tracefl.errors import require
 from tracefl.models import exchanged_state, initial_model, model_spec
+from tracefl.record import ClientInfo
 from tracefl.results import ROUNDS
-from tracefl.runs import ClientInfo, Run
+from tracefl.runs import Run
 from tracefl.settings import training_settings
 from tracefl.states import State
 from tracefl.storage import Storing

@@ -7,6 +7,7 @@ are those of least squares, if with them it holds. It holds for no p_k where the
 than average, such as adding noise.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from tracefl.states import State
 
+log = logging.getLogger("tracefl")
 EXACT, CLOSE = 1e-4, 1e-3  # |difference| / |W_g - W_in|, of single-precision models
 
 
@@ -53,6 +55,19 @@ def find_weights(
         return None
     p = p.clip(0)
     return Weights((p / p.sum()).tolist(), "models")
+
+
+def assumed(examples: Sequence[float], what: str) -> Weights:
+    """The usual shares, where those that were used cannot be told; it is said what is assumed.
+
+    Args:
+        examples: of the updates; 0 where clients do not say.
+        what: cannot be told, such as "round 1: what weights FedAvg gave the updates".
+    """
+    usual = list(examples) if sum(examples) else [1.0] * len(examples)
+    told_by = "num-examples is" if sum(examples) else "equal weights are"
+    log.warning("%s cannot be told from the model that it released: %s assumed", what, told_by)
+    return Weights([n / sum(usual) for n in usual], "assumed")
 
 
 def _changes(released: State, incoming: State, updates: Sequence[State]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from tracefl.models.vision import build_image_model, pretrained_image_model
 
 if TYPE_CHECKING:
     from tracefl.config import Config
-    from tracefl.data.prepare import PreparedData
+    from tracefl.data.prepared import PreparedData
 
 
 def model_spec(config: "Config", data: "PreparedData") -> dict[str, Any]:
@@ -71,7 +71,7 @@ def initial_model(config: "Config", data: "PreparedData") -> nn.Module:
 
 def _try_longest(model: nn.Module, config: "Config", data: "PreparedData") -> None:
     """Not every model says how long a text may be; otherwise clients would fail on it."""
-    length, inputs = longest_text(data.folder.rglob("*.safetensors"))
+    length, inputs = longest_text(data.files)
     named = f"model.path={config.model.path}" if config.model.path else f"model.name={config.model.name}"
     problem = f"{named} cannot take the longest text, of {length} tokens"
     remedy = "lower dataset.max_tokens if that is too many, or choose another model"

@@ -191,7 +191,7 @@ def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
 
 def _check_hub_index(name: str) -> None:
     """Look at the list of shards that a model of the hub has, before they are fetched."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if file := cached_file(name, INDEX, **options):

@@ -1,15 +1,15 @@
 """Which figures a run gets, which several runs together, and which prepared data."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
+from tracefl.data.prepared import read_info
 from tracefl.errors import require
 from tracefl.evidence.verdict import class_by_client
 from tracefl.report.plots import plot_accuracies, plot_contributions, plot_labels, plot_times, plot_values
 from tracefl.report.sweep import SETTINGS, read_runs, varying
-from tracefl.results import AUDIT, PROVENANCE, read_rounds, write_csv
+from tracefl.results import AUDIT, PROVENANCE, read_rounds, read_table, write_csv
 from tracefl.runs import Run
 
 
@@ -18,10 +18,10 @@ def draw_run(folder: Path) -> None:
     run, plots = Run.open(folder), folder / "plots"
     plot_accuracies({folder.name: read_rounds(folder)}, "round", plots / "rounds")
     plot_labels({c.id: c.trained_label_counts for c in run.clients}, run["class_names"], plots / "labels")
-    if (folder / PROVENANCE).exists() and len(answers := pd.read_parquet(folder / PROVENANCE)):
+    if (folder / PROVENANCE).exists() and len(answers := read_table(folder, PROVENANCE)):
         plot_contributions(answers, run["class_names"], plots / "contributions")
     if (folder / AUDIT).exists():
-        values = class_by_client(pd.read_parquet(folder / AUDIT), run["class_names"])
+        values = class_by_client(read_table(folder, AUDIT), run["class_names"])
         plot_values(values, plots / "class_by_client")
 
 
@@ -62,7 +62,7 @@ def draw_data(folders: list[Path], out: Path) -> None:
     """
     rows: list[tuple[str, str, int, int]] = []
     for folder in folders:
-        info = json.loads((folder / "data.json").read_text())
+        info = read_info(folder)
         settings = info["settings"]
         skew = f"_alpha_{settings['dirichlet_alpha']:g}" if "dirichlet_alpha" in settings else ""
         name = f"{settings['dataset.name'].rsplit('/', 1)[-1]}_{settings['data_dist.dist_type']}{skew}"

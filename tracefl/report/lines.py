@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 import pandas as pd
 
 from tracefl.config import Config
-from tracefl.data.prepare import PreparedData
+from tracefl.data.prepared import PreparedData
 from tracefl.evaluation.localization import Judged
 from tracefl.evaluation.metrics import MODEL, means
 from tracefl.runs import Run

@@ -11,7 +11,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from tracefl.errors import require
-from tracefl.results import read_rounds
+from tracefl.results import CONFIG, read_result, read_rounds
 
 # Settings that tell the runs of a sweep apart: name on a figure's axis -> key in config.yaml.
 SETTINGS = {
@@ -61,7 +61,7 @@ def varying(table: pd.DataFrame) -> list[str]:
 
 
 def _row(folder: Path) -> dict[str, Any]:
-    config, rounds = OmegaConf.load(folder / "config.yaml"), read_rounds(folder)
+    config, rounds = OmegaConf.create(read_result(folder, CONFIG).decode()), read_rounds(folder)
     assert isinstance(config, DictConfig)
     settings = {name: OmegaConf.select(config, key) for name, key in SETTINGS.items()}
     settings["faulty_clients"] = len(settings["faulty_clients"])
