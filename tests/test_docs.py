@@ -1,5 +1,6 @@
 """README and docs/: every Python block runs, every command line composes, and what they name is there."""
 
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -63,6 +64,7 @@ def inside_flower(monkeypatch):
     for name in ("task_id", "run_id", "node_id"):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
     monkeypatch.setattr("tracefl.federation.grid.PULL_INTERVAL_S", 0)
+    monkeypatch.setattr(logging.getLogger("tracefl"), "handlers", [])  # warnings are none of what a block prints
 
 
 def run_blocks(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
