@@ -185,7 +185,7 @@ def test_the_hubs_shards_are_looked_at_before_they_are_fetched(tmp_path, monkeyp
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": "pytorch_model.bin"}}))
     monkeypatch.setattr("tracefl.hub.reachable", lambda _: True)
-    monkeypatch.setattr("transformers.utils.cached_file", lambda *_, **__: str(index))
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: str(index))
 
     class AutoModel:
         from_pretrained = staticmethod(lambda *_, **__: pytest.fail("it was fetched"))
