@@ -58,6 +58,7 @@ def impossible(key: str) -> list:
     kind = dict(leaves())[key].type
     name = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
     of_kind = IMPOSSIBLE[name.removesuffix(" | None").removeprefix("typing.")]
+    of_kind = [value for value in of_kind if value != "" or "None" not in name]  # which stands for null
     return [*of_kind, *BELOW.get(key, []), *(["größe"] if key in WORD else [])]
 
 

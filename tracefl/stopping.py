@@ -61,8 +61,9 @@ class Stoppable:
             self._tells.close()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or number
-        raise KeyboardInterrupt
+        again, self.received = bool(self.received), self.received or number
+        if not again or not self._said.is_set():  # the second one is the watching thread's
+            raise KeyboardInterrupt
 
     def _watch(self, told: socket.socket) -> None:
         with told:
