@@ -139,7 +139,14 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+QUICK = (  # the others are slow only because they are many
+    "a shard above the folder", "a pickle as a shard", "code of its own", "a huge width", "a huge header",
+    "a tokenizer that is no JSON", "a link outside", "a pipe",
+)  # fmt: skip
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in HOSTILE]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_hostile_folder_is_one_sentence(config, mine, tmp_path, monkeypatch, kind):
     change, words = HOSTILE[kind]
     change(mine)

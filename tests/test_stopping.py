@@ -62,6 +62,7 @@ def test_the_first_signal_interrupts(tmp_path, how):
     assert took < ENDS_WITHIN_S
 
 
+@pytest.mark.slow
 def test_what_hears_no_signal_is_ended_in_time(tmp_path):
     process = started("-c", STUCK, cwd=tmp_path)
     assert process.stdout is not None

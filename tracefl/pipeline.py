@@ -113,7 +113,8 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         if config.do_provenance and config.faulty_clients_ids:
             tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
         tracking.log_run(config, run.path)
-    log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
+    if folder.parent == run_folder(config).parent:
+        log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
 def train(

@@ -1,4 +1,4 @@
-"""A finished run where nothing can be written is shown from a folder of links to it."""
+"""A finished run where nothing can be written is shown from another folder."""
 
 import logging
 import os
@@ -23,11 +23,11 @@ def held(folder: Path, num_rounds: int) -> Iterator[Path]:
         num_rounds: How many rounds the run is to have.
 
     Yields:
-        The folder to work in: `folder`, locked, or one with links to all that it holds. What is
-        computed there is shown, and not kept.
+        The folder to work in: `folder`, locked, or one with its tables and links to its rounds.
+        What is computed there is shown, and not kept.
 
     Raises:
-        TraceFLError: Another process holds the folder; it cannot be written and lacks rounds.
+        TraceFLError: Another process holds the folder; it cannot be written, and lacks rounds.
     """
     if not _finished_and_closed(folder, num_rounds):
         with locked(folder):
@@ -38,8 +38,10 @@ def held(folder: Path, num_rounds: int) -> Iterator[Path]:
     try:
         run = place / folder.name
         run.mkdir()
+        (run / "rounds").symlink_to(folder.resolve() / "rounds")
         for file in folder.resolve().iterdir():
-            (run / file.name).symlink_to(file)
+            if file.is_file() and file.suffix != ".log" and file.name[0] != ".":
+                shutil.copyfile(file, run / file.name)
         for beside in folder.resolve().parent.iterdir():  # the prepared data lie there
             if beside.name != folder.name:
                 (place / beside.name).symlink_to(beside)
