@@ -162,6 +162,8 @@ def test_what_the_pages_name_is_there():
     for page in PAGES:
         for name in re.findall(r"\b((?:scripts|benchmarks|examples|tests)/[\w/]+\.\w+)", page.read_text()):
             assert (ROOT / name).is_file(), f"{page.name} names {name}"
+        for name, test in re.findall(r"\b(tests/[\w/]+\.py)::(\w+)", page.read_text()):
+            assert f"def {test}(" in (ROOT / name).read_text(), f"{page.name} names {name}::{test}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
