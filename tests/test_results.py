@@ -44,7 +44,9 @@ def test_timings_stay_with_the_answers(tmp_path):
     assert found["seconds_per_localization"].to_dict() == {"FedDebug": 0.2, "neuron": 0.3}
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing", "folder", "no hashes", "hashes changed", "forged hashes"])
+@pytest.mark.parametrize(
+    "damage", ["changed", "missing", "folder", "no hashes", "hashes changed", "forged hashes", "forged timings"]
+)
 def test_a_damaged_table_is_made_again_and_said_so(tmp_path, caplog, damage):
     run = Run.open(record(tmp_path))
     made = []
@@ -67,6 +69,8 @@ def test_a_damaged_table_is_made_again_and_said_so(tmp_path, caplog, damage):
             hashes.write_text(hashes.read_text().replace("a", "b", 1))
         case "forged hashes":
             rewrite(hashes, lambda entries: {"files": ["x"]})
+        case "forged timings":
+            rewrite(hashes, lambda entries: {"files": {"audit.parquet": {"sha256": "ab" * 32, "timings": ["x"]}}})
     if damage == "folder":
         file.mkdir()
         with pytest.raises(TraceFLError, match=r"audit\.parquet cannot be written \(.*directory"):

@@ -208,6 +208,8 @@ def _status(typed: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _say(os_sentence(error, str(Path.cwd())))
+    except MemoryError:
+        _say("there is not enough memory: end other programs")
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         return 130

@@ -79,7 +79,9 @@ STRATEGIES: dict[str, dict[str, Rule]] = {
     "bulyan": _MALICIOUS,
 }
 TRACKERS = ("tensorboard", "mlflow", "wandb")
-TRACKING = Rule(f"name some of {', '.join(TRACKERS)}", lambda v: all(entry in TRACKERS for entry in v))
+TRACKING = Rule(
+    f"name some of {', '.join(TRACKERS)}", lambda v: isinstance(v, list) and all(entry in TRACKERS for entry in v)
+)
 TYPES = ("float32", "float16", "bfloat16")
 # The original has these settings twice. Either spelling is accepted, the second is stored.
 ALIASES = {

@@ -109,10 +109,10 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         report(config, run, answers, metrics)
         if config.report:
             log.info("The run's page: %s", write_page(run.path))
+        tables.print_summary(metrics, config.provenance.methods)
+        if config.do_provenance and config.faulty_clients_ids:
+            tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
         tracking.log_run(config, run.path)
-    tables.print_summary(metrics, config.provenance.methods)
-    if config.do_provenance and config.faulty_clients_ids:
-        tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
     if folder.parent == run_folder(config).parent:
         log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 

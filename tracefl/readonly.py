@@ -27,7 +27,7 @@ def held(folder: Path, num_rounds: int) -> Iterator[Path]:
         What is computed there is shown, and not kept.
 
     Raises:
-        TraceFLError: Another process holds the folder, or it lacks rounds and cannot be written.
+        TraceFLError: Another process holds the folder; it cannot be written, and lacks rounds.
     """
     if not _finished_and_closed(folder, num_rounds):
         with locked(folder):

@@ -17,6 +17,7 @@ import pandas as pd
 
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.files import read_file, write_atomically
+from tracefl.header import LIST, NUMBER, OBJECT, SHA256, TEXT, WHOLE, Checker
 from tracefl.runs import Run
 from tracefl.sealed import read_sealed, sealed
 from tracefl.settings import fingerprint
@@ -25,6 +26,7 @@ PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet"
 AUDIT, VERDICT, CLASS_BY_CLIENT = "audit.parquet", "verdict.json", "class_by_client.csv"
 WHOLE_RUN, LAYERS, CONFIG, HASHES = "whole_run.parquet", "layers.parquet", "config.yaml", "results.json"
 AGAIN = "run its command again with do_provenance=true, which writes it anew"
+TIMING = {"method": TEXT, "localizations": WHOLE, "seconds": NUMBER}
 log = logging.getLogger("tracefl")
 
 
@@ -135,8 +137,16 @@ def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> its entry in results.json; nothing if that is damaged or missing."""
     try:
         _, found = read_sealed(folder / HASHES, AGAIN)
-        return {name: {"sha256": entry["sha256"], **entry} for name, entry in found["files"].items()}
-    except (TraceFLError, KeyError, AttributeError, TypeError):
+        check = Checker(str(folder / HASHES), AGAIN)
+        check.record("", found, {"files": OBJECT})
+        for name, entry in found["files"].items():
+            check.record(f"files[{name!r}]", entry, {"sha256": SHA256, "timings": LIST})
+            check.entry(f"files[{name!r}].sha256", entry.get("sha256"), SHA256)
+            for row in entry.get("timings", []):
+                check.record(f"files[{name!r}].timings", row, TIMING)
+                check.require(row.keys() == TIMING.keys(), f"timings must hold {', '.join(TIMING)}")
+        return found["files"]
+    except (TraceFLError, KeyError):
         return {}
 
 

@@ -205,7 +205,7 @@ class Run(Compared):
                 predictions_sha256=sha256.get("predictions"),
                 loss=evaluation.loss if evaluation else None,
                 accuracy=evaluation.accuracy if evaluation else None,
-                failures=failures,
+                failures=dict(sorted(failures.items())),  # they come in any order
                 strategy_sha256=sha256.get("strategy"),
                 metrics={} if metrics is None else {"train": dict(metrics)},
                 weights_from=weights_from,

@@ -78,8 +78,8 @@ class Stoppable:
                 clock.start()
 
     def _end(self) -> None:
-        if sys.stdout.isatty():
-            os.write(1, b"\x1b[?25h")  # progress bars hide the cursor
+        if sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h")  # progress bars hide the cursor
         for process in _descendants(os.getpid()):
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)

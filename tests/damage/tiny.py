@@ -14,10 +14,13 @@ from tests.conftest import composed
 from tests.federation import local
 from tracefl import Run
 from tracefl.checks import load
+from tracefl.commands.auditing import audit
+from tracefl.commands.listing import entry
 from tracefl.config import Config
 from tracefl.data.sources import Source, load_source
-from tracefl.errors import TraceFLError
+from tracefl.errors import TraceFLError, require
 from tracefl.pipeline import run_experiment
+from tracefl.report.page import write_page
 from tracefl.report.sweep import read_runs
 from tracefl.results import AUDIT, PROVENANCE, read_rounds, read_table
 
@@ -25,6 +28,7 @@ WORDS = (
     "exp_key=tiny", "num_clients=4", "clients_per_round=4", "num_rounds=2", "client.epochs=1", "dirichlet_alpha=1",
     "data_dist.max_per_client_data_size=12", "data_dist.max_server_data_size=10",
     "provenance.max_mispredictions=2", "strategy.name=fedadam",
+    "report=false",
 )  # fmt: skip
 TIMED = ("timings.csv", "results.json")  # they hold seconds
 ALWAYS_NEW = (".lock", "TraceFL_clients_contributions.log")
@@ -48,7 +52,7 @@ def use_tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tracefl.models.pretrained_image_model", tiny_model)
     monkeypatch.setattr("tracefl.federation.simulation.simulate", local.simulate)
     monkeypatch.setattr("tracefl.federation.grid.PULL_INTERVAL_S", 0)
-    monkeypatch.setattr("tracefl.pipeline.write_events", lambda *_: None)  # its files are never read back
+    monkeypatch.setattr("tracefl.pipeline.tracking.log_run", lambda *_: None)  # its files are never read back
 
 
 def command(storage: Path, *words: str) -> Callable[[], Config]:
@@ -104,9 +108,20 @@ def numbers(folder: Path) -> dict[str, object]:
         found["header"] = run
     look("rounds.csv", lambda: read_rounds(folder).to_csv())
     look("sweep", lambda: read_runs([folder]).to_csv())
+    look("page", lambda: bool(write_page(folder, folder.parent.parent / "page.html")))
+    look("listed", lambda: listed(folder))
+    look("audit", lambda: repr(audit(folder)))
     for name in (PROVENANCE, AUDIT):
         look(name, lambda name=name: read_table(folder, name).to_csv())
     return found
+
+
+def listed(folder: Path) -> str:
+    """What `tracefl list` says of a run."""
+    found = entry(folder) | {"bytes": 0}  # its log grows
+    told = [found["error"]] if "error" in found else found["lost"]
+    require(not told, "; ".join(told))
+    return repr(found)
 
 
 def _sums(state) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Prepared data: what clients and server read is what the dataset holds, prepared once."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -190,6 +191,10 @@ def test_data_that_change_after_they_were_opened_are_refused(config):
         file = data.folder / name
         file.write_bytes(file.read_bytes()[:-1] + b"\xee")
         with pytest.raises(TraceFLError, match=rf"{name} cannot be read \(it is not as it was prepared\)"):
+            read()
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(TraceFLError, match=rf"{name} cannot be read \(it is no file\)"):
             read()
 
 

@@ -93,7 +93,7 @@ def load_prepared(folder: Path, name: str) -> Examples:
         ValueError: it is not as it was prepared.
         KeyError: data.json does not know it.
     """
-    return load_examples(folder / name, json.loads((folder / "data.json").read_bytes())["sha256"][name])
+    return load_examples(folder / name, json.loads(_content(folder / "data.json"))["sha256"][name])
 
 
 def load_examples(file: Path, sha256: str | None = None) -> Examples:
@@ -118,7 +118,7 @@ def read_tensors(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
         ValueError: it is no safetensors file, holds other types than prepared data have, or has
             another SHA-256.
     """
-    content = bytearray(file.read_bytes())
+    content = bytearray(_content(file))
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("it is not as it was prepared")
     start = 8 + int.from_bytes(content[:8], "little")
@@ -138,6 +138,13 @@ def read_tensors(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
         if count:
             tensors[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=begin).view(entry["shape"])
     return tensors
+
+
+def _content(file: Path) -> bytes:
+    """What is in a file; a pipe or a device in its place would keep the reader waiting."""
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no file")
+    return file.read_bytes()
 
 
 def longest_text(files: Iterable[Path]) -> tuple[int, Inputs]:
