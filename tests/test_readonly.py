@@ -81,4 +81,4 @@ def test_a_run_on_a_read_only_disk_is_shown_and_a_full_disk_is_one_sentence(tmp_
         subprocess.run(["umount", str(tmp_path / "full")], check=True)
     assert full.returncode == 1
     assert full.stderr.count("\n") == 1, full.stderr
-    assert "(No space left on device): make room there" in full.stderr
+    assert "No space left on device): make room" in full.stderr
