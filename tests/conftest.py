@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as tracefl.main does
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,19 @@ from tracefl.config import Config
 
 torch.set_num_threads(2)
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in this process sends its log to the console; later tests look at what is printed."""
+    keep_log(monkeypatch)
+
+
+def keep_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the package's log as it is, in the end."""
+    log = logging.getLogger("tracefl")
+    for name, value in {"handlers": [*log.handlers], "propagate": log.propagate, "level": log.level}.items():
+        monkeypatch.setattr(log, name, value)
 
 
 @cache

@@ -16,7 +16,7 @@ import typer
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.conftest import composed
+from tests.conftest import composed, keep_log
 from tests.data.tables import encoded, write
 from tests.federation import local
 from tracefl import Run, TraceFLError, __version__, cli, whatif
@@ -45,6 +45,7 @@ def place(tmp_path_factory) -> Path:
     write(folder / "set", columns, test={name: values[:40] for name, values in columns.items()})
     config = load(composed((*SETTINGS, f"dataset.path={folder}/set", f"storage.dir={folder}/logs")))
     with pytest.MonkeyPatch.context() as patch:
+        keep_log(patch)
         patch.setattr("tracefl.federation.grid.PULL_INTERVAL_S", 0)
         run_experiment(config, OmegaConf.to_yaml(OmegaConf.structured(config)), simulate=local.simulate)
     return folder
@@ -250,9 +251,8 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
         "gone": "global.safetensors is missing",
         "cut": "is no JSON",
         "odd": "must hold a JSON object",
-        "worse": "verdict.json was changed since it was written",
     }
-    for name in broken:
+    for name in (*broken, "worse"):
         shutil.copytree(run.path, place / "logs" / name)
     (place / "logs" / "gone" / "rounds" / "0002" / "global.safetensors").unlink()
     (place / "logs" / "cut" / "run.json").write_text('{"schema": 2')
@@ -262,7 +262,7 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
         found = answer("list")
         status, shown, _ = command("list", "logs")
     finally:
-        for name in ("deeper", *broken):
+        for name in ("deeper", "worse", *broken):
             shutil.rmtree(place / "logs" / name)
     runs = {Path(entry["run"]).name: entry for entry in found["runs"]}
     assert list(runs) == ["cut", "words-00000000", "gone", "odd", run.path.name, "worse"]
@@ -279,7 +279,10 @@ def test_the_list_tells_runs_apart(answer, command, place, run):
     assert entry["bytes"] > 10_000
     assert status == 0
     assert " client.lr " in shown
-    assert sum(line.startswith("damaged: ") for line in shown.splitlines()) == 4
+    assert sum(line.startswith("damaged: ") for line in shown.splitlines()) == 3
+    assert (runs["worse"]["faulty"], entry["lost"]) == (None, [])
+    assert "verdict.json was changed since it was written" in runs["worse"]["lost"][0]
+    assert sum(line.startswith("not shown: ") for line in shown.splitlines()) == 1
 
 
 def test_an_empty_folder_is_listed_as_such(command, tmp_path):

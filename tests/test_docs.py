@@ -1,5 +1,6 @@
 """README and docs/: every Python block runs, every command line composes, and what they name is there."""
 
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -19,7 +20,6 @@ from tracefl.pipeline import run_experiment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-AWAITED = {"docs/report.png", "report.md"}  # made by other branches
 RUN = "logs/tracefl-a91c9d33"  # the default run, as the pages call it
 # A block, and what it prints where that follows.
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.M | re.S)
@@ -64,6 +64,7 @@ def inside_flower(monkeypatch):
     for name in ("task_id", "run_id", "node_id"):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
     monkeypatch.setattr("tracefl.federation.grid.PULL_INTERVAL_S", 0)
+    monkeypatch.setattr(logging.getLogger("tracefl"), "handlers", [])  # warnings are none of what a block prints
 
 
 def run_blocks(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +162,8 @@ def test_what_the_pages_name_is_there():
     for page in PAGES:
         for name in re.findall(r"\b((?:scripts|benchmarks|examples|tests)/[\w/]+\.\w+)", page.read_text()):
             assert (ROOT / name).is_file(), f"{page.name} names {name}"
+        for name, test in re.findall(r"\b(tests/[\w/]+\.py)::(\w+)", page.read_text()):
+            assert f"def {test}(" in (ROOT / name).read_text(), f"{page.name} names {name}::{test}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -168,7 +171,7 @@ def test_no_path_that_others_lack(page):
     text = page.read_text()
     assert not re.search(r"\.\./shared|/work/|/tmp/|/root/|/home/", text)
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        there = target.startswith("http") or target in AWAITED or (page.parent / target).exists()
+        there = target.startswith("http") or (page.parent / target).exists()
         assert there, f"{page.name} links to {target}"
 
 
@@ -182,3 +185,7 @@ def test_the_api_page_has_every_public_name():
     for home in (tracefl.flower, tracefl.provenance):
         listed = {line.split(".")[-1] for line in page.splitlines() if line.startswith(f"::: {home.__name__}.")}
         assert listed <= set(home.__all__)
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {tracefl.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -1,7 +1,9 @@
 """The command line as a user meets it; whole processes only for what a process is: its status and its streams."""
 
+import errno
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,8 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tracefl.checks import check_examples, load
 from tracefl.config import Config
+from tracefl.errors import TraceFLError
 from tracefl.main import main
+from tracefl.stopping import WORD
+
+from .conftest import composed
 
 SWEEP = "--multirun device=cpu client_resources.gpus=1 exp_key=artifact_exp model.name=resnet18 dataset.name=mnist"
 ALL_TO_ZERO = "label2flip={1:0,2:0,3:0,4:0,5:0,6:0,7:0,8:0,9:0,10:0,11:0,12:0,13:0}"
@@ -235,7 +242,7 @@ def test_a_process_that_is_interrupted_ends_with_130(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
-    assert done.stderr == "interrupted: complete rounds are kept, the same command goes on from there\n"
+    assert done.stderr == f"{WORD}\n"
 
 
 def test_a_wrong_value_is_answered_without_torch():
@@ -265,3 +272,67 @@ def test_the_main_ones_run_on_small_data(line, tmp_path, request):
     assert done.returncode == 0, done.stderr
     assert "INFO - Total Rounds: 2" in done.stdout
     assert "INFO - TraceFL Average Localization Accuracy: " in done.stdout
+
+
+OS_ERRORS = {  # what the operating system says, what is named, and what to do about it
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device"), "storage.dir=logs", "make room there"),
+    "a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "storage.dir=logs", "make room there"),
+    "a read-only disk": (OSError(errno.EROFS, "Read-only file system", "/x/y"), "/x/y", "that can be written to"),
+    "no permission": (OSError(errno.EACCES, "Permission denied", b"/x/y"), "/x/y", "give this user the right"),
+    "a folder for a file": (
+        OSError(errno.EISDIR, "Is a directory", Path("/x/y")),
+        "/x/y",
+        "remove what lies",
+    ),
+    "a file for a folder": (OSError(errno.ENOTDIR, "Not a directory", "/x/y"), "/x/y", "remove what lies"),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "/x/y"), "/x/y", "shorten the name"),
+    "open files": (OSError(errno.EMFILE, "Too many open files", "/x/y"), "/x/y", "ulimit -n"),
+    "a dying disk": (OSError(errno.EIO, "Input/output error", "/x/y"), "/x/y", "see that the disk is well"),
+    "one without a number": (OSError("something odd"), "storage.dir=logs", "see that it is there"),
+}
+
+
+@pytest.mark.parametrize("kind", OS_ERRORS)
+def test_what_the_operating_system_refuses_is_one_sentence(run, monkeypatch, kind):
+    error, named, remedy = OS_ERRORS[kind]
+
+    def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tracefl.pipeline.run_experiment", refused)
+    status, _, err = run("num_rounds=2")
+    assert status == 1
+    assert err.startswith(f"error: {named} cannot be used (")
+    assert remedy in err
+    assert err.count("\n") == 1
+
+
+def test_a_bug_stays_a_traceback(run, monkeypatch):
+    def wrong(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("tracefl.pipeline.run_experiment", wrong)
+    with pytest.raises(ZeroDivisionError):
+        run("num_rounds=2")
+
+
+def test_a_client_with_one_example_is_refused_before_training(run):
+    limits = ("data_dist.min_examples_per_class=1", "data_dist.max_per_client_data_size=2")
+    label_counts = {"0": {1: 2}, "1": {3: 1}}
+    config = load(composed((*limits, "num_clients=2", "clients_per_round=2")))
+    with pytest.raises(TraceFLError, match=r"client 1 holds 1 example, on which BatchNorm in resnet18 cannot train"):
+        check_examples(config, label_counts)
+    config.exclude_clients = [1]
+    check_examples(config, label_counts)
+
+
+def test_more_clients_than_examples_are_refused_before_training(run):
+    status, _, err = run("num_clients=3000", "client_cpus=1")
+    assert status == 1
+    assert "over num_clients=3000 clients needs 3000 training examples at least, got 1437: lower num_clients" in err
+
+
+def test_torch_loads_no_code(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps(os.mkdir))
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "weights.pt", weights_only=False)

@@ -1,25 +1,27 @@
 """From a composed configuration to a checked one.
 
 The schema says the type of each setting and its rule (config.py); the checks of this file look at
-several. Two need more than settings: `check_device` the machine, `numbered_labels` the data.
+several. `numbered_labels` and `check_examples` need the data too; machine.py looks at the machine.
 """
 
 import copy
 import difflib
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from tracefl.config import ALIASES, HUB_NAMES, IMAGE_MODELS, MEDMNIST, STRATEGIES, TRACED_METHODS, Config, Fault, leaves
 from tracefl.errors import TraceFLError, first_line, require
-from tracefl.rules import POSITIVE, SHARE, integer, whole_number
+from tracefl.kinds import KINDS, check_kinds, shown
+from tracefl.rules import SHARE, above_0, integer, whole_number
 from tracefl.settings import installed, visible_files
 
 # Kinds of files that the datasets library reads examples from, the usual ones.
@@ -28,9 +30,10 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PROJECT = ("pyproject.toml", "setup.py", "package.json")  # at the top of one
 LOOKED_AT = 100_000  # files of a dataset's folder
+AT_A_TIME = 1000  # clients that train, each in a process of its own
+LONGEST_NAME = 200  # bytes of a dataset's name, which names a folder
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[\w-]+(\.[\w-]+)*")  # owner/name
 OTHER_FILES = 1000  # may lie beside the data, or as many as hold data
-# What a setting takes, by the name of its type.
-KINDS = {"list": "a list", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
 def load(composed: DictConfig) -> Config:
@@ -50,13 +53,9 @@ def load(composed: DictConfig) -> Config:
         group, name = alias.split(".")
         if isinstance(plain.get(group), dict) and name in plain[group]:
             plain[key] = plain[group].pop(name)
-    plain = {key: value for key, value in plain.items() if value != {}}
-    for key, field in leaves():  # a group that is given a value: OmegaConf would not say which
-        group, _, name = key.rpartition(".")
-        section = plain.get(group, {}) if group else plain
-        require(isinstance(section, dict), f"{group}={section} sets a group of settings: set one, such as {key}.")
-        if section.get(name) == "" and type(None) in get_args(field.type):
-            section[name] = None
+    groups = {key.partition(".")[0] for key in (*dict(leaves()), *ALIASES) if "." in key}
+    plain = {key: value for key, value in plain.items() if value != {} or key not in groups}
+    check_kinds(plain)
     try:
         config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
     except ConfigKeyError as error:
@@ -64,11 +63,11 @@ def load(composed: DictConfig) -> Config:
     except ValidationError as error:
         key = str(error.full_key).split("[")[0]  # of an entry of a list, the list
         kind = next(words for name, words in KINDS.items() if name in str(dict(leaves())[key].type))
-        value = OmegaConf.select(composed, key)
-        raise TraceFLError(f"{key} must be {kind}, got {'null' if value is None else value}.") from error
-    config.model.config = config.model.config or {}
-    config.strategy.options = config.strategy.options or {}
-    config.label2flip = config.label2flip or {}
+        raise TraceFLError(f"{key} must be {kind}, got {shown(OmegaConf.select(composed, key))}.") from error
+    model, strategy = config.model, config.strategy
+    model.config = {} if model.config is None else model.config
+    strategy.options = {} if strategy.options is None else strategy.options
+    config.label2flip = {} if config.label2flip is None else config.label2flip
     if config.noise_rate == config.label2flip:  # this is how the artifact's command lines say "all of them"
         config.noise_rate = 1.0
     if config.dataset.path and config.dataset.name == "digits":  # a folder is not the bundled set
@@ -86,14 +85,6 @@ def load(composed: DictConfig) -> Config:
     _forget_excluded_faults(config)
     config.provenance.methods = [method for method in TRACED_METHODS if method in config.provenance.methods]
     return config
-
-
-def check_device(config: Config) -> None:
-    """Raise a TraceFLError if the run wants a GPU and torch sees none."""
-    if config.device.startswith("cuda"):
-        import torch  # takes seconds, so only where a GPU is asked for
-
-        _require(config, "device", torch.cuda.is_available(), "be cpu where torch sees no GPU", "set device=cpu")
 
 
 def numbered_labels(config: Config, class_names: Sequence[str]) -> tuple[Config, list[str]]:
@@ -142,6 +133,15 @@ def numbered_labels(config: Config, class_names: Sequence[str]) -> tuple[Config,
     return config, notes
 
 
+def check_examples(config: Config, label_counts: Mapping[str, Mapping[int, int]]) -> None:
+    """Raise a TraceFLError if a client holds too few examples for its model to train on."""
+    for client, counts in label_counts.items():
+        too_few = config.arch == "cnn" and sum(counts.values()) == 1 and int(client) not in config.exclude_clients
+        holds = f"client {client} holds 1 example, on which BatchNorm in {config.model.name} cannot train"
+        remedy = "raise data_dist.min_examples_per_class or lower num_clients"
+        require(not too_few, f"{holds}: {remedy}, or leave it out with exclude_clients=[{client}].")
+
+
 def unknown(key: str) -> str:
     """The message for a key that is no setting, with the one that was probably meant."""
     known = [*(name for name, _ in leaves()), *ALIASES]
@@ -171,12 +171,15 @@ def _check_federation(c: Config) -> None:
     at_most = f"be at most {left}, what exclude_clients={c.exclude_clients} leaves of num_clients={c.num_clients}"
     _require(c, "clients_per_round", c.clients_per_round <= left, at_most, f"set clients_per_round={left} or less")
     if c.data_dist.dist_type == "non_iid_dirichlet":
-        POSITIVE.check("dirichlet_alpha", c.dirichlet_alpha)
+        above_0(10**9).check("dirichlet_alpha", c.dirichlet_alpha)
     here = not c.ray.address
     _require(c, "ray.address", here or c.total_cpus is None, "be null where total_cpus is set", "leave one of them out")
     _require(c, "ray.address", here or c.total_gpus is None, "be null where total_gpus is set", "leave one of them out")
     enough = c.client_cpus <= cpus or not here or "RAY_ADDRESS" in os.environ
     _require(c, "client_cpus", enough, f"be at most total_cpus={cpus}", "lower it or raise total_cpus")
+    least = cpus / AT_A_TIME
+    must = f"be at least {least:g}, with which {AT_A_TIME} clients train at a time"
+    _require(c, "client_cpus", not here or c.client_cpus >= least, must, "raise it, or lower total_cpus")
 
 
 def _check_strategy(c: Config) -> None:
@@ -205,8 +208,10 @@ def _check_strategy(c: Config) -> None:
 def _check_data(c: Config) -> None:
     name, path, known = c.dataset.name, c.dataset.path, ("digits", *HUB_NAMES, *MEDMNIST)
     must = f"be one of {', '.join(known)}, or a name of the hub as owner/name"
-    fits = path or name in known or "/" in name
+    fits = path or name in known or bool(HUB_NAME.fullmatch(name))
     _require(c, "dataset.name", fits, must, "correct it, or name a folder with dataset.path=FOLDER")
+    fits = len(name.rpartition("/")[2].encode()) <= LONGEST_NAME
+    _require(c, "dataset.name", fits, f"be at most {LONGEST_NAME} bytes", "set dataset.name=SHORTER, also for a folder")
     what = _no_dataset(Path(path)) if path else ""
     _require(c, "dataset.path", not what, f"be the folder of a dataset, not {what}", "name the folder of the data")
     if path and name not in MEDMNIST:
@@ -236,11 +241,14 @@ def _no_dataset(folder: Path) -> str:
 def _check_model(c: Config) -> None:
     model, for_texts = c.model, c.arch == "transformer"
     must = f"be one of {', '.join(IMAGE_MODELS)}, or a text classifier of the hub as owner/name"
-    fits = model.path or model.name in (*IMAGE_MODELS, "gpt2") or "/" in model.name
+    fits = model.path or model.name in (*IMAGE_MODELS, "gpt2") or bool(HUB_NAME.fullmatch(model.name))
     _require(c, "model.name", fits, must, "correct it, or name a folder with model.path=FOLDER")
     _require(c, "model.arch", model.arch in (None, c.arch), f"be {c.arch} for model.name={model.name}", "leave it out")
     for key, value in (("model.config", model.config), ("model.tokenizer", model.tokenizer)):
         _require(c, key, for_texts or not value, f"be that of a text model, not of {model.name}", "leave it out")
+    for key in ("batch_size", "data_dist.max_per_client_data_size"):
+        must = f"be at least 2 for {model.name}: BatchNorm cannot train on one example"
+        _require(c, key, for_texts or attrgetter(key)(c) != 1, must, "raise it")
     if "vocab_size" in model.config:
         integer(1).check("model.config.vocab_size", model.config["vocab_size"])
     fits = model.tokenizer != "trained" or not model.has_weights

@@ -17,7 +17,7 @@ import click
 import typer
 
 from tracefl import __version__
-from tracefl.errors import TraceFLError, first_line
+from tracefl.errors import TraceFLError, os_sentence
 
 app = typer.Typer(
     name="tracefl",
@@ -207,7 +207,9 @@ def _status(typed: list[str]) -> int:
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        _say(f"{first_line(error)}: free the place or name another")
+        _say(os_sentence(error, str(Path.cwd())))
+    except MemoryError:
+        _say("there is not enough memory: end other programs")
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         return 130

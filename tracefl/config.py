@@ -15,16 +15,23 @@ from functools import partial
 from typing import Any
 
 from tracefl.rules import (
+    DEVICE,
+    ENTRIES,
+    FILE_NAME,
     FOLDER,
     HOST_PORT,
+    KEEP,
+    LABELS,
     MODEL_FOLDER,
-    POSITIVE,
+    NAMED,
+    NUMBERS,
+    PART,
+    PLACE,
     Rule,
+    above_0,
     at_least,
     between,
     integer,
-    is_number,
-    matches,
     one_of,
     some_of,
 )
@@ -55,35 +62,27 @@ MEDMNIST = (
     *("organamnist", "organcmnist", "organsmnist"),
 )
 # Flower's strategies, and the arguments of each that strategy.options may set.
-_ADAPTIVE = dict.fromkeys(("eta", "eta_l", "tau"), at_least(0))
+_ADAPTIVE = dict.fromkeys(("eta", "eta_l", "tau"), at_least(0, 10**6))
 _ADAM = _ADAPTIVE | dict.fromkeys(("beta_1", "beta_2"), between(0, 1))
 _MALICIOUS = {"num_malicious_nodes": integer(0)}
 STRATEGIES: dict[str, dict[str, Rule]] = {
     "fedavg": {},
-    "fedprox": {"proximal_mu": at_least(0)},
+    "fedprox": {"proximal_mu": at_least(0, 10**6)},
     "fedadam": _ADAM,
     "fedyogi": _ADAM,
     "fedadagrad": _ADAPTIVE,
-    "fedavgm": dict.fromkeys(("server_learning_rate", "server_momentum"), at_least(0)),
+    "fedavgm": dict.fromkeys(("server_learning_rate", "server_momentum"), at_least(0, 10**6)),
     "fedmedian": {},
     "fedtrimmedavg": {"beta": between(0, 0.5)},
     "krum": _MALICIOUS,
     "multikrum": _MALICIOUS | {"num_nodes_to_select": integer(1)},
     "bulyan": _MALICIOUS,
 }
-# What mappings and words must be.
-ENTRIES = Rule("have entries, as {NAME:VALUE}", lambda v: isinstance(v, dict))
-LABELS = Rule(
-    "map labels to labels, as '{8:7,0:7}'",
-    lambda v: isinstance(v, dict) and all(str(label).lstrip("-").isdecimal() for label in (*v, *v.values())),
-)
-PART = Rule("be a share above 0 and below 1", lambda v: is_number(v) and 0 < v < 1)
-FILE_NAME = matches(r"[\w.-]+", "consist of letters, digits, '.', '-' and '_'")
-KEEP = matches(r"all|deltas|last:[1-9][0-9]*", "be all, last:N with N of 1 or more, or deltas")
 TRACKERS = ("tensorboard", "mlflow", "wandb")
-TRACKING = Rule(f"name some of {', '.join(TRACKERS)}", lambda v: all(entry in TRACKERS for entry in v))
+TRACKING = Rule(
+    f"name some of {', '.join(TRACKERS)}", lambda v: isinstance(v, list) and all(entry in TRACKERS for entry in v)
+)
 TYPES = ("float32", "float16", "bfloat16")
-DEVICE = matches(r"cpu|cuda(:\d+)?", "be cpu, cuda or cuda:N")
 # The original has these settings twice. Either spelling is accepted, the second is stored.
 ALIASES = {
     **{f"strategy.{key}": key for key in ("num_rounds", "clients_per_round", "noise_multiplier", "clipping_norm")},
@@ -112,7 +111,7 @@ class Client:
     """How a client trains"""
 
     epochs: int = setting(2, "passes over a client's data in each round", at_least(1))
-    lr: float | None = setting(None, "null: 0.001; on digits 0.0003; for a pretrained text model 0.00005", POSITIVE)
+    lr: float | None = setting(None, "null: 0.001; on digits 0.0003; for pretrained text models 0.00005", above_0(1000))
 
 
 @dataclass
@@ -144,12 +143,12 @@ class Dataset:
     name: str = setting("digits", f"digits, {', '.join((*HUB_NAMES, *MEDMNIST))}, or one of the hub as owner/name")
     path: str | None = setting(None, "folder in the hub's layout, instead of the hub", FOLDER)
     config: str | None = setting(None, "which of its configurations, where it has several")
-    num_classes: int | None = setting(None, "null: as many as the data have", at_least(2))
+    num_classes: int | None = setting(None, "null: as many as the data have", at_least(2, 100_000))
     channels: int | None = setting(None, "of an image; null: as the data have", one_of((1, 3)))
     input_columns: list[str] = setting([], "[]: the one image or text; the texts of several are joined")
     label_column: str | None = setting(None, "null: found from the data")
-    train_split: str = setting("train", "split that is spread over the clients; or a slice, as train[:80%]")
-    test_split: str = setting("test", "split that the server evaluates and traces; or a slice, as train[80%:]")
+    train_split: str = setting("train", "split that is spread over the clients; or a slice, as train[:80%]", NAMED)
+    test_split: str = setting("test", "split that the server evaluates and traces; or a slice, as train[80%:]", NAMED)
     test_share: float | None = setting(
         None, "of train_split, drawn by seed: the test examples of a set without any", PART
     )
@@ -209,7 +208,7 @@ class EvaluationConfig:
 class Storage:
     """Where runs and prepared data are stored, and what is kept of the clients' states"""
 
-    dir: str = setting("logs", "folder of all runs", trains=False)
+    dir: str = setting("logs", "folder of all runs", PLACE, trains=False)
     keep: str = setting(
         "all", "clients' states: all, those of the last N rounds, or as differences", KEEP, trains=False
     )
@@ -231,18 +230,18 @@ class Config:
     seed: int = setting(0, "of everything that is drawn", between(0, 2**63))
     num_clients: int = setting(10, "clients of the federation", at_least(1))
     clients_per_round: int = setting(10, "clients that train in each round", at_least(1))
-    exclude_clients: list[int] = setting([], "numbers of clients that never train, as [0,3]; the data stay as they are")
+    exclude_clients: list[int] = setting([], "clients that never train, as [0,3]; the data stay as they are", NUMBERS)
     num_rounds: int = setting(5, "rounds of training", at_least(1))
     dirichlet_alpha: float = setting(0.3, "of non_iid_dirichlet; smaller: each client sees fewer classes")
     batch_size: int = setting(32, "examples in a training step of a client", at_least(1))
 
-    noise_multiplier: float = setting(-1, "in units of the clipping norm", at_least(0).or_value(-1, "no privacy"))
-    clipping_norm: float = setting(-1, "largest norm of a client's update", POSITIVE.or_value(-1, "no privacy"))
+    noise_multiplier: float = setting(-1, "in units of the norm", at_least(0, 10**6).or_value(-1, "no privacy"))
+    clipping_norm: float = setting(-1, "largest norm of a client's update", above_0(10**9).or_value(-1, "no privacy"))
 
-    total_cpus: int | None = setting(None, "of the simulation; null: all of the machine", at_least(1), trains=False)
-    total_gpus: int | None = setting(None, "of the simulation; null: all of the machine", at_least(1), trains=False)
-    client_cpus: float = setting(1, "of one client; it uses one torch thread per CPU", POSITIVE)
-    client_gpu: float = setting(1, "share of a GPU of one client, with device=cuda", at_least(0), trains=False)
+    total_cpus: int | None = setting(None, "of the simulation; null: the machine's", at_least(1, 10_000), trains=False)
+    total_gpus: int | None = setting(None, "of the simulation; null: the machine's", at_least(1, 10_000), trains=False)
+    client_cpus: float = setting(1, "of one client; it uses one torch thread per CPU", above_0(10_000))
+    client_gpu: float = setting(1, "share of a GPU of one client, with device=cuda", at_least(0, 1000), trains=False)
     device: str = setting("cpu", "what training and tracing run on", DEVICE)
     ray: Ray = field(default_factory=Ray)
 
@@ -252,7 +251,7 @@ class Config:
     strategy: Strategy = field(default_factory=Strategy)
     data_dist: DataDist = field(default_factory=DataDist)
 
-    faulty_clients_ids: list[int] = setting([], "numbers of the faulty clients, as [0,3]")
+    faulty_clients_ids: list[int] = setting([], "numbers of the faulty clients, as [0,3]", NUMBERS)
     fault: Fault = field(default_factory=Fault)
     # dict[int, int]; float or dict[int, float]
     label2flip: Any = setting(None, "labels that a faulty client flips: {8:7} turns 8 into 7", LABELS)
@@ -271,11 +270,13 @@ class Config:
     )
     convert_cache_to_csv: bool = setting(False, "true: write provenance.csv too", trains=False)
     accept_failures: bool = setting(False, "true: record a client that failed, and go on without it", trains=False)
-    round_timeout: float = setting(3600, "seconds until a silent client has failed", POSITIVE, trains=False)
+    round_timeout: float = setting(3600, "seconds until a silent client has failed", above_0(10**9), trains=False)
 
     enable_beta: bool = setting(True, "layer decay 0.9 (eq. 6); false: every layer counts the same", trains=False)
     client_weights_normalization: bool = setting(False, "true: multiply by p_k (eq. 5)", trains=False)
-    parallel_processes: int = setting(-1, "threads that trace", at_least(1).or_value(-1, "all cores"), trains=False)
+    parallel_processes: int = setting(
+        -1, "threads that trace", at_least(1, 1024).or_value(-1, "all cores"), trains=False
+    )
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

@@ -1,7 +1,22 @@
 """The one exception type of this package, and how its messages quote the errors of others."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What to do about an error of the operating system, by its number.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there, or name a folder on another disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to, or name another folder"),
+    errno.EROFS: "name a folder that can be written to",
+    errno.ENAMETOOLONG: "shorten the name",
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "remove what lies there, or name another place"),
+    **dict.fromkeys((errno.ENOENT, errno.ELOOP), "put it there, or name another place"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files, as with ulimit -n 4096"),
+    errno.EIO: "see that the disk is well, or name a folder on another one",
+    **dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "end other programs, or lower the settings that take memory"),
+}
 
 
 class TraceFLError(Exception):
@@ -41,3 +56,20 @@ def as_sentence(problem: str, remedy: str, *errors: type[Exception]) -> Iterator
         yield
     except errors as error:
         raise TraceFLError(f"{problem} ({first_line(error)}): {remedy}.") from error
+
+
+def os_sentence(error: OSError, place: str) -> str:
+    """An error of the operating system as a sentence: where, what, and what to do.
+
+    Args:
+        error: It names its file or not, as a full disk does not.
+        place: What is named then, such as "storage.dir=logs".
+
+    Example:
+        >>> os_sentence(OSError(errno.ENAMETOOLONG, "File name too long"), "storage.dir=logs")
+        'storage.dir=logs cannot be used (File name too long): shorten the name.'
+    """
+    files = (name for name in (error.filename, error.filename2) if name is not None)
+    named = next((os.fsdecode(name) if isinstance(name, str | bytes) else str(name) for name in files), place)
+    remedy = REMEDIES.get(error.errno or 0, "see that it is there, and that this user may read and write it")
+    return f"{named} cannot be used ({error.strerror or first_line(error)}): {remedy}."

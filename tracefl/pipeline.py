@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from tracefl.checks import numbered_labels
+from tracefl.checks import check_examples, numbered_labels
 from tracefl.config import Config
 from tracefl.data.examples import Examples
 from tracefl.data.faults import unchanged
@@ -26,8 +26,8 @@ from tracefl.evidence.verdict import judge as judge_clients
 from tracefl.evidence.whatif import removal_lines, whatif
 from tracefl.federation.cluster import spread_over
 from tracefl.federation.start import initial_state, open_or_create
-from tracefl.files import locked
 from tracefl.models import build_model, model_spec
+from tracefl.readonly import held
 from tracefl.report import figures, lines, progress, tables, tracking, write_page
 from tracefl.results import (
     AUDIT,
@@ -72,6 +72,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     tracking.wanted(config)  # before anything is trained
     data = prepare(config)
     folder = run_folder(config)
+    check_examples(config, data.label_counts)
     config, notes = numbered_labels(config, data.class_names)
     idle = unchanged(config, data)
     told = f"faulty_clients_ids: {', '.join(idle)} hold nothing that fault.kind={config.fault.kind} changes"
@@ -86,7 +87,7 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
     progress.log_to_console()
     keep_freed_memory()
     initial = initial_state(config, data, folder)  # may fail: before the folder is there
-    with locked(folder), progress.log_to_file(folder / LOG_FILE):
+    with held(folder, config.num_rounds) as folder, progress.log_to_file(folder / LOG_FILE):
         for note in notes:
             log.info(note)
         run = open_or_create(config, data, folder, initial)
@@ -108,12 +109,12 @@ def run_experiment(config: Config, resolved: str, simulate: Simulate | None = No
         report(config, run, answers, metrics)
         if config.report:
             log.info("The run's page: %s", write_page(run.path))
-    tables.print_summary(metrics, config.provenance.methods)
-    if config.do_provenance and config.faulty_clients_ids:
-        tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
-    with locked(folder):
-        tracking.log_run(config, folder)
-    log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
+        tables.print_summary(metrics, config.provenance.methods)
+        if config.do_provenance and config.faulty_clients_ids:
+            tables.print_faulty(metrics, config.provenance.methods, faulty_clients(config))
+        tracking.log_run(config, run.path)
+    if folder.parent == run_folder(config).parent:
+        log.info("Everything is in %s: run.json, rounds.csv, provenance.parquet, %s, rounds/", folder, LOG_FILE)
 
 
 def train(

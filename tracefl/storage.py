@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracefl.config import KEEP, TYPES
+from tracefl.config import TYPES
 from tracefl.errors import TraceFLError, as_sentence, first_line
-from tracefl.rules import one_of
+from tracefl.rules import KEEP, one_of
 from tracefl.states import State, StateFile, as_bytes
 
 METADATA = "tracefl"  # key in a file's metadata

@@ -119,7 +119,8 @@ def numbers(folder: Path) -> dict[str, object]:
 def listed(folder: Path) -> str:
     """What `tracefl list` says of a run."""
     found = entry(folder) | {"bytes": 0}  # its log grows
-    require("error" not in found, found.get("error", ""))
+    told = [found["error"]] if "error" in found else found["lost"]
+    require(not told, "; ".join(told))
     return repr(found)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -237,7 +238,6 @@ def bomb() -> bytes:
     [
         (None, "has no image: drop such rows"),
         ({"bytes": None, "path": None}, "has no image: drop such rows"),
-        ({"bytes": None, "path": "no/such.png"}, "has no readable image (.*No such file.*no/such.png"),
         (b"", "has an image of zero bytes"),
         (b"garbage", "has no readable image (no format that Pillow knows)"),
         (encoded(shown("RGBA", 0))[:90], "has no readable image ("),
@@ -261,10 +261,14 @@ def test_an_image_that_cannot_be_read_is_named_by_its_row(read, tmp_path, split,
 def test_an_image_that_stands_in_a_file_is_read_from_it(read, tmp_path):
     paths = []
     for label in LABELS:
-        paths.append({"bytes": None, "path": str(tmp_path / f"{label}.png")})
-        shown("L", label).save(tmp_path / f"{label}.png")
+        paths.append({"bytes": None, "path": str(tmp_path / "d" / ".images" / f"{label}.png")})
+        (tmp_path / "d" / ".images").mkdir(parents=True, exist_ok=True)
+        shown("L", label).save(paths[-1]["path"])
     source = read(folder_of(tmp_path, paths))
     assert tensors(source, source.test)[1][0, 0, 4, 15] == 200
+    Path(paths[0]["path"]).unlink()
+    with pytest.raises(TraceFLError, match=r"row 0, column image.* has no readable image \(.*No such file"):
+        tensors(source, source.train)
 
 
 def test_bytes_that_are_no_image_are_no_column_of_images(read, tmp_path):

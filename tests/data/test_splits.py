@@ -157,7 +157,7 @@ def kaggle(folder):
         ({"train.json": b"", "test.json": b""}, "a file holds nothing"),
         ({"train.json": b"{nope", "test.json": b"{nope"}, "JSON parse error"),
         ({"train.csv": "text,label\ncafé,1\n".encode("latin-1")}, "codec can't decode"),
-        ({"train.zip": b"PK no"}, "cannot be read as a dataset ("),
+        ({"train.zip": b"PK no"}, "is no archive that can be read ("),
         ({"train.png": b"no"}, "no label column"),
         ({"train.txt": b"a b\nc d\n"}, "no label column"),
     ],

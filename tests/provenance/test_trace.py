@@ -492,7 +492,7 @@ def test_files_that_hold_no_state(block, x, tmp_path):
     file = tmp_path / "eve.safetensors"
     with pytest.raises(TraceFLError, match=r"client 'eve': .*eve\.safetensors cannot be read \(No such file"):
         trace(block, {"eve": file}, x)
-    with pytest.raises(TraceFLError, match=r"cannot be read \(Is a directory"):
+    with pytest.raises(TraceFLError, match=r"is no file: correct the path"):
         trace(block, {"eve": tmp_path}, x)
     for content in (b"", b"PK\x03\x04 a pickle of PyTorch's", (8).to_bytes(8, "little") + b"no json!"):
         file.write_bytes(content)

@@ -33,6 +33,17 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("spearman")] == [(2, 0.25)]
 
 
+def test_tensorboard_leaves_alone_what_a_link_leads_to(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "events").write_text("theirs")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").symlink_to(tmp_path / "others")
+    tracking.to_tensorboard(tracked(tmp_path / "run"))
+    assert [file.name for file in (tmp_path / "others").iterdir()] == ["events"]
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
 @pytest.fixture
 def mlflow(tmp_path, monkeypatch):
     """MLflow with its file store."""

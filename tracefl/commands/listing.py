@@ -4,10 +4,10 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import filesize
 from rich.table import Table
@@ -24,6 +24,7 @@ LOCALIZATION = {"neuron": "localization_accuracy", "influence": "localization_ac
 CHANCE = "chance_accuracy"
 ALWAYS = ("dataset.name", "model.name")  # what the title says where all runs have the same
 COLUMNS = 3  # settings that are columns of the table
+T = TypeVar("T")
 ODD = (OSError, LookupError, TypeError, ValueError, AttributeError)  # of files that hold something else
 EMPTY: tuple[object, ...] = (None, [], {})
 
@@ -72,6 +73,7 @@ def tables(found: Answer) -> Iterator[Table | str]:
     for run in good if len(differing) > COLUMNS else []:
         given = [f"{key}={_value(run['settings'][key])}" for key in differing if run["settings"].get(key) not in EMPTY]
         yield printable(f"{_name(run, folder)}: {' '.join(given)}")
+    yield from (printable(f"not shown: {sentence}") for run in good for sentence in run["lost"])
     yield from (printable(f"damaged: {run['error']}") for run in found["runs"] if "error" in run)
 
 
@@ -83,9 +85,10 @@ def _read(folder: Path) -> Answer:
     require(isinstance(settings, Mapping), f"{folder / 'run.json'}: settings must be a mapping, got {settings!r}")
     for record in run.rounds:
         for file in ("global.safetensors", *(client.file for client in record.clients if record.kept)):
-            lost = f"{record.folder / file} is missing: restore it, or train again"
-            require((record.folder / file).exists(), lost)
-    last = run.rounds[-1] if run.rounds else None
+            gone = f"{record.folder / file} is missing: restore it, or train again"
+            require((record.folder / file).exists(), gone)
+    last, lost = run.rounds[-1] if run.rounds else None, list[str]()
+    results = {"localization": _found(_localization, folder, lost) or {}, "faulty": _found(_faulty, folder, lost)}
     return {
         "rounds": len(run.rounds),
         "wanted_rounds": settings.get("num_rounds"),
@@ -93,22 +96,28 @@ def _read(folder: Path) -> Answer:
         "settings": dict(settings),
         "accuracy": last.accuracy if last else None,
         "loss": last.loss if last else None,
-        "localization": _localization(folder),
-        "faulty": _faulty(folder),
+        **results,
+        "lost": lost,
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
+
+
+def _found(read: Callable[[Path], T], folder: Path, lost: list[str]) -> T | None:
+    """What is read of a run's results; None where they cannot be, and `lost` gets the sentence."""
+    try:
+        with as_sentence(f"a result of {folder} cannot be read", "run the same command again", csv.Error, *ODD):
+            return read(folder)
+    except TraceFLError as error:
+        lost.append(str(error))
+        return None
 
 
 def _localization(folder: Path) -> Answer:
     """Method -> its mean over rounds beside that of chance; nothing if no round was traced."""
     if (content := held(folder, ROUNDS)) is None:
         return {}
-    with as_sentence(
-        f"{folder / ROUNDS} cannot be read", "remove it, and run the same command again", ValueError, csv.Error
-    ):
-        rows = list(csv.DictReader(content.decode().splitlines()))
-        found = {method: _mean(rows, name) for method, name in LOCALIZATION.items()}
-        chance = _mean(rows, CHANCE)
+    rows = list(csv.DictReader(content.decode().splitlines()))
+    found, chance = {method: _mean(rows, name) for method, name in LOCALIZATION.items()}, _mean(rows, CHANCE)
     return {method: {"share": value, "chance": chance} for method, value in found.items() if value is not None}
 
 
@@ -122,8 +131,7 @@ def _faulty(folder: Path) -> list[str] | None:
     """Who is accused; None where there is no verdict, or nobody could be judged."""
     if (content := held(folder, VERDICT)) is None:
         return None
-    with as_sentence(f"{folder / VERDICT} cannot be read", "remove it, and run the same command again", ValueError):
-        verdict = json.loads(content)
+    verdict = json.loads(content)
     judged = any(client["z"] is not None for client in verdict["clients"].values())
     return [str(who) for who in verdict["faulty"]] if judged else None
 

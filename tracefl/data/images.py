@@ -20,6 +20,8 @@ from tracefl.data.examples import IMAGE_SIZE
 from tracefl.data.splits import Split
 from tracefl.errors import TraceFLError, first_line, require
 
+LARGEST = 2**26  # pixels of an image: 8192 x 8192
+PROGRAMS = ("EPS", "WMF", "EMF")  # formats for which Pillow starts another program
 BATCH = 256  # rows that are read at a time
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's
 DEPTHS = {
@@ -226,7 +228,7 @@ def _open(split: Split, column: str, row: int, stored: Any) -> Image.Image:
             image = Image.open(io.BytesIO(content))
         except Exception as error:  # Pillow's readers raise what they like
             raise _unreadable(split, column, row, stored, error) from error
-        _check_depth(image, split, column, row)
+        _check_header(image, split, column, row)
         return image
     return _decode(split, column, row, stored)
 
@@ -243,17 +245,22 @@ def _decode(split: Split, column: str, row: int, stored: Any) -> Image.Image:
         image = None
     if image is not None:
         with image:
-            _check_depth(image, split, column, row)
+            _check_header(image, split, column, row)
     try:
         return datasets.Image().decode_example({"bytes": value.get("bytes"), "path": value.get("path")})
     except Exception as error:  # Pillow's readers raise what they like
         raise _unreadable(split, column, row, stored, error) from error
 
 
-def _check_depth(image: Image.Image, split: Split, column: str, row: int) -> None:
-    """Refuse colour or transparency of 16 bits, of which Pillow reads 8; before it is decoded."""
+def _check_header(image: Image.Image, split: Split, column: str, row: int) -> None:
+    """Refuse what is too large, run by other programs or of 16 bits in colour; not yet decoded."""
+    holds, sides = split.where(column, row), f"{image.width} x {image.height} pixels"
+    fits = image.width * image.height <= LARGEST
+    require(fits, f"{holds} is an image of {sides}: drop it or make it smaller.")
+    drawn = f"{holds} is {image.format}, which other programs would draw: convert it to PNG."
+    require(image.format not in PROGRAMS, drawn)
     deep = image.mode not in DEPTHS and any(";16" in str(part) for part in getattr(image, "tile", ()))
-    holds = f"{split.where(column, row)} has 16 bits in several channels, of which 8 would be read"
+    holds = f"{holds} has 16 bits in several channels, of which 8 would be read"
     require(not deep, f"{holds}: convert it to 8 bits, in its own range.")
 
 

@@ -9,7 +9,7 @@ from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, Patholo
 
 from tracefl.config import Config
 from tracefl.data.examples import count_labels
-from tracefl.errors import TraceFLError, as_sentence
+from tracefl.errors import TraceFLError, as_sentence, require
 
 ATTEMPTS = 10  # draws, each with another seed, before giving up
 
@@ -42,6 +42,10 @@ def partition(labels: np.ndarray, config: Config) -> Partition:
     Raises:
         TraceFLError: No seed gives every client data, or the distribution is impossible.
     """
+    shards = int(config.data_dist.dist_type.rpartition("-")[2]) if "sharded" in config.data_dist.dist_type else 1
+    needs = f"data_dist.dist_type={config.data_dist.dist_type} over num_clients={config.num_clients} clients needs"
+    few = f"{needs} {config.num_clients * shards} training examples at least, got {len(labels)}"
+    require(config.num_clients * shards <= len(labels), f"{few}: lower num_clients.")
     least, limit = config.data_dist.min_examples_per_class, config.data_dist.max_per_client_data_size
     for attempt in range(ATTEMPTS):
         drawn = _draw(labels, config, config.seed + attempt * 1000)

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
+from tracefl.data.guard import check_dataset, check_paths
 from tracefl.data.packaged import load_digits, load_medmnist, split_names
 from tracefl.errors import TraceFLError, first_line, require
 from tracefl.hub import use_cache_if_offline
@@ -144,9 +145,11 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
     if config.path:
         folder = _plainly_named(Path(config.path).resolve())
         _check_names(folder, config.path)
+        check_dataset(folder, config.path)
         saved = _load_saved(folder, config.path)
         if saved is not None:
             require(not config.config, f"{named}: leave it out.")
+            check_paths(saved, folder, config.path)
             return saved
         place = str(folder)
         problem = f"dataset.path={config.path} cannot be read as a dataset"
@@ -157,7 +160,9 @@ def _load(config: DatasetConfig) -> datasets.DatasetDict:
         remedy = "check the name and the connection, or give a local copy with dataset.path=FOLDER"
         use_cache_if_offline()
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
-    return _reading(problem, remedy, datasets.load_dataset, place, config.config)
+    found = _reading(problem, remedy, datasets.load_dataset, place, config.config)
+    check_paths(found, Path(place) if config.path else None, config.path or config.name)
+    return found
 
 
 def _check_names(folder: Path, named: str) -> None:

@@ -14,7 +14,7 @@ from tracefl.config import Config, Model
 from tracefl.data.plain import PlainEncoder, unknown_token
 from tracefl.data.sources import Source
 from tracefl.errors import require
-from tracefl.models.text import architecture, load_pretrained, text_spec, token_limit
+from tracefl.models.text import architecture, check_memory, load_pretrained, text_spec, token_limit
 
 VOCABULARY = 8000  # of a trained tokenizer, unless model.config.vocab_size says otherwise
 PAD = "[PAD]"
@@ -44,6 +44,7 @@ def text_encoder(source: Source, config: Config, rows: np.ndarray) -> tuple[Enco
         _set_ends(base, tokenizer)
     size = tokenizer.get_vocab_size()
     spec = text_spec(base, max(size, base.vocab_size) if model.has_weights else size, pad, source.class_names)
+    check_memory(spec)
     longest, name = token_limit(spec), f"model.path={model.path}" if model.path else f"model.name={model.name}"
     must = f"dataset.max_tokens must be at most {longest}, which is all that {name} can take"
     require(longest is None or max_tokens <= longest, f"{must}, got {max_tokens}: lower it.")
@@ -52,12 +53,19 @@ def text_encoder(source: Source, config: Config, rows: np.ndarray) -> tuple[Enco
     require(max_tokens > special, f"{must}, got {max_tokens}: raise it.")
     tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()
-    return partial(_encode, source, PlainEncoder(tokenizer), pad), tokenizer.to_str(), spec
+    encode = partial(_encode, source, PlainEncoder(tokenizer), pad, spec["vocab_size"])
+    return encode, tokenizer.to_str(), spec
 
 
-def _encode(source: Source, encoder: PlainEncoder, pad: int, split: Any, rows: np.ndarray) -> dict[str, Tensor]:
+def _encode(
+    source: Source, encoder: PlainEncoder, pad: int, vocab_size: int, split: Any, rows: np.ndarray
+) -> dict[str, Tensor]:
     """See `text_encoder`; an empty text is encoded as one pad token."""
-    ids = [torch.tensor(tokens or [pad], dtype=torch.int32) for tokens in encoder(source.texts(split, rows))]
+    encoded = [tokens or [pad] for tokens in encoder(source.texts(split, rows))]
+    most = max(map(max, encoded))
+    beyond = f"the tokenizer gives token {most}, and the model knows tokens 0 to {vocab_size - 1}"
+    require(most < vocab_size, f"{beyond}: give a tokenizer that fits the model.")
+    ids = [torch.tensor(tokens, dtype=torch.int32) for tokens in encoded]
     lengths = torch.tensor([len(tokens) for tokens in ids], dtype=torch.int32)
     return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad), "lengths": lengths}
 

@@ -18,11 +18,12 @@ from flwr.serverapp import Grid, ServerApp
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from tracefl.checks import check_device, load
+from tracefl.checks import load
 from tracefl.commandline import hydra_words
 from tracefl.config import Config
 from tracefl.errors import TraceFLError, as_sentence, first_line, require
 from tracefl.federation.grid import GridView
+from tracefl.machine import check_device
 from tracefl.pipeline import run_experiment
 
 app = ServerApp()

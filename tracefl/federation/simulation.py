@@ -3,10 +3,12 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import grpc
+import ray
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -57,7 +60,7 @@ def simulate(config: Config, serve: Callable[[Grid], None], client_app: ClientAp
             raise
 
     try:
-        with warnings.catch_warnings(), _interrupt_sets(stop):
+        with warnings.catch_warnings(), _interrupt_sets(stop, _backend(config)["init_args"]):
             warnings.simplefilter("ignore")
             run_simulation(app, client_app, config.num_clients, backend_config=_backend(config))
     except Exception as error:
@@ -92,13 +95,29 @@ def check_cluster(address: str, seconds: float = ANSWER_S) -> None:
 
 
 @contextmanager
-def _interrupt_sets(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other."""
+def _interrupt_sets(stop: threading.Event, init_args: dict[str, Any]) -> Iterator[None]:
+    """Ctrl-C sets `stop`: KeyboardInterrupt would leave Flower's threads waiting for each other.
+
+    So does SIGTERM where it interrupts too (`tracefl.stopping`). Ray, which is started here, puts
+    a handler of its own in its place.
+    """
     with ExitStack() as undo:
-        if threading.current_thread() is threading.main_thread():
-            previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
-            undo.callback(signal.signal, signal.SIGINT, previous)
+        undo.callback(ray.shutdown)
+        in_main = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+        for number, handler in handlers.items():
+            undo.callback(signal.signal, number, handler)
+        paths = filter(None, [*sys.path, os.environ.get("PYTHONPATH")])
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}, **init_args)
+        for number, handler in handlers.items():
+            signal.signal(number, partial(_stop_softly, stop, handler) if callable(handler) else handler)
         yield
+
+
+def _stop_softly(stop: threading.Event, handler: Callable[..., Any], *signal_and_frame: Any) -> None:
+    stop.set()
+    with suppress(KeyboardInterrupt):
+        handler(*signal_and_frame)
 
 
 def _backend(config: Config) -> dict[str, Any]:

@@ -4,7 +4,10 @@ Importing transformers takes seconds: it waits until a text model is wanted.
 """
 
 import difflib
+import json
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 
 from tracefl.config import Model
 from tracefl.errors import TraceFLError, as_sentence, first_line, require
+from tracefl.models.folder import INDEX, check_folder, check_index, check_sizes
 
 # Models that can be built without a download: name -> (model type, entries of its config that
 # differ from the type's defaults).
@@ -46,6 +50,8 @@ def architecture(model: Model) -> Any:
     else:
         model_type, entries = ARCHITECTURES[model.name]
         config = AutoConfig.for_model(model_type, **entries)
+    check_sizes(config.to_dict(), f"the config of {model.path or model.name}")
+    check_sizes(model.config, "model.config")
     kind, classifies = config.model_type, type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     require(classifies, f"model.name={model.name} is a {kind}, which classifies no texts: name another.")
     known = {*config.to_dict(), *config.attribute_map} - {*SET_FROM_DATA}
@@ -85,11 +91,25 @@ def token_limit(spec: dict[str, Any]) -> int | None:
     stated = [getattr(config, name, None) for name in TOKEN_LIMITS]
     limits = [limit for limit in stated if isinstance(limit, int) and limit > 0]
     with suppress(TraceFLError), torch.device("meta"):  # if it cannot be built, that is said later
-        for name, module in build_text_model(spec).named_modules():
+        net = build_text_model(spec)
+        for name, module in net.named_modules():
             padding = getattr(module, "padding_idx", None)
             if "position" in name and padding is not None:
                 limits.append(len(module.weight) - padding - 1)
     return min(limits, default=None)
+
+
+def check_memory(spec: dict[str, Any]) -> None:
+    """Refuse a model whose weights alone are larger than this machine's memory, before it is built.
+
+    Args:
+        spec: What `text_spec` returned.
+    """
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in build_text_model(spec).parameters())
+    needs, has = 4 * count / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    sizes = f"the sizes of the {spec['model_type']} make {count:.3g} weights, {needs:.3g} GiB"
+    require(needs <= has, f"{sizes}, and this machine has {has:.3g} GiB of memory: choose a smaller model.")
 
 
 def build_text_model(spec: dict[str, Any]) -> nn.Module:
@@ -101,7 +121,8 @@ def build_text_model(spec: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     problem = f"model.config does not make a {spec['model_type']}"
-    with as_sentence(problem, "change its entries", ValueError, RuntimeError, AssertionError):
+    broken = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    with as_sentence(problem, "change its entries", *broken):
         return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**spec))
 
 
@@ -139,8 +160,6 @@ def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
     Raises:
         TraceFLError: It cannot be loaded; the message names the remedy.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from tracefl.hub import use_cache_if_offline
@@ -156,6 +175,24 @@ def load_pretrained(loader: Any, model: Model, **options: Any) -> Any:
         setting = "model.pretrained=false" if model.pretrained else "model.tokenizer=trained"
         without = f"set {setting}, " if model.name in ARCHITECTURES else ""
         remedy = f"check name and connection, {without}or give a local copy with model.path=FOLDER"
-    broken = (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError)
-    with as_sentence(problem, remedy, *broken):
+    try:
+        if model.path:
+            check_folder(Path(model.path))
+        elif "Model" in loader.__name__:
+            _check_hub_index(model.name)
         return loader.from_pretrained(model.path or model.name, trust_remote_code=False, **options)
+    except TraceFLError:
+        raise
+    except BaseException as error:  # what readers of others' files raise, Rust's panics too
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TraceFLError(f"{problem} ({first_line(error)}): {remedy}.") from error
+
+
+def _check_hub_index(name: str) -> None:
+    """Look at the list of shards that a model of the hub has, before they are fetched."""
+    from transformers.utils.hub import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if file := cached_file(name, INDEX, **options):
+        check_index(json.loads(Path(file).read_text()), Path(file))

@@ -7,10 +7,11 @@ Draws each run into its own plots/, and all of them together into `out`, beside 
 are drawn from; of prepared data it draws how labels are spread over clients.
 """
 
+import os
 import sys
 from pathlib import Path
 
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import TraceFLError, os_sentence, require
 from tracefl.report.figures import draw_data, draw_run, draw_runs
 from tracefl.report.sweep import find
 
@@ -23,10 +24,13 @@ def main() -> None:
             draw_data(find("data", arguments["data"], "data.json"), out)
         else:
             for folder in (folders := find("runs", arguments["runs"], "rounds.csv")):
-                draw_run(folder)
+                if os.access(folder, os.W_OK):  # else all of them are drawn together, into `out`
+                    draw_run(folder)
             draw_runs(folders, arguments.get("x"), out)
     except TraceFLError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {os_sentence(error, 'out')}")
     print("\n".join(str(file) for file in sorted(out.glob("*.*"))))
 
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from tracefl.errors import as_sentence
 from tracefl.files import write_atomically
@@ -46,7 +46,9 @@ def write_page(run_folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(run_folder)
     file = folder / "report.html" if out is None else Path(out)
-    page = render(Gathered(folder))
+    wrong = (KeyError, IndexError, TypeError, ValueError, AttributeError, UndefinedError)
+    with as_sentence(f"a result in {folder} is not as TraceFL writes it", "run the same command again", *wrong):
+        page = render(Gathered(folder))
     with as_sentence(f"{file} cannot be written", "name another file", OSError):
         write_atomically(file, page)
     return file

@@ -58,8 +58,11 @@ def to_tensorboard(tracked: Tracked) -> None:
     """Scalars in the run's folder tensorboard/, in place of what it held."""
     from torch.utils.tensorboard import SummaryWriter
 
-    shutil.rmtree(tracked.folder / "tensorboard", ignore_errors=True)
-    with SummaryWriter(tracked.folder / "tensorboard") as writer:
+    place = tracked.folder / "tensorboard"
+    if place.is_symlink():  # what it leads to is another's
+        place.unlink()
+    shutil.rmtree(place, ignore_errors=True)
+    with SummaryWriter(place) as writer:
         for number, metrics in tracked.steps():
             for name, value in metrics.items():
                 writer.add_scalar(name, value, number)
