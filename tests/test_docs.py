@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 import tracefl
+import tracefl.flower
 from tests.data.tables import write
 from tests.federation import local
 from tests.federation.own import INITIAL, OwnGrid, arrays

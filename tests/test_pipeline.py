@@ -294,6 +294,22 @@ def test_without_a_recorded_run_do_training_false_leaves_no_folder(config, tmp_p
     assert not list(tmp_path.glob("logs/small-*"))
 
 
+@pytest.mark.slow
+def test_rounds_without_their_run_json_are_not_deleted(config, tmp_path, in_process):
+    words = [*SMALL, f"storage.dir={tmp_path}/logs", "do_provenance=false"]
+    run_experiment(config(*words, "num_rounds=1"), "")
+    folder = the_run(tmp_path)
+    (folder / "run.json").unlink()
+    before = weights(tmp_path)
+    with pytest.raises(
+        TraceFLError, match=r"rounds but no run\.json: restore it, or set check_train_cache=false"
+    ):
+        run_experiment(config(*words, "num_rounds=1"), "")
+    assert weights(tmp_path) == before
+    run_experiment(config(*words, "num_rounds=1", "check_train_cache=false"), "")
+    assert weights(tmp_path) == before
+
+
 def interrupt_after(rounds: int, how: signal.Signals, folder: Path) -> tuple[int, str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tracefl.main", *SMALL], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,

@@ -28,13 +28,15 @@ def initial_state(config: Config, data: PreparedData, folder: Path) -> State | N
     """The model that a new run starts from; None if the folder holds a run to go on with.
 
     Raises:
-        TraceFLError: the folder holds no run and do_training=false, or pretrained weights cannot be
-            had.
+        TraceFLError: the folder holds no run and do_training=false, or rounds without their
+            run.json; or pretrained weights cannot be had.
     """
     if (folder / "run.json").exists() and (config.check_train_cache or not config.do_training):
         return None
     missing = f"do_training=false needs a recorded run, but {folder} holds none: set do_training=true once"
     require(config.do_training, missing)
+    lost = f"{folder} holds rounds but no run.json: restore it, or set check_train_cache=false to train again"
+    require(not config.check_train_cache or not (folder / "rounds" / "0001" / "global.safetensors").exists(), lost)
     torch.manual_seed(config.seed)
     return exchanged_state(initial_model(config, data))
 
