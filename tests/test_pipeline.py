@@ -301,9 +301,7 @@ def test_rounds_without_their_run_json_are_not_deleted(config, tmp_path, in_proc
     folder = the_run(tmp_path)
     (folder / "run.json").unlink()
     before = weights(tmp_path)
-    with pytest.raises(
-        TraceFLError, match=r"rounds but no run\.json: restore it, or set check_train_cache=false"
-    ):
+    with pytest.raises(TraceFLError, match=r"rounds but no run\.json: restore it, or set check_train_cache=false"):
         run_experiment(config(*words, "num_rounds=1"), "")
     assert weights(tmp_path) == before
     run_experiment(config(*words, "num_rounds=1", "check_train_cache=false"), "")
