@@ -436,6 +436,7 @@ def test_excluded_clients_never_train_and_keep_their_data(config, tmp_path, in_p
     assert repr(whatif(folder, [1])).startswith("Without c1 in round 1: accuracy ")
 
 
+@pytest.mark.slow
 def test_a_private_run_says_what_it_spent_and_whose_the_noise_is(config, tmp_path, in_process, capsys):
     settings = config(
         *SMALL, f"storage.dir={tmp_path}/logs", "num_rounds=1", "noise_multiplier=0.01", "clipping_norm=5"

@@ -32,7 +32,11 @@ def run_rounds(config, folder, name, *overrides, upto=(3,)) -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+# Flower's bulyan goes through the model number by number
+SLOW = {"bulyan": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in STRATEGIES])
 def test_every_strategy_runs_is_recorded_and_resumes_to_the_same_bytes(config, tmp_path, name):
     whole = run_rounds(config, tmp_path / "a", name, upto=(2,))
     run_rounds(config, tmp_path / "b", name, upto=(1, 2))

@@ -325,6 +325,7 @@ def spoil_verdict(change):
 def test_results_of_another_form_are_a_sentence(tmp_path, name, spoil):
     folder = record_page(tmp_path / "run", num_inputs=2, faulty=["1"])
     spoil(folder / name)
+    write_result(folder, name, (folder / name).read_bytes())  # as a forger would
     with pytest.raises(TraceFLError, match="run the same command again"):
         write_page(folder)
     assert not (folder / "report.html").exists()
