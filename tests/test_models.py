@@ -141,6 +141,7 @@ def test_sizes_that_do_not_go_together_are_refused():
         build_model(text_model("google-bert/bert-base-cased", hidden_size=100))
 
 
+@pytest.mark.slow
 def test_a_client_imports_no_library_of_the_other_kind():
     code = (
         "import sys, tracefl.models, tracefl.training, tracefl.data.faults\n"

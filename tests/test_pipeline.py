@@ -191,6 +191,7 @@ def test_the_page_holds_what_was_traced(finished):
     assert layers.to_dict() == pytest.approx(first.to_dict(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_faults_and_lines_name_labels_and_columns_as_the_data_write_them(config, tmp_path, in_process, capsys):
     labels = [1 + k % 3 for k in range(120)]
     images = [encoded(Image.new("L", (8, 8), 60 * label)) for label in labels]

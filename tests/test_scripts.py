@@ -48,6 +48,7 @@ def test_every_figure_and_table_of_the_paper_has_its_script():
 
 @pytest.mark.parametrize("scale", ["small", "paper"])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.slow
 def test_its_command_lines_compose(config, script, scale, tmp_path):
     printed = run(script, SCALE=scale, PYTHON="echo", OUT=str(tmp_path), DATA=str(tmp_path) if scale == "paper" else "")
     commands = [shlex.split(line) for line in printed.splitlines()]

@@ -87,6 +87,7 @@ def run_mutations(tmp_path: Path, whole, indices) -> Counter[str]:
     return counts
 
 
+@pytest.mark.slow
 def test_damage_is_noticed(tmp_path, whole):
     counts = run_mutations(tmp_path, whole, range(0, len(KINDS), 2))
     assert sum(counts.values()) == len(KINDS) // 2

@@ -92,6 +92,8 @@ FILES = [
 
 
 @pytest.mark.parametrize(("mode", "kind"), FILES)
+@pytest.mark.slow
+@pytest.mark.slow
 def test_two_classes_differ_in_every_file(read, tmp_path, mode, kind):
     source = read(folder_of(tmp_path, [encoded(shown(mode, label), kind) for label in LABELS]))
     _, found = tensors(source, source.test)
@@ -145,6 +147,8 @@ def encoded_with_transparency(image: Image.Image) -> bytes:
     ("shades", "ground"),
     [((0, 0), 255), ((255, 255), 0), ((0, 255), 128), ((127, 127), 255), ((128, 128), 0), ((40, 60), 255)],
 )
+@pytest.mark.slow
+@pytest.mark.slow
 def test_strokes_of_every_shade_stay_visible_on_one_ground(read, tmp_path, mode, shades, ground):
     source = read(folder_of(tmp_path, [strokes(shades[label], label, mode) for label in LABELS]))
     form, found = tensors(source, source.test)

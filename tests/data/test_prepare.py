@@ -253,6 +253,8 @@ def test_what_dead_processes_left_is_swept(config, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "classes", "first"), [("mnist", 10, "0"), ("cifar10", 10, "airplane")])
+@pytest.mark.slow
+@pytest.mark.slow
 def test_real_images(config, real_data, name, classes, first):
     limits = ("data_dist.max_per_client_data_size=100", "data_dist.max_server_data_size=200")
     data = prepare(config(f"dataset.name={name}", f"dataset.path={real_data / name}", *limits))

@@ -206,6 +206,8 @@ def test_a_pad_token_is_added_where_a_model_has_none(text_config, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("dbpedia_14", 14), ("yahoo_answers_topics", 10)])
+@pytest.mark.slow
+@pytest.mark.slow
 def test_real_texts(config, real_data, name, classes):
     limits = ("data_dist.max_per_client_data_size=50", "data_dist.max_server_data_size=50", "dirichlet_alpha=1")
     data = prepare(config(f"dataset.path={real_data / name}", f"model.name={BERT}", "dataset.max_tokens=32", *limits))

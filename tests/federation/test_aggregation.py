@@ -55,7 +55,7 @@ def test_strategies_that_look_at_sizes_weigh_by_examples(config, tmp_path, name)
         assert client.weight == client.num_examples / total
 
 
-@pytest.mark.parametrize("name", ["fedmedian", "fedtrimmedavg", "bulyan"])
+@pytest.mark.parametrize("name", ["fedmedian", "fedtrimmedavg", pytest.param("bulyan", marks=pytest.mark.slow)])
 def test_strategies_blind_to_sizes_weigh_every_update_the_same(config, tmp_path, name):
     assert [c.weight for c in run_rounds(config, tmp_path, name, upto=(1,)).round(1).clients] == [0.25] * 4
 

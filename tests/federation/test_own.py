@@ -500,6 +500,7 @@ def test_where_weights_cannot_be_learnt_examples_are_assumed_and_it_is_said(tmp_
     assert "round 1: how the strategy weighed the updates is not known" in caplog.text
 
 
+@pytest.mark.slow
 def test_q_fedavg_weighs_by_losses(tmp_path):
     """p_k in proportion to loss^q, whatever the step."""
     strategy = QFedAvg(client_learning_rate=0.1, q=2.0, fraction_evaluate=0.0)

@@ -406,6 +406,7 @@ PICKS = [
 @pytest.mark.parametrize("scratch", [1 << 30, 3 << 10])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.slow
 def test_what_all_inputs_share_may_be_picked_from(pick, norm, scratch):
     torch.manual_seed(0)
     model, x = Picked(pick, norm).double(), torch.randint(0, 9, (4, 5))

@@ -451,6 +451,7 @@ def test_integrated_is_exact_where_the_output_is_quadratic():
     assert found.residual.abs().max() > 1e-3  # the global model is not the mean of these clients
 
 
+@pytest.mark.slow
 def test_integrated_resnet18():
     """Of real shape, BatchNorm's statistics moving along: below 1 % at the default number of steps."""
     torch.manual_seed(0)
