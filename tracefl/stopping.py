@@ -35,7 +35,7 @@ class Stoppable:
     """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._interrupted = 0, False
         self._said = threading.Event()
         self._previous: dict[int, Any] = {}
 
@@ -61,8 +61,9 @@ class Stoppable:
             self._tells.close()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        again, self.received = bool(self.received), self.received or number
-        if not again or not self._said.is_set():  # the second one is the watching thread's
+        first, self._interrupted = not self._interrupted, True
+        self.received = self.received or number
+        if first:  # the second one is the watching thread's
             raise KeyboardInterrupt
 
     def _watch(self, told: socket.socket) -> None:
