@@ -128,7 +128,7 @@ def read_result(folder: Path, name: str) -> bytes:
     return content
 
 
-def held(folder: Path, name: str) -> bytes | None:
+def content_of(folder: Path, name: str) -> bytes | None:
     """As `read_result`; None if the file is not there."""
     return read_result(folder, name) if (folder / name).exists() else None
 

@@ -18,7 +18,7 @@ from tracefl.data.examples import Inputs
 from tracefl.errors import TraceFLError, require
 from tracefl.evaluation.own import image_inputs, text_inputs
 from tracefl.evaluation.recorded import server_inputs
-from tracefl.evaluation.tracing import evenly
+from tracefl.evaluation.tracing import at_even_distances
 from tracefl.provenance import Provenance
 from tracefl.report.progress import bar
 from tracefl.runs import Run
@@ -198,7 +198,7 @@ def _told(model: nn.Module, done: Callable[[], None]) -> nn.Module:
 def _others(run: Run, round: int, explained: int, index: int | None) -> list[int]:
     """Some of the server's examples that are predicted as this class, but not the one itself."""
     rows = [row for row in (run.predictions(round) == explained).nonzero()[:, 0].tolist() if row != index]
-    return [rows[i] for i in evenly(len(rows), BESIDE).tolist()] if rows else []
+    return [rows[i] for i in at_even_distances(len(rows), BESIDE).tolist()] if rows else []
 
 
 def _together(one: Inputs, others: Inputs, pad_token: int) -> Inputs:

@@ -97,7 +97,7 @@ def trace_round(
             if layers is not None:
                 layers.append(_layers(number, answer, rows))
         if config.evaluation.coalitions:
-            some = evenly(len(rows), config.evaluation.coalition_inputs)
+            some = at_even_distances(len(rows), config.evaluation.coalition_inputs)
             log.info("[Round %d] fusing coalitions of %d clients for %d inputs", number, len(clients), len(some))
             start, of_some = time.perf_counter(), take(inputs, some.tolist())
             given = {"weights": weights, "reference": run.global_state(number - 1)}
@@ -177,11 +177,11 @@ def _select(config: Config, run: Run, model: nn.Module, examples: Examples, numb
     return select_wrong(predictions, labels, limit, seed)
 
 
-def evenly(number: int, most: int) -> Tensor:
+def at_even_distances(number: int, most: int) -> Tensor:
     """At most `most` of the numbers from 0 to `number` - 1, at even distances, in their order.
 
     Example:
-        >>> evenly(6, 3).tolist(), evenly(2, 20).tolist()
+        >>> at_even_distances(6, 3).tolist(), at_even_distances(2, 20).tolist()
         ([0, 2, 5], [0, 1])
     """
     return torch.linspace(0, number - 1, min(number, most)).long()

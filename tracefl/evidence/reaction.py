@@ -11,10 +11,10 @@ from tracefl.classifier import Batch, batch_size, copied, exact, logits_of, take
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
 from tracefl.evidence.game import Explained
-from tracefl.evidence.recorded import Recorded
+from tracefl.evidence.recorded_states import RecordedStates
 from tracefl.provenance.state import traced_state
 from tracefl.provenance.trace import as_classes
-from tracefl.results import CONFIG, held
+from tracefl.results import CONFIG, content_of
 from tracefl.runs import Run
 from tracefl.states import as_real
 from tracefl.training import train
@@ -32,7 +32,7 @@ class Memory:
     """R(d) = c d on what the round's clients send."""
 
     c: float
-    recorded: Recorded
+    recorded: RecordedStates
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Proxy:
 
     examples: Examples
     training: Mapping[str, Any]
-    recorded: Recorded
+    recorded: RecordedStates
     share: float  # s
     most: int | None  # how many of a round's clients are stood for
     trained: nn.Module = field(init=False)
@@ -112,7 +112,7 @@ class Proxy:
 
 
 def reaction(
-    run: Run, recorded: Recorded, at: Explained, memory: float | str | None,
+    run: Run, recorded: RecordedStates, at: Explained, memory: float | str | None,
     examples: Examples | tuple[Batch, Tensor] | None, training: Mapping[str, Any] | None, proxies: int | None,
 ) -> Memory | Proxy:  # fmt: skip
     """What the arguments of `trace_run` ask for, checked."""
@@ -180,7 +180,7 @@ def _content(inputs: Batch, i: int) -> bytes:
 
 def _training_of(run: Run) -> dict[str, Any] | None:
     """How the clients of a run of TraceFL's train."""
-    if (content := held(run.path, CONFIG)) is None:
+    if (content := content_of(run.path, CONFIG)) is None:
         return None
     from omegaconf import OmegaConf
 

@@ -30,7 +30,7 @@ from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
 from tracefl.evidence.game import Explained
 from tracefl.evidence.reaction import Difference, Memory, Proxy, reaction
-from tracefl.evidence.recorded import Recorded
+from tracefl.evidence.recorded_states import RecordedStates
 from tracefl.provenance.clients import States
 from tracefl.provenance.result import Provenance
 from tracefl.provenance.trace import as_classes
@@ -122,7 +122,7 @@ def trace_run(
     require(isinstance(model, nn.Module), f"model must be a torch.nn.Module, got a {type(model).__name__}")
     model, inputs = full_precision(model, inputs)
     classes = None if targets is None else as_classes(targets, batch_size(inputs), "targets")
-    recorded = Recorded(run, model, last)
+    recorded = RecordedStates(run, model, last)
     at = Explained(model, inputs, classes, "log_odds", int(scratch_bytes))
     if method == "sum":
         with exact(model):
@@ -139,7 +139,7 @@ def _model_of(run: Run, number: int) -> nn.Module:
         raise TraceFLError(f"the model of {run.path} cannot be built ({error}); pass model=") from error
 
 
-def _replay(recorded: Recorded, at: Explained, react: Memory | Proxy, scratch_bytes: int) -> Provenance:
+def _replay(recorded: RecordedStates, at: Explained, react: Memory | Proxy, scratch_bytes: int) -> Provenance:
     W_T, ids = recorded.load(recorded.last), recorded.ids
     y = at.of_model()
     share = torch.zeros(at.N, len(ids), dtype=torch.float64)
@@ -155,7 +155,7 @@ def _replay(recorded: Recorded, at: Explained, react: Memory | Proxy, scratch_by
 
 
 @torch.no_grad()
-def _differences(recorded: Recorded, ids: Sequence[str], react: Memory | Proxy) -> dict[str, Difference]:
+def _differences(recorded: RecordedStates, ids: Sequence[str], react: Memory | Proxy) -> dict[str, Difference]:
     """Client -> d_k after the last round, of those with an update that counted."""
     differences = dict[str, Difference]()
     for t, p in recorded.p.items():
@@ -180,7 +180,7 @@ def _differences(recorded: Recorded, ids: Sequence[str], react: Memory | Proxy) 
 
 
 @torch.no_grad()
-def _sum(recorded: Recorded, at: Explained, scratch_bytes: int) -> Provenance:
+def _sum(recorded: RecordedStates, at: Explained, scratch_bytes: int) -> Provenance:
     """The sum over rounds, a layer for each; in one read as many clients are left out as fit."""
     recorded.load(recorded.last)
     y_T, ids, check = at.of_model(), recorded.ids, partial(_check, recorded)
@@ -215,7 +215,7 @@ def _sum(recorded: Recorded, at: Explained, scratch_bytes: int) -> Provenance:
     return Provenance("sum", ids, torch.as_tensor(at.targets).cpu(), by_round, rounds, server, y_T - y_0)
 
 
-def _check(recorded: Recorded) -> None:
+def _check(recorded: RecordedStates) -> None:
     """Raise TraceFLError for the first recorded state with values that are not finite."""
     for t, clients in recorded.clients.items():
         States(clients, recorded.entries, recorded.aliases_of(t)).check_finite()

@@ -25,7 +25,7 @@ from tracefl.results import (
     ROUNDS,
     VERDICT,
     WHOLE_RUN,
-    held,
+    content_of,
     of_this_run,
 )
 from tracefl.runs import Run
@@ -89,7 +89,7 @@ def _filled(table: pd.DataFrame | None) -> pd.DataFrame | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    file, content = folder / CONFIG, held(folder, CONFIG)
+    file, content = folder / CONFIG, content_of(folder, CONFIG)
     if content is None:
         return {}
     with as_sentence(f"{file} cannot be read", "run the same command again", OSError, YAMLError, ValueError):
@@ -192,7 +192,7 @@ def _told(run: Run) -> pd.DataFrame:
 
 def _read_csv(folder: Path, name: str) -> pd.DataFrame | None:
     """A table of ours; None if it is not there, or holds only a head."""
-    if (content := held(folder, name)) is None:
+    if (content := content_of(folder, name)) is None:
         return None
     wrong = (OSError, ValueError, csv.Error)
     with as_sentence(f"{folder / name} cannot be read", "remove it, and run the same command again", *wrong):
@@ -213,7 +213,7 @@ def columns(table: pd.DataFrame) -> Columns:
 
 def _verdict(folder: Path) -> dict[str, Any] | None:
     """verdict.json, if there is one."""
-    file, content = folder / VERDICT, held(folder, VERDICT)
+    file, content = folder / VERDICT, content_of(folder, VERDICT)
     if content is None:
         return None
     remedy = "remove it, and run the same command again"
@@ -239,7 +239,7 @@ def _evidence(audited: pd.DataFrame | None) -> Columns | None:
 
 def _class_by_client(folder: Path) -> dict[str, Any] | None:
     """class_by_client.csv; of many clients those that change a class most."""
-    file, content = folder / CLASS_BY_CLIENT, held(folder, CLASS_BY_CLIENT)
+    file, content = folder / CLASS_BY_CLIENT, content_of(folder, CLASS_BY_CLIENT)
     if content is None:
         return None
     remedy = "remove it, and run the same command again"

@@ -16,7 +16,7 @@ from tracefl.states import State, as_real, as_state
 LEAST_VARIANCE = 0.1  # of a running variance, in units of the model's own
 
 
-class Recorded:
+class RecordedStates:
     """The recorded states of a run up to a round, checked as they are read, tensor by tensor.
 
     Args:
