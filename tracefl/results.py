@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from json import dumps
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,9 @@ def of_this_run(run: Run, name: str) -> pd.DataFrame | None:
     Raises:
         TraceFLError: it was changed since it was written, or is of an earlier version.
     """
-    if not (run.path / name).exists():
+    if (content := content_of(run.path, name)) is None:
         return None
-    table = read_table(run.path, name)
+    table = _as_table(run.path / name, content)
     made_of = table.attrs.get("settings", {}).get("models")
     return table if made_of in (None, _models(run)) else None
 
@@ -129,8 +130,8 @@ def read_result(folder: Path, name: str) -> bytes:
 
 
 def content_of(folder: Path, name: str) -> bytes | None:
-    """As `read_result`; None if the file is not there."""
-    return read_result(folder, name) if (folder / name).exists() else None
+    """As `read_result`; None if there is no such result, neither as a file nor in results.json."""
+    return read_result(folder, name) if lexists(folder / name) or name in _hashes(folder) else None
 
 
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
@@ -156,9 +157,12 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
     Raises:
         TraceFLError: as `read_result`.
     """
-    content = BytesIO(read_result(folder, name))
-    with as_sentence(f"{folder / name} is no table", AGAIN, OSError, ValueError):
-        return pd.read_parquet(content)
+    return _as_table(folder / name, read_result(folder, name))
+
+
+def _as_table(file: Path, content: bytes) -> pd.DataFrame:
+    with as_sentence(f"{file} is no table", AGAIN, OSError, ValueError):
+        return pd.read_parquet(BytesIO(content))
 
 
 def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import composed
 from tests.report.paged import REMOVAL, record_page
+from tests.rewriting import rewrite
 from tracefl.checks import load
 from tracefl.errors import TraceFLError
 from tracefl.record import ClientInfo
@@ -250,6 +251,11 @@ def test_a_run_without_rounds(tmp_path):
 def test_what_is_absent_is_left_out(tmp_path, gone):
     folder = record_page(tmp_path / "run")
     (folder / gone).unlink()
+    with pytest.raises(TraceFLError, match=re.escape(gone)):  # lost
+        write_page(folder)
+    rewrite(
+        folder / "results.json", lambda entries: {"files": {k: v for k, v in entries["files"].items() if k != gone}}
+    )
     found = read(write_page(folder))
     assert (found.verdict is None) == (gone == "verdict.json")
     assert found.predictions.empty == (gone == "provenance.parquet")
