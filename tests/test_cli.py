@@ -356,6 +356,14 @@ def test_a_text_that_says_nothing_is_refused(command):
     assert "the text is empty" in command("trace", "words", "--text", "")[2]
 
 
+def test_a_folder_that_is_no_run_hides_no_run_of_its_name(command, place, run):
+    (place / "words").mkdir()
+    try:
+        assert command("audit", "words", "--json")[0] == 0
+    finally:
+        (place / "words").rmdir()
+
+
 def test_two_runs_of_one_name_are_told_apart(command, place, run):
     shutil.copytree(run.path, place / "logs" / "words-00000000")
     try:

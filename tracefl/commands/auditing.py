@@ -49,7 +49,7 @@ def audit(folder: Path) -> Answer:
 def tables(found: Answer) -> Iterator[Table | str]:
     """The answer of `audit` for people."""
     yield from (printable(line) for line in found["verdict"])
-    columns = ["client", "judged", "loss\nwithout it", "z", "aim", "agreement", "length", "rounds"]
+    columns = ["client", "judged", "loss\nwithout it", "z", "aim", "agreement", "norm", "rounds"]
     rows = [
         [
             *(client["client"], "faulty" if client["faulty"] else "-", number(client["value"], "+.3g")),

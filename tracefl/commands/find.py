@@ -27,17 +27,17 @@ def find_run(name: str) -> Path:
     path = Path(name)
     if os.path.exists(path / "run.json") or os.path.isdir(path / "rounds"):  # a damaged one has its own sentence
         return path
-    if os.path.isdir(path):
-        inside = [str(found) for found in run_folders(path)]
-        hint = f"it holds {_several(inside)}: name one" if inside else "give a run's folder"
-        raise TraceFLError(f"{path} holds no recorded run itself (no run.json): {hint}")
-    require(not os.path.exists(path), f"{path} is a file: give a run's folder")
     there = {str(found.relative_to(LOGS)): found for found in run_folders(LOGS)}
     if name in there:
         return there[name]
     if same := [full for full in there if HASH.sub("", full) == name]:
         require(len(same) == 1, f"{len(same)} runs in {LOGS} are called {name}, {_several(same)}: name one")
         return there[same[0]]
+    if os.path.isdir(path):
+        inside = [str(found) for found in run_folders(path)]
+        hint = f"it holds {_several(inside)}: name one" if inside else "give a run's folder"
+        raise TraceFLError(f"{path} holds no recorded run itself (no run.json): {hint}")
+    require(not os.path.exists(path), f"{path} is a file: give a run's folder")
     near = difflib.get_close_matches(name, [*there, *(HASH.sub("", full) for full in there)], SHOWN, 0.5)
     meant = f"did you mean {_several(list(dict.fromkeys(near)), 'or')}?" if near else "tracefl list shows those there"
     hint = meant if there else "give a run's folder"
