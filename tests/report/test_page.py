@@ -21,11 +21,13 @@ from tests.report.paged import REMOVAL, record_page
 from tests.rewriting import rewrite
 from tracefl.checks import load
 from tracefl.errors import TraceFLError
+from tracefl.evidence.verdict import UNKNOWN, Judgement, Verdict, verdict_json
 from tracefl.record import ClientInfo
 from tracefl.report import read, write_page
 from tracefl.report.charts import Line, line_chart
 from tracefl.report.commands import run_command
 from tracefl.report.content import _read_csv, columns
+from tracefl.report.view import MOST_ROWS
 from tracefl.results import write_result
 from tracefl.runs import Run
 from tracefl.storage import Storing
@@ -261,6 +263,20 @@ def test_what_is_absent_is_left_out(tmp_path, gone):
     assert found.predictions.empty == (gone == "provenance.parquet")
     assert found.layers.empty == (gone in ("provenance.parquet", "layers.parquet"))
     assert found.rounds["accuracy"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("clients", [3, 150])
+def test_the_whole_run_stands_also_where_nobody_can_be_judged(tmp_path, clients):
+    folder = record_page(tmp_path / "run", clients=[str(k) for k in range(clients)], num_inputs=2)
+    answers = pd.read_parquet(folder / "provenance.parquet")
+    whole = answers[(answers["round"] == 2) & (answers["method"] == "influence")].assign(method="replay")
+    write_result(folder, "whole_run.parquet", whole.to_parquet(index=False))
+    unknown = Verdict([], {str(k): Judgement(float("nan"), 2, UNKNOWN) for k in range(clients)})
+    write_result(folder, "verdict.json", verdict_json(unknown))
+    text = " ".join(tags(write_page(folder)).text.split())
+    assert "No verdict: the clients cannot be judged" in text
+    assert "Clients over all rounds." in text
+    assert ("more clients are in whole_run.parquet" in text) == (clients > MOST_ROWS)
 
 
 def test_data_that_are_gone_leave_the_numbers(tmp_path):

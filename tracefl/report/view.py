@@ -39,7 +39,7 @@ def verdict_view(content: Content) -> dict[str, Any]:
     planted = [
         who for who, fault in zip(content["clients"]["client"], content["clients"]["fault"], strict=True) if fault
     ]
-    view: dict[str, Any] = {"planted": planted, "reasons": [], "rows": [], "removal": None, "state": "none"}
+    view: dict[str, Any] = {"planted": planted, "reasons": [], "rows": [], "more": 0, "removal": None, "state": "none"}
     if verdict is None:
         view["headline"] = "No verdict: the clients of this run were not audited."
         return view | {"own_app": about["own_app"]}
