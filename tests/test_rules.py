@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tracefl.errors import TraceFLError
-from tracefl.rules import FOLDER, HOST_PORT, POSITIVE, SHARE, at_least, between, integer, matches, one_of, some_of
+from tracefl.rules import FOLDER, HOST_PORT, SHARE, at_least, between, integer, matches, one_of, some_of
 
 ONE_OR_ALL = at_least(1).or_value(-1, "all")
 NO_ADDRESSES = ["", "a", ":1", "a:", "a:b", "a:0", "a:65536", "ray://a:1", "a b:1", "a:1\n", "::1:1", 6379, None]
@@ -16,7 +16,6 @@ NAME = matches("[a-z]+", "be in small letters")
     ("rule", "must", "good", "bad"),
     [
         (at_least(1), "be at least 1", [1, 1.5, 10**9], [0, 0.99, -1, math.inf, math.nan, True, "1", None]),
-        (POSITIVE, "be above 0", [1e-9, 3], [0, -0.1, math.inf, math.nan, False, "1"]),
         (SHARE, "be a share from 0 to 1", [0, 0.5, 1], [-0.1, 1.1, True, "0.5", {}]),
         (integer(1), "be a whole number of at least 1", [1, 7], [0, 1.0, True, "1"]),
         (between(0, 1), "be at least 0 and below 1", [0, 0.999], [1, -0.1, math.nan]),

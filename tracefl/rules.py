@@ -139,7 +139,6 @@ def _is_host_port(value: Any) -> bool:
 
 
 HOST_PORT = Rule("be HOST:PORT, as 10.0.0.1:6379", _is_host_port)
-POSITIVE = Rule("be above 0", lambda v: is_number(v) and v > 0)
 SHARE = Rule("be a share from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1)
 FOLDER = Rule("be a folder that exists", lambda v: not v or _is_folder(v))
 PLACE = Rule("be a folder's path, not empty and without ~", lambda v: bool(v.strip()) and v[0] != "~")
