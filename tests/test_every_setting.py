@@ -85,8 +85,11 @@ def base():
 
 
 @pytest.fixture(autouse=True)
-def no_cluster(monkeypatch):
+def empty_surroundings(monkeypatch, tmp_path):
+    """No cluster, and no data in the folder above, which `..` names."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -1,6 +1,7 @@
 """Four Flower apps in the shape that people write them, with the recorder's lines: plain, advanced, ViT head, HF text.
 
-Each is (new_model, inputs, server_main, client_app). Data are drawn per partition: client k knows little but class k.
+Each is (new_model, inputs_of, server_main, client_app). Data are drawn per partition: client k knows
+little but class k.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,11 @@ def images_of(partition: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor
     for image, label in zip(images, labels, strict=True):
         image[:, label::CLASSES] += 1.0
     return images, labels
+
+
+def last_images(partition: int) -> torch.Tensor:
+    """Two of the class that the partition knows."""
+    return images_of(partition)[0][-2:]
 
 
 def tokens_of(partition: int, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +124,7 @@ def plain(folder: Path):
         )
 
     load = nn.Module.load_state_dict
-    return new_model, images_of(0)[0][-2:], main, client_app(new_model, forward, images_of, load, nn.Module.state_dict)
+    return new_model, last_images, main, client_app(new_model, forward, images_of, load, nn.Module.state_dict)
 
 
 class CustomFedAvg(FedAvg):
@@ -145,7 +151,7 @@ class CustomFedAvg(FedAvg):
 
 
 def advanced(folder: Path):
-    new_model, inputs, _, app = plain(folder)
+    new_model, inputs_of, _, app = plain(folder)
 
     def main(grid, rounds: int):
         torch.manual_seed(2)
@@ -161,7 +167,7 @@ def advanced(folder: Path):
         arrays, config = ArrayRecord(model.state_dict()), ConfigRecord({"lr": 0.05})
         return recorder.start(grid, arrays, rounds, train_config=config, evaluate_fn=evaluate_fn)
 
-    return new_model, inputs, main, app
+    return new_model, inputs_of, main, app
 
 
 def vit(folder: Path):
@@ -194,7 +200,7 @@ def vit(folder: Path):
     app = client_app(
         new_model, lambda m, x: m(x), images_of, load, lambda m: m.heads.state_dict(), lambda m: m.heads.parameters()
     )
-    return new_model, images_of(0)[0][-2:], main, app
+    return new_model, last_images, main, app
 
 
 def text(folder: Path):
@@ -215,4 +221,4 @@ def text(folder: Path):
 
     forward = lambda model, x: model(input_ids=x).logits  # noqa: E731
     app = client_app(new_model, forward, tokens_of, nn.Module.load_state_dict, nn.Module.state_dict)
-    return new_model, {"input_ids": tokens_of(0)[0][-2:]}, main, app
+    return new_model, lambda partition: {"input_ids": tokens_of(partition)[0][-2:]}, main, app

@@ -26,7 +26,7 @@ def simulate(main, app, rounds: int) -> list:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "advanced", "vit", "text"])
 def test_an_app_is_recorded_goes_on_and_names_the_client_of_each_class(tmp_path, kind):
-    new_model, inputs, main, app = getattr(apps, kind)(tmp_path / "run")
+    new_model, inputs_of, main, app = getattr(apps, kind)(tmp_path / "run")
     (first,) = simulate(main, app, 1)
     (whole,) = simulate(main, app, 4)
     (again,) = simulate(main, app, 4)
@@ -51,13 +51,15 @@ def test_an_app_is_recorded_goes_on_and_names_the_client_of_each_class(tmp_path,
     if kind in ("advanced", "vit"):  # where every client takes part in every round
         assert run.metrics(4)["server"]["accuracy"] > 0.6
 
-    number = next(record.number for record in reversed(run.rounds) if {"0", "3"} & {c.id for c in record.clients})
+    # In the first round, before all know every class; which nodes of `plain` take part is left to chance
     prefix = "heads." if kind == "vit" else ""
-    model, states = new_model(), run.client_states(number)
-    model.load_state_dict({prefix + n: v for n, v in run.global_state(number).items()}, strict=not prefix)
+    model, states = new_model().eval(), run.client_states(1)
+    model.load_state_dict({prefix + n: v for n, v in run.global_state(1).items()}, strict=not prefix)
     if prefix:
         states = {client: {prefix + n: v for n, v in state.items()} for client, state in states.items()}
-    weights = {client.id: client.weight for client in run.round(number).clients}
-    answer = trace(model.eval(), states, inputs, targets=[0, 0], weights=weights, method="influence")
-    top = {answer.client_ids[k] for k in answer.contributions.argmax(1)}
-    assert top <= {"0", "3"}  # who hold class 0
+    weights = {client.id: client.weight for client in run.round(1).clients}
+    for client in weights:
+        known = int(client) % apps.CLASSES
+        answer = trace(model, states, inputs_of(int(client)), targets=[known] * 2, weights=weights, method="influence")
+        top = {int(answer.client_ids[k]) % apps.CLASSES for k in answer.contributions.argmax(1)}
+        assert top == {known}
