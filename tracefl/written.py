@@ -22,7 +22,7 @@ class Text:
         Raises:
             TraceFLError: an entry is no plain JSON.
         """
-        lists = {"clients": clients, "rounds": rounds}
+        lists: dict[str, Sequence[ClientInfo | Round]] = {"clients": clients, "rounds": rounds}
         texts = {
             name: self._list(name, lists[name]) if name in lists else as_text(name, value, 1)
             for name, value in header.items()
