@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from tracefl import trace
 from tracefl.classifier import log_odds, logits_of
-from tracefl.evaluation.localization import spearman
 from tracefl.evidence import coalitions
+from tracefl.judged import spearman
 from tracefl.runs import Run
 
 Inputs = Tensor | dict[str, Tensor]

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from tracefl import trace
 from tracefl.classifier import logits_of
-from tracefl.evaluation.localization import spearman
 from tracefl.evidence import coalitions, shapley
+from tracefl.judged import spearman
 
 Value = Callable[[Tensor], Tensor]  # bool [M, K] -> v [M, N]
 Explain = Callable[[int], tuple[Tensor, Tensor]]  # number of fusions -> Shapley values, standard errors
