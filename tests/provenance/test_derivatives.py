@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.provenance import reference
+from tests.provenance.small import Reversed
 from tracefl.classifier import log_odds
 from tracefl.errors import TraceFLError
 from tracefl.provenance import trace
@@ -176,16 +177,6 @@ def test_complex_parameters(method):
         found = trace(model, states, x, method=method, weights={"a": 1, "b": 1}, targets=[1, 1], output="logit")
         expected = [[0.05 * along(model, x[n : n + 1], way, 1) for way in ways] for n in range(2)]
     assert found.contributions.tolist() == [pytest.approx(row, rel=1e-6) for row in expected]
-
-
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return -g
 
 
 class StraightThrough(torch.autograd.Function):
