@@ -32,7 +32,9 @@ def plain(**changes) -> FedAvg:
 def record(folder, grid=None, rounds=2, strategy=None, initial=None, start=None, **changes):
     grid = grid or OwnGrid(THREE)
     recorder = Recorder(strategy or plain(), folder, grid, **{"node_timeout": 0.3} | changes)
-    return recorder.start(grid, initial or arrays(), num_rounds=rounds, **{"timeout": 0.3} | (start or {}))
+    return recorder.start(
+        grid, arrays() if initial is None else initial, num_rounds=rounds, **{"timeout": 0.3} | (start or {})
+    )
 
 
 def shares(run, number=1) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The part of a strategy's loop in which models are evaluated, by clients and by the app itself."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -110,6 +110,8 @@ class Evaluations:
                 return None if known["server"] is None else MetricRecord(known["server"])
             found = evaluate_fn(*args, **kwargs)
             self._note_changes()
+            what = f"evaluate_fn must return a MetricRecord or None, got {found!r:.80}"
+            require(found is None or isinstance(found, Mapping), what)
             self.run.record_metrics(server_round, "server", found)
             return found
 

@@ -3,10 +3,11 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from tracefl.errors import TraceFLError, require
@@ -17,6 +18,8 @@ from tracefl.federation.resend import Resending
 
 log = logging.getLogger("tracefl")
 HOW = 'register app.query("identify")(identify) in its client app'
+MODS = "mods of the client app must let the question through: give those for training to app.train(mods=[...])"
+MOST_REASONS = 5  # in a sentence
 
 
 class Nodes:
@@ -96,7 +99,8 @@ class Nodes:
                 self._refuse(node, f"is lost ({as_line(reply.error.reason)})")
             elif reply.has_error():
                 said = as_line(reply.error.reason)
-                self._refuse(node, f"could not say which client it is ({said}); {HOW}")
+                remedy = MODS if reply.error.code == ErrorCode.MOD_FAILED_PRECONDITION else HOW
+                self._refuse(node, f"could not say which client it is ({said}); {remedy}")
             elif (client := _said(reply)) is None:
                 self._refuse(node, f"answered without a client's id; {HOW}")
             elif self.expected is not None and client not in self.expected:
@@ -137,12 +141,12 @@ class Nodes:
                 there = ", ".join(f"{client} (node {node})" for node, client in found.items()) or "none"
                 least = f"clients {', '.join(missing)} are missing" if missing else f"at least {count} are needed"
                 told = f"the connected clients are {there}; {least}"
-                reasons = "".join(f"; {why}" for why, _ in self.refused.values())
-                raise TraceFLError(f"{told}{reasons}: start one node per client")
+                raise TraceFLError(f"{told}{reasons(self.refused)}: start one node per client")
             time.sleep(max(grid_module.PULL_INTERVAL_S, 0.01))
         problems = self.wrong()
         go_on = "correct it, or set accept_failures=true to go on without it"
-        require(not (strict and problems), f"{'; '.join(problems)}: {go_on}")
+        more = f"; and {len(problems) - MOST_REASONS} more" * (len(problems) > MOST_REASONS)
+        require(not (strict and problems), f"{'; '.join(problems[:MOST_REASONS])}{more}: {go_on}")
         return found
 
     def node_of(self, client: str) -> int | None:
@@ -183,6 +187,12 @@ def _said(reply: Message) -> str | None:
             if key in record and str(cast(str, record[key])):
                 return str(record[key])
     return None
+
+
+def reasons(refused: Mapping[int, tuple[str, bool]]) -> str:
+    """Why nodes take no part, to end a sentence with; of many, some."""
+    told, more = [f"; {why}" for why, _ in refused.values()], len(refused) - MOST_REASONS
+    return "".join(told[:MOST_REASONS]) + f"; and {more} more nodes take no part" * (more > 0)
 
 
 def by_number(client: str) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg, QFedAvg, Strategy
 from torch import Tensor
@@ -19,7 +20,7 @@ from tracefl.federation.alike import unlike
 from tracefl.federation.memory import OURS, innermost, parts, state_of
 from tracefl.federation.released import Problem, apart, apart_in, failing, fused, spoilt, unusable
 from tracefl.federation.replies import Update
-from tracefl.federation.weights import Weights, assumed, find_weights
+from tracefl.federation.weights import Weights, are_differences, assumed, find_weights
 from tracefl.record import Participant
 from tracefl.runs import Run
 from tracefl.states import State
@@ -87,9 +88,7 @@ class Releases:
         state, evaluation = state_of(self.strategy), None
         problem = unusable(released, self._expected) or spoilt(state)
         if problem is None and self.options.evaluate:
-            evaluation = self.options.evaluate(released)
-            what = "evaluate must return a tracefl.flower.Evaluation"
-            require(isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
+            evaluation = _in_types(self.options.evaluate(released))
             problem = failing(evaluation)
         return Made(used, arrays, metrics, released, state, evaluation, problem, before)
 
@@ -138,8 +137,12 @@ class Releases:
         known = {"told": told, "weight": [update.weight for _, update, _ in used]}
         known["examples"] = [float(update.num_examples) for _, update, _ in used]
         states = [update.state for _, update, _ in used]
-        if found := find_weights(released, self._expected, states, known | {"equal": [1.0] * len(used)}):
+        known["equal"] = [1.0] * len(used)
+        if found := find_weights(released, self._expected, states, known):
             return found
+        differences = f"round {self.index}: the clients send differences to the model, not models, and cannot be traced"
+        remedy = "let a client send the model that it was sent plus its difference, and the strategy average models"
+        require(not are_differences(released, self._expected, states, known), f"{differences}: {remedy}")
         name = type(innermost(self.strategy)).__name__
         return assumed(known["examples"], f"round {self.index}: what weights {name} gave the updates")
 
@@ -172,3 +175,11 @@ class Releases:
         self._failures[client] = reason
         if sent is not None:
             self.run.forget_client(self.index, sent[2])
+
+
+def _in_types(found: Any) -> Evaluation:
+    """What the app's evaluate has found, in the types of `Evaluation`."""
+    what = "evaluate must return a tracefl.flower.Evaluation"
+    require(isinstance(found, Evaluation), f"{what}, got {found!r:.80}")
+    with as_sentence(f"{what} of a loss, an accuracy and predictions", "give numbers", Exception):
+        return Evaluation(float(found.loss), float(found.accuracy), torch.as_tensor(found.predictions).cpu())
