@@ -18,7 +18,7 @@ from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.federation.again import Before
 from tracefl.federation.alike import unlike
 from tracefl.federation.memory import OURS, innermost, parts, state_of
-from tracefl.federation.released import Problem, apart, apart_in, failing, fused, spoilt, unusable
+from tracefl.federation.released import Problem, apart, apart_in, failing, fused, grown, spoilt, unusable
 from tracefl.federation.replies import Update
 from tracefl.federation.weights import Weights, are_differences, assumed, find_weights
 from tracefl.record import Participant
@@ -106,6 +106,16 @@ class Releases:
         again = f"{changed} has changed, so the round cannot be aggregated without it"
         remedy = "give the strategy state_dict() and load_state_dict(state), or exclude the client"
         require(not changed, f"round {self.index}, client {found.client}: {about}; {again}: {remedy}. {self._kept()}.")
+
+    def _look_for_growth(self, made: Made) -> None:
+        """Say whose update stands apart where the model can be used, but its values have grown."""
+        if (problem := grown(made.released, self._expected)) is None:
+            return
+        updates = {participant.id: update.state for _, update, participant in made.used}
+        found = apart(updates, self._expected, problem.entry)
+        if found is not None and found.others is not None:
+            told = "round %d: the released model %s, and client %s's update stands apart: %s; it counts all the same"
+            log.warning(told, self.index, problem.text, found.client, found)
 
     def _judge_not_finite(self) -> None:
         """Clients whose values are not finite have failed, unless the model sent is the cause.

@@ -308,6 +308,7 @@ class Rounds(Releases, Evaluations):
         while made.problem is not None:
             self._leave_out(made)
             made = self._release(server_round, given)
+        self._look_for_growth(made)
         arrays, used = made.arrays, made.used
         weights = self._weights(made.released if arrays is not None else None, used)
         share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
