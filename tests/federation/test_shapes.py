@@ -281,6 +281,18 @@ def test_an_evaluation_that_is_none_is_named(tmp_path, given, words):
         record(tmp_path, **given)
 
 
+def test_who_does_not_evaluate_in_time_is_named(tmp_path, caplog):
+    grid = OwnGrid(THREE)
+
+    def hear(message):
+        grid.silent = {12} if message.metadata.message_type == "evaluate" else set()
+
+    grid.on_message = hear
+    record(tmp_path, grid, rounds=1, strategy=FedAvg())
+    assert "round 1: client b did not evaluate the model in time" in caplog.text
+    assert "client a did not" not in caplog.text
+
+
 # --- types --------------------------------------------------------------------------------------------
 
 

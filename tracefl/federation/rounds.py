@@ -100,6 +100,7 @@ class Rounds(Releases, Evaluations):
         self._first_values: dict[str, bytes] | None = None
         self._away: list[str] = []  # clients without a node
         self._sampling_since: float | None = None
+        self._testing: list[int] = []
         self._client_of: dict[int, str] = {}  # node that is asked in this round -> client
         self._held: dict[str, int] = {}  # client -> how many examples it holds, where that is known
         self._unknown: set[str] = set()  # clients of which it was said that it is not
