@@ -21,7 +21,8 @@ from tracefl.federation.call import Call
 from tracefl.federation.identity import KEY
 from tracefl.federation.memory import innermost, load_state, parts, settings_of
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number
-from tracefl.federation.rounds import CALLS, Options, Rounds, draw
+from tracefl.federation.options import Options, draw
+from tracefl.federation.rounds import CALLS, Rounds
 from tracefl.files import locked, writing
 from tracefl.record import ClientInfo
 from tracefl.runs import Run

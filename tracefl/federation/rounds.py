@@ -7,14 +7,13 @@ recorded model and metrics are returned; so a run that goes on has true round nu
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 from typing import Any, cast
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Strategy
@@ -25,6 +24,7 @@ from tracefl.federation.evaluating import Evaluations
 from tracefl.federation.grid import GridView
 from tracefl.federation.memory import fingerprints, innermost, parts
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number, reasons
+from tracefl.federation.options import Options, draw
 from tracefl.federation.privacy import Aggregated, FixedClipping, Messages
 from tracefl.federation.released import apart_in, failing, not_finite, unusable
 from tracefl.federation.releasing import Releases
@@ -40,30 +40,12 @@ from tracefl.federation.replies import (
 from tracefl.federation.resend import Resending
 from tracefl.record import ClientInfo, Participant
 from tracefl.runs import Run
-from tracefl.states import State
-from tracefl.training import Evaluation
 
 EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 WATCHED = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 CALLS = "it must call its own configure_train and aggregate_train, in turns"
 MOST_UNWRITTEN = 3  # updates in memory beside the replies, until they are written
 log = logging.getLogger("tracefl")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Arguments of `Recorder` that matter in a round."""
-
-    evaluate: Callable[[State], Evaluation] | None
-    accept_failures: bool
-    clients_per_round: int | None
-    seed: int
-    excluded: Collection[str]
-    arrayrecord_key: str | None
-    node_timeout: float
-    on_client: Callable[[int, str, Mapping[str, Any]], None]
-    on_round: Callable[[Run], None]
-    joining: bool  # whether a client that comes later is one of the run's
 
 
 class Rounds(Releases, Evaluations):
@@ -338,20 +320,6 @@ class Rounds(Releases, Evaluations):
         state = self.run.global_state(number)
         order = dict.fromkeys([name for name in self.order if name in state])  # early runs do not hold it
         return ArrayRecord({name: state[name] for name in order | dict.fromkeys(state)}), record
-
-
-def draw(nodes: Nodes | KnownNodes, run: Run, number: int, options: Options) -> list[str]:
-    """The clients drawn for round `number`, in the order of their ids."""
-    known = nodes.clients.values() if isinstance(nodes, KnownNodes) else [client.id for client in run.clients]
-    ids, count = sorted(known, key=by_number), options.clients_per_round or 0
-    able = len([client for client in ids if client not in options.excluded])
-    require(1 <= count <= able, f"clients_per_round must be 1 to {able}, the clients that can be drawn, got {count}")
-    rng = np.random.default_rng([options.seed, number])
-    drawn = [index for index in rng.choice(len(ids), count, replace=False) if ids[index] not in options.excluded]
-    if count > len(drawn):
-        others = [k for k, who in enumerate(ids) if k not in drawn and who not in options.excluded]
-        drawn += rng.choice(others, count - len(drawn), replace=False).tolist()
-    return [ids[index] for index in sorted(drawn)]
 
 
 def _replace(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
