@@ -107,12 +107,7 @@ class Recorder:
         given = {"keep": keep, "dtype": dtype}
         self._storing = {name: value for name, value in given.items() if value is not None}
         Storing(**self._storing)  # refused before anything is asked
-        self._given = None if clients is None else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
-        ids = [client.id for client in self._given or []]
-        texts = not isinstance(clients, str) and all(isinstance(client, str) for client in ids)
-        require(texts, f"clients must be a list of texts or of ClientInfo, got {clients!r:.80}")
-        twice = next((client for client in ids if ids.count(client) > 1), None)
-        require(twice is None, f"clients must be distinct, got '{twice}' more than once: leave one out")
+        self._given = None if clients is None else _infos(clients)
         self._held, self._holds = ExitStack(), False
         self._run: Run | None
         self._run, self.folder = (run, run.path) if isinstance(run, Run) else (None, Path(run))
@@ -265,6 +260,17 @@ class Recorder:
             told = f"{self.folder}: node {node} says that it is client '{client}', which is none of the run's"
             known = ", ".join(sorted(ids, key=by_number))
             require(client in ids or not ids, f"{told} ({known}): start those, or choose another folder")
+
+
+def _infos(clients: Iterable[ClientInfo | str]) -> list[ClientInfo]:
+    """What is known of the clients, of whom some are given by id alone."""
+    found = [] if isinstance(clients, str) else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
+    ids = [client.id for client in found]
+    texts = not isinstance(clients, str) and all(isinstance(client, str) for client in ids)
+    require(texts, f"clients must be a list of texts or of ClientInfo, got {clients!r:.80}")
+    twice = next((client for client in ids if ids.count(client) > 1), None)
+    require(twice is None, f"clients must be distinct, got '{twice}' more than once: leave one out")
+    return found
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
