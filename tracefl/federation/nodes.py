@@ -20,6 +20,7 @@ log = logging.getLogger("tracefl")
 HOW = 'register app.query("identify")(identify) in its client app'
 MODS = "mods of the client app must let the question through: give those for training to app.train(mods=[...])"
 MOST_REASONS = 5  # in a sentence
+AGAIN_S = 10  # for an answer of a node that was silent before: every round asks it
 
 
 class Nodes:
@@ -49,6 +50,7 @@ class Nodes:
         self.clients: dict[int, str] = {}
         self.refused: dict[int, tuple[str, bool]] = {}
         self._warned: set[str] = set()
+        self._silent: set[int] = set()
 
     def refresh(self, again: Iterable[int] = (), retry: bool = False) -> dict[int, str]:
         """Forget the nodes that have gone and ask those that have come.
@@ -65,9 +67,11 @@ class Nodes:
         self.refused = {node: why for node, why in self.refused.items() if node in there and not retry}
         before = self.clients.keys() - again
         known = self.clients.keys() | self.refused.keys()
-        self._ask([node for node in there if node in again or node not in known])
+        asked = [node for node in there if node in again or node not in known]
+        self._ask([node for node in asked if node not in self._silent], self.timeout)
+        self._ask([node for node in asked if node in self._silent], min(AGAIN_S, self.timeout))
         doubled = {client for client, count in Counter(self.clients.values()).items() if count > 1}
-        self._ask([node for node in before if self.clients[node] in doubled])  # is it still there?
+        self._ask([node for node in before if self.clients[node] in doubled], self.timeout)  # is it still there?
         for client in sorted(doubled):
             nodes = [node for node, name in self.clients.items() if name == client]
             first = [node for node in nodes if node in before][:1]  # it was that client before
@@ -77,14 +81,14 @@ class Nodes:
                     self._refuse(node, f"says that it is client '{client}', as {others} does", wrong=not first)
         return self.clients
 
-    def _ask(self, nodes: list[int]) -> None:
+    def _ask(self, nodes: list[int], timeout: float) -> None:
         if not nodes:
             return
         content = RecordDict({"config": ConfigRecord({"key": self.key})})
         kind = f"{MessageType.QUERY}.{ACTION}"
         view = Resending(self.grid)
         queries = [Message(content, message_type=kind, dst_node_id=node) for node in nodes]
-        replies = view.send_and_receive(queries, timeout=self.timeout)
+        replies = view.send_and_receive(queries, timeout=timeout)
         answers = {
             view.asked[reply.metadata.reply_to_message_id].dst_node_id: reply
             for reply in replies
@@ -93,7 +97,9 @@ class Nodes:
         for node in nodes:
             self.clients.pop(node, None)
             reply = answers.get(node)
+            self._silent.discard(node)
             if reply is None:
+                self._silent.add(node)
                 self._refuse(node, f"did not say within {self.timeout:g} s which client it is")
             elif reply.has_error() and reply.error.code in LOST:
                 self._refuse(node, f"is lost ({as_line(reply.error.reason)})")

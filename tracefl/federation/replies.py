@@ -182,7 +182,8 @@ def _read(reply: Message, expected: Expected, held: int | None) -> Update:
 
 
 def _why(reply: Message) -> str:
-    code, reason = reply.error.code, as_line(reply.error.reason).rstrip(".")
+    code, said = reply.error.code, as_line(reply.error.reason)
+    reason = said if said.endswith("...") else said.rstrip(".")
     if reply.has_content():
         return f"it sent both an error and a model; the error: {reason}"
     if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:

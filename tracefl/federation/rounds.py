@@ -152,7 +152,7 @@ class Rounds(Releases, Evaluations):
         require(not twice, f"round {self.index}: the strategy sends client '{''.join(twice[:1])}' several messages")
         now = self.nodes.refresh(again=asked)
         self._client_of = {node: now[node] for node in asked if node in now and node not in absent}
-        self._join(self._client_of.values())
+        self._join([*self._client_of.values(), *(before[node] for node in asked)])
         self._chosen = sorted([*self._client_of.values()], key=by_number)
         for node in asked:
             if node not in self._client_of:
@@ -234,7 +234,7 @@ class Rounds(Releases, Evaluations):
     def _join(self, clients: Iterable[str]) -> None:
         """A client that came later is one of the run's from now on."""
         known = {client.id for client in self.run.clients}
-        for client in clients if self.options.joining else []:
+        for client in dict.fromkeys(clients) if self.options.joining else ():
             if client not in known:
                 log.warning("round %d: client '%s' has joined the run", self.index, client)
                 self.run.add_client(ClientInfo(client))
