@@ -68,8 +68,9 @@ class Nodes:
         before = self.clients.keys() - again
         known = self.clients.keys() | self.refused.keys()
         asked = [node for node in there if node in again or node not in known]
-        self._ask([node for node in asked if node not in self._silent], self.timeout)
-        self._ask([node for node in asked if node in self._silent], min(AGAIN_S, self.timeout))
+        silent = [node for node in asked if node in self._silent]
+        self._ask([node for node in asked if node not in silent], self.timeout)
+        self._ask(silent, min(AGAIN_S, self.timeout))
         doubled = {client for client, count in Counter(self.clients.values()).items() if count > 1}
         self._ask([node for node in before if self.clients[node] in doubled], self.timeout)  # is it still there?
         for client in sorted(doubled):
