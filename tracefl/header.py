@@ -46,7 +46,7 @@ def _is_metric(value: Any) -> bool:
     return _is_number(value) or (isinstance(value, list) and all(map(_is_number, value)))
 
 
-def _is_accuracy(value: Any) -> bool:
+def _is_share(value: Any) -> bool:
     return value == "nan" or (_is_number(value) and (math.isnan(float(value)) or 0 <= float(value) <= 1))
 
 
@@ -76,6 +76,7 @@ OBJECT = Rule("be an object", lambda v: isinstance(v, dict))
 SHA256 = Rule("be a SHA-256, 64 hex digits", lambda v: isinstance(v, str) and bool(re.fullmatch("[0-9a-f]{64}", v)))
 SHARE = Rule("be a share from 0 to 1", lambda v: _is_number(v) and -TOLERANCE <= float(v) <= 1 + TOLERANCE)
 COUNTS = Rule("hold whole numbers of at least 0 by label, a whole number", _dicts(_is_whole, is_label))
+ACCURACY = Rule("be a share from 0 to 1", _is_share).or_null()  # where it is ours
 METRICS = Rule("hold numbers or lists of numbers by name", _dicts(_is_metric, _is_text)).or_null()
 FLAG = Rule("be true or false", lambda v: isinstance(v, bool))
 HEADER = {  # entries that a run may lack
@@ -112,10 +113,13 @@ ROUND = {
     "global_sha256": SHA256,
     "predictions_sha256": SHA256.or_null(),
     "loss": NUMBER.or_null(),
-    "accuracy": Rule("be a share from 0 to 1", _is_accuracy).or_null(),
+    "accuracy": NUMBER.or_null(),
     "failures": Rule("hold texts by client", _dicts(_is_text, _is_text)),
     "strategy_sha256": SHA256.or_null(),
-    "metrics": Rule(f"hold {', '.join(KINDS)}", _dicts(METRICS.holds, lambda key: key in KINDS)),
+    "metrics": Rule(
+        f"hold {', '.join(KINDS)}, each with numbers or lists of numbers by name",
+        _dicts(METRICS.holds, lambda key: key in KINDS),
+    ),
     "weights_from": Rule(f"be {', '.join(SOURCES)}", lambda v: v in SOURCES),
     "kept": FLAG,
 }
@@ -176,7 +180,7 @@ class Checker:
         self.once("clients", [client["id"] for client in header["clients"]])
         ids, count = {client["id"] for client in header["clients"]}, len(header["rounds"])
         for index, record in enumerate(header["rounds"]):
-            self.round(f"rounds[{index}]", record, index + 1, ids)
+            self.round(f"rounds[{index}]", record, index + 1, ids, ours="data_sha256" in header)
             kept = storing.rounds is None or index >= count - storing.rounds
             told = f"rounds[{index}].kept must be {str(kept).lower()} with storage.keep={storing.keep}"
             self.require(record.get("kept", True) == kept, told)
@@ -195,9 +199,12 @@ class Checker:
         odd = [label for label in labels if classes and not 0 <= int(label) < classes]
         self.require(not odd, f"{name}: labels must be 0 to {classes - 1}, as class_names says, got {odd[:1]}")
 
-    def round(self, name: str, record: Any, number: int, ids: Collection[str]) -> None:
-        """A round that must have this number; `ids` are the run's clients, none if any may be."""
-        self.record(name, record, ROUND, Round)
+    def round(self, name: str, record: Any, number: int, ids: Collection[str], ours: bool) -> None:
+        """A round that must have this number; `ids` are the run's clients, none if any may be.
+
+        `ours`: its accuracy is of data that we have prepared; an app's own may be in percent.
+        """
+        self.record(name, record, ROUND | ({"accuracy": ACCURACY} if ours else {}), Round)
         self.require(record["number"] == number, f"{name}.number must be {number}, got {record['number']}")
         for index, client in enumerate(record["clients"]):
             self.participant(f"{name}.clients[{index}]", client)

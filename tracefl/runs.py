@@ -213,7 +213,8 @@ class Run(Compared):
                 **self._place(number),
             )
             told = as_read("rounds", record.as_json())
-            self._checker.round(f"round {number}", told, number, {each.id for each in self.clients})
+            ids, ours = {each.id for each in self.clients}, "data_sha256" in self
+            self._checker.round(f"round {number}", told, number, ids, ours)
             self.rounds.append(record)
             for index in range(len(self.rounds) - (self.storing.rounds or len(self.rounds))):
                 self.rounds[index] = replace(self.rounds[index], kept=False)

@@ -21,7 +21,7 @@ class Evaluation:
 
     Attributes:
         loss: Mean cross-entropy; of `evaluate`, NaN where an output is not finite.
-        accuracy: In [0, 1].
+        accuracy: In [0, 1]; an own app's may be in percent.
         predictions: The predicted class of every example, int64 [N], on the CPU.
     """
 

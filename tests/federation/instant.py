@@ -32,10 +32,11 @@ class InstantGrid:
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids):
-        if not self.mailbox:
-            return []
-        message = self.mailbox.pop(self.rng.integers(len(self.mailbox)))
-        return [r for r in [self.reply(message)] if r is not None]
+        while self.mailbox:
+            reply = self.reply(self.mailbox.pop(self.rng.integers(len(self.mailbox))))
+            if reply is not None:
+                return [reply]
+        return []
 
     def reply(self, message):
         client = int(NODES[message.metadata.dst_node_id])

@@ -1,6 +1,7 @@
 """Clients that lie: every lie by name, where a client that failed stops the run, and where it is accepted."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -108,6 +109,33 @@ def diverging(content, client):
     state = content["arrays"].to_torch_state_dict()
     if max(float(value.abs().max()) for value in state.values()) > 1e12:
         content["arrays"] = ArrayRecord({n: v * float("nan") if v.is_floating_point() else v for n, v in state.items()})
+    return content
+
+
+@MODES
+def test_a_lie_that_can_be_recorded_is_named_in_its_own_round(tmp_path, caplog, accept):
+    """Without the server's own data nobody knows what 1e15 does, and an honest client may have far to go."""
+    run_with(tmp_path, lying.everywhere(1e15), evaluate=None, accept_failures=accept)
+    (told,) = [record.getMessage() for record in caplog.records if "stands apart" in record.getMessage()]
+    assert re.search(r"round 1: the released model has values up to 2e\+14 in 'w', and client b's update stands", told)
+    assert [client.id for client in Run.open(tmp_path).round(1).clients] == [*"abcde"]
+    caplog.clear()
+    run_with(
+        tmp_path / "all", None, evaluate=None, grid=OwnGrid(FIVE, new_app(lambda content, _: scaled(content, 1e6)))
+    )
+    run_with(
+        tmp_path / "one",
+        None,
+        evaluate=None,
+        grid=OwnGrid(FIVE, new_app(lambda content, client: scaled(content, 1 + 9 * (client == "b")))),
+    )
+    assert "stands apart" not in caplog.text
+
+
+def scaled(content, factor):
+    """All of a client's real numbers, so many times."""
+    state = content["arrays"].to_torch_state_dict()
+    content["arrays"] = ArrayRecord({n: v * factor if v.is_floating_point() else v for n, v in state.items()})
     return content
 
 

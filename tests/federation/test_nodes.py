@@ -7,6 +7,7 @@ from tests.federation.own import INITIAL, OwnGrid, new_app, trained
 from tests.federation.recording import THREE, plain, record, shares, trace_round
 from tracefl import Run
 from tracefl.errors import TraceFLError
+from tracefl.federation.nodes import Nodes
 from tracefl.federation.recorder import Recorder
 
 
@@ -59,6 +60,37 @@ def test_a_silent_node_takes_no_part_and_is_named(tmp_path, caplog):
     record(tmp_path, grid, rounds=1, accept_failures=True)
     assert "node 14 did not say" in caplog.text
     assert [client.id for client in Run.open(tmp_path).round(1).clients] == ["a", "b", "c"]
+
+
+def test_a_client_that_is_lost_as_it_joins_has_failed(tmp_path):
+    def join(number, model):
+        grid.nodes |= {14: {"partition-id": "d"}} if number == 1 else {}
+
+    def lose(message):
+        asked = [node for kind, node in grid.asked if kind != "train"]
+        grid.lost = {14} if asked.count(14) == 2 else set()
+
+    grid = OwnGrid(THREE, on_message=lose)
+    record(tmp_path, grid, rounds=3, accept_failures=True, start={"evaluate_fn": join})
+    run = Run.open(tmp_path)
+    assert [[*each.failures] for each in run.rounds] == [[], ["d"], []]
+    assert [len(each.clients) for each in run.rounds] == [3, 3, 4]
+
+
+def test_a_node_that_was_silent_is_asked_again_but_not_waited_for_as_long(tmp_path, monkeypatch):
+    waits, ask = [], Nodes._ask
+
+    def asked(self, nodes, timeout):
+        waits.extend([timeout] * (14 in nodes))
+        ask(self, nodes, timeout)
+        grid.silent = {14} if len(waits) < 3 else set()
+
+    monkeypatch.setattr(Nodes, "_ask", asked)
+    monkeypatch.setattr("tracefl.federation.nodes.AGAIN_S", 0.05)
+    grid = OwnGrid(THREE | {14: "d"}, silent=[14])
+    record(tmp_path, grid, rounds=4, accept_failures=True)
+    assert waits[:4] == [0.3, 0.05, 0.05, 0.05]
+    assert [len(each.clients) for each in Run.open(tmp_path).rounds] == [3, 3, 4, 4]
 
 
 def test_two_nodes_of_one_client_are_both_named(tmp_path):

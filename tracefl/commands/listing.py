@@ -13,7 +13,7 @@ from rich import filesize
 from rich.table import Table
 
 from tracefl.commands.find import run_folders
-from tracefl.commands.show import Answer, printable, share, table
+from tracefl.commands.show import Answer, number, printable, share, table
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.report.sweep import SETTINGS
 from tracefl.results import ROUNDS, VERDICT, content_of
@@ -66,7 +66,8 @@ def tables(found: Answer) -> Iterator[Table | str]:
     if good:
         columns = ["run", *shown, "rounds", "accuracy", "localized", "by\nchance", "verdict", "disk"]
         rows = [_row(run, folder, shown) for run in good]
-        same = [_value(good[0]["settings"].get(key)) for key in ALWAYS if key not in differing]
+        first = good[0]["settings"]  # none in an own app
+        same = [_value(first[key]) for key in ALWAYS if key not in differing and key in first]
         title = f"Runs in {folder}: {', '.join([*same, 'shares in %, means over rounds'])}"
         yield printable(title)
         yield table(columns, rows, words=("run", "verdict"))
@@ -141,7 +142,14 @@ def _row(run: Answer, folder: Path, shown: list[str]) -> list[str]:
     rounds = f"{run['rounds']} of {run['wanted_rounds']}" if run["wanted_rounds"] else str(run["rounds"])
     localized = [f"{share(of['share'])} {method}" for method, of in run["localization"].items()] or ["-"]
     chance = share(next((of["chance"] for of in run["localization"].values()), None))
-    results = [share(run["accuracy"]), "\n".join(localized), chance, _verdict(run["faulty"])]
+    accuracy = run["accuracy"]
+    own = accuracy is not None and not 0 <= accuracy <= 1  # an app's own, perhaps in percent
+    results = [
+        number(accuracy, ".1f") if own else share(accuracy),
+        "\n".join(localized),
+        chance,
+        _verdict(run["faulty"]),
+    ]
     return [_name(run, folder), *settings, rounds, *results, filesize.decimal(run["bytes"])]
 
 

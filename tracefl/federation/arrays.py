@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 STYPE = "numpy.ndarray"  # how Flower calls the .npy format
+NARROWER = {torch.float64: ("torch.float32", "torch.float16"), torch.float32: ("torch.float16",)}
 KINDS = "biufc"  # NumPy's letters for truth values, whole, real and complex numbers
 
 
@@ -71,15 +72,15 @@ def read_header(array: Array) -> Header:
 def read_values(array: Array, expected: Tensor) -> Tensor:
     """The values of an array, which must be of the shape and type of `expected`.
 
-    Half of a real type's precision is taken too.
+    A real type of less precision is taken too.
 
     Raises:
         BadArrayError: it is something else.
     """
     header = read_header(array)
     wanted, sent = (tuple(expected.shape), str(expected.dtype)), header.kind
-    half = sent[1] == "torch.float16" and expected.is_floating_point()
-    if sent[0] != wanted[0] or not (sent == wanted or half):
+    less = expected.is_floating_point() and sent[1] in NARROWER.get(expected.dtype, ())
+    if sent[0] != wanted[0] or not (sent == wanted or less):
         raise BadArrayError(f"must be {wanted}, got {sent}")
     flat = np.frombuffer(array.data, header.dtype, offset=header.start)
     values = flat.reshape(header.shape, order="F" if header.fortran else "C")

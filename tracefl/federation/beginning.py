@@ -79,7 +79,7 @@ class Beginnings(Loop):
     def _join(self, clients: Iterable[str]) -> None:
         """A client that came later is one of the run's from now on."""
         known = {client.id for client in self.run.clients}
-        for client in clients if self.options.joining else []:
+        for client in dict.fromkeys(clients) if self.options.joining else ():
             if client not in known:
                 log.warning("round %d: client '%s' has joined the run", self.index, client)
                 self.run.add_client(ClientInfo(client))

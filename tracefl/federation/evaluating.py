@@ -1,7 +1,7 @@
 """The part of a strategy's loop in which models are evaluated, by clients and by the app itself."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -26,8 +26,9 @@ class Evaluations(Loop):
         if self._evaluated():
             return []
         self._sampling_since = monotonic()
-        messages = self._own["configure_evaluate"](server_round, arrays, config, grid)
+        messages = list(self._own["configure_evaluate"](server_round, arrays, config, grid) or [])
         self._sampling_since = None
+        self._testing = [message.metadata.dst_node_id for message in messages]
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Messages) -> MetricRecord | None:
@@ -47,10 +48,11 @@ class Evaluations(Loop):
     def _usable(self, replies: list[Message]) -> list[Message]:
         """The evaluations that can be averaged, and errors; any other is its client's failure."""
         key, sent, found = self._weight_key() if self._flowers() else None, dict[str, Message](), dict[str, Update]()
-        errors = []
+        errors, silent = [], dict.fromkeys(self._testing)
         for reply in replies:
             asked = self._view.asked.get(reply.metadata.reply_to_message_id, reply.metadata)
-            client = self.nodes.clients.get(asked.dst_node_id, f"at node {asked.dst_node_id}")
+            silent.pop(asked.dst_node_id, None)
+            client = self._at(asked.dst_node_id)
             if reply.has_error():
                 why = as_line(reply.error.reason)
                 log.warning("round %d: client %s did not evaluate the model: %s", self.index, client, why)
@@ -61,10 +63,15 @@ class Evaluations(Loop):
                 sent[client] = reply
             except BadReplyError as problem:
                 self._leave_out_evaluation(client, str(problem))
+        for node in silent:
+            log.warning("round %d: client %s did not evaluate the model in time", self.index, self._at(node))
         for client, why in unlike(found, everything=True).items() if key else ():
             self._leave_out_evaluation(client, why)
             del sent[client]
         return [*sent.values(), *errors]
+
+    def _at(self, node: int) -> str:
+        return self.nodes.clients.get(node, f"at node {node}")
 
     def _leave_out_evaluation(self, client: str, why: str) -> None:
         told = f"round {self.index}, client {client}: evaluating, {why}"
@@ -88,6 +95,8 @@ class Evaluations(Loop):
                 return None if known["server"] is None else MetricRecord(known["server"])
             found = evaluate_fn(*args, **kwargs)
             self._note_changes()
+            what = f"evaluate_fn must return a MetricRecord or None, got {found!r:.80}"
+            require(found is None or isinstance(found, Mapping), what)
             self.run.record_metrics(server_round, "server", found)
             return found
 

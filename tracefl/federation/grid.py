@@ -90,10 +90,11 @@ class GridView:
             pulled = self.pull_messages(waiting)
             replies += pulled
             waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
+            if pulled:
+                continue  # none is late because others were read before it
             if time.monotonic() > deadline:
                 break
-            if waiting:
-                time.sleep(PULL_INTERVAL_S)
+            time.sleep(PULL_INTERVAL_S)
         return replies
 
     def _check(self) -> None:

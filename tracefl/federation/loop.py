@@ -1,8 +1,7 @@
 """What is known of a strategy's loop and of its round; the parts of `Rounds` share it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, QFedAvg, Strategy
@@ -11,29 +10,12 @@ from torch import Tensor
 from tracefl.federation.grid import GridView
 from tracefl.federation.memory import OURS, fingerprints, innermost, parts
 from tracefl.federation.nodes import KnownNodes, Nodes
+from tracefl.federation.options import Options
 from tracefl.federation.replies import Update
 from tracefl.record import Participant
 from tracefl.runs import Run
-from tracefl.states import State
-from tracefl.training import Evaluation
 
 EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
-
-
-@dataclass(frozen=True)
-class Options:
-    """Arguments of `Recorder` that matter in a round."""
-
-    evaluate: Callable[[State], Evaluation] | None
-    accept_failures: bool
-    clients_per_round: int | None
-    seed: int
-    excluded: Collection[str]
-    arrayrecord_key: str | None
-    node_timeout: float
-    on_client: Callable[[int, str, Mapping[str, Any]], None]
-    on_round: Callable[[Run], None]
-    joining: bool  # whether a client that comes later is one of the run's
 
 
 class Loop:
@@ -73,6 +55,7 @@ class Loop:
         self._first_values: dict[str, bytes] | None = None
         self._away: list[str] = []  # clients without a node
         self._sampling_since: float | None = None
+        self._testing: list[int] = []  # nodes that are asked to evaluate
         self._client_of: dict[int, str] = {}  # node that is asked in this round -> client
         self._held: dict[str, int] = {}  # client -> how many examples it holds, where that is known
         self._unknown: set[str] = set()  # clients of which it was said that it is not

@@ -3,10 +3,11 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from tracefl.errors import TraceFLError, require
@@ -17,6 +18,9 @@ from tracefl.federation.resend import Resending
 
 log = logging.getLogger("tracefl")
 HOW = 'register app.query("identify")(identify) in its client app'
+MODS = "mods of the client app must let the question through: give those for training to app.train(mods=[...])"
+MOST_REASONS = 5  # in a sentence
+AGAIN_S = 10  # for an answer of a node that was silent before: every round asks it
 
 
 class Nodes:
@@ -46,6 +50,7 @@ class Nodes:
         self.clients: dict[int, str] = {}
         self.refused: dict[int, tuple[str, bool]] = {}
         self._warned: set[str] = set()
+        self._silent: set[int] = set()
 
     def refresh(self, again: Iterable[int] = (), retry: bool = False) -> dict[int, str]:
         """Forget the nodes that have gone and ask those that have come.
@@ -62,9 +67,12 @@ class Nodes:
         self.refused = {node: why for node, why in self.refused.items() if node in there and not retry}
         before = self.clients.keys() - again
         known = self.clients.keys() | self.refused.keys()
-        self._ask([node for node in there if node in again or node not in known])
+        asked = [node for node in there if node in again or node not in known]
+        silent = [node for node in asked if node in self._silent]
+        self._ask([node for node in asked if node not in silent], self.timeout)
+        self._ask(silent, min(AGAIN_S, self.timeout))
         doubled = {client for client, count in Counter(self.clients.values()).items() if count > 1}
-        self._ask([node for node in before if self.clients[node] in doubled])  # is it still there?
+        self._ask([node for node in before if self.clients[node] in doubled], self.timeout)  # is it still there?
         for client in sorted(doubled):
             nodes = [node for node, name in self.clients.items() if name == client]
             first = [node for node in nodes if node in before][:1]  # it was that client before
@@ -74,14 +82,14 @@ class Nodes:
                     self._refuse(node, f"says that it is client '{client}', as {others} does", wrong=not first)
         return self.clients
 
-    def _ask(self, nodes: list[int]) -> None:
+    def _ask(self, nodes: list[int], timeout: float) -> None:
         if not nodes:
             return
         content = RecordDict({"config": ConfigRecord({"key": self.key})})
         kind = f"{MessageType.QUERY}.{ACTION}"
         view = Resending(self.grid)
         queries = [Message(content, message_type=kind, dst_node_id=node) for node in nodes]
-        replies = view.send_and_receive(queries, timeout=self.timeout)
+        replies = view.send_and_receive(queries, timeout=timeout)
         answers = {
             view.asked[reply.metadata.reply_to_message_id].dst_node_id: reply
             for reply in replies
@@ -90,13 +98,16 @@ class Nodes:
         for node in nodes:
             self.clients.pop(node, None)
             reply = answers.get(node)
+            self._silent.discard(node)
             if reply is None:
+                self._silent.add(node)
                 self._refuse(node, f"did not say within {self.timeout:g} s which client it is")
             elif reply.has_error() and reply.error.code in LOST:
                 self._refuse(node, f"is lost ({as_line(reply.error.reason)})")
             elif reply.has_error():
                 said = as_line(reply.error.reason)
-                self._refuse(node, f"could not say which client it is ({said}); {HOW}")
+                remedy = MODS if reply.error.code == ErrorCode.MOD_FAILED_PRECONDITION else HOW
+                self._refuse(node, f"could not say which client it is ({said}); {remedy}")
             elif (client := _said(reply)) is None:
                 self._refuse(node, f"answered without a client's id; {HOW}")
             elif self.expected is not None and client not in self.expected:
@@ -137,12 +148,12 @@ class Nodes:
                 there = ", ".join(f"{client} (node {node})" for node, client in found.items()) or "none"
                 least = f"clients {', '.join(missing)} are missing" if missing else f"at least {count} are needed"
                 told = f"the connected clients are {there}; {least}"
-                reasons = "".join(f"; {why}" for why, _ in self.refused.values())
-                raise TraceFLError(f"{told}{reasons}: start one node per client")
+                raise TraceFLError(f"{told}{reasons(self.refused)}: start one node per client")
             time.sleep(max(grid_module.PULL_INTERVAL_S, 0.01))
         problems = self.wrong()
         go_on = "correct it, or set accept_failures=true to go on without it"
-        require(not (strict and problems), f"{'; '.join(problems)}: {go_on}")
+        more = f"; and {len(problems) - MOST_REASONS} more" * (len(problems) > MOST_REASONS)
+        require(not (strict and problems), f"{'; '.join(problems[:MOST_REASONS])}{more}: {go_on}")
         return found
 
     def node_of(self, client: str) -> int | None:
@@ -183,6 +194,12 @@ def _said(reply: Message) -> str | None:
             if key in record and str(cast(str, record[key])):
                 return str(record[key])
     return None
+
+
+def reasons(refused: Mapping[int, tuple[str, bool]]) -> str:
+    """Why nodes take no part, to end a sentence with; of many, some."""
+    told, more = [f"; {why}" for why, _ in refused.values()], len(refused) - MOST_REASONS
+    return "".join(told[:MOST_REASONS]) + f"; and {more} more nodes take no part" * (more > 0)
 
 
 def by_number(client: str) -> tuple[int, str]:

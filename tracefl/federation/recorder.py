@@ -4,7 +4,6 @@ It opens the run or makes it, holds its lock, and sees that a run goes on as it 
 the strategy's own `start`, whose rounds are watched (`rounds`).
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
@@ -15,12 +14,15 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
-from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.errors import TraceFLError, require
+from tracefl.federation.call import Call
 from tracefl.federation.identity import KEY
 from tracefl.federation.memory import innermost, load_state, parts, settings_of
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number
-from tracefl.federation.rounds import Options, Rounds, draw
+from tracefl.federation.options import Options, draw
+from tracefl.federation.rounds import CALLS, Rounds
 from tracefl.files import locked, writing
 from tracefl.record import ClientInfo
 from tracefl.runs import Run
@@ -98,14 +100,14 @@ class Recorder:
         on_client: Callable[[int, str, Mapping[str, Any]], None] = lambda *_: None,
         on_round: Callable[[Run], None] = lambda _: None,
     ) -> None:
+        kind = type(strategy)
+        told = f"strategy must be one of flwr.serverapp.strategy, or a subclass, got {kind.__module__}.{kind.__name__}"
+        require(isinstance(strategy, Strategy), told)
         self.strategy, self.settings = strategy, settings
         given = {"keep": keep, "dtype": dtype}
         self._storing = {name: value for name, value in given.items() if value is not None}
         Storing(**self._storing)  # refused before anything is asked
-        self._given = None if clients is None else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
-        ids = [client.id for client in self._given or []]
-        twice = next((client for client in ids if ids.count(client) > 1), None)
-        require(twice is None, f"clients must be distinct, got '{twice}' more than once: leave one out")
+        self._given = None if clients is None else _infos(clients)
         self._held, self._holds = ExitStack(), False
         self._run: Run | None
         self._run, self.folder = (run, run.path) if isinstance(run, Run) else (None, Path(run))
@@ -144,17 +146,15 @@ class Recorder:
             raise TraceFLError(f"{self.folder} holds no run yet: it is made by start, which is given the initial model")
         return self._run
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any) -> Result:
+    def start(self, *args: Any, **kwargs: Any) -> Result:
         """Run the strategy's own `start` until the run holds `num_rounds`.
 
         Args:
-            grid: Flower's.
-            initial_arrays: the model that round 1 starts from; a run that goes on must have started
-                from the same. Its last model is taken for it, too.
-            num_rounds: how many rounds the run holds in the end.
-            *args: as of the strategy's `start`.
-            **kwargs: as of the strategy's, such as timeout (seconds per round), train_config and
-                evaluate_fn.
+            *args: as of the strategy's `start`: the grid, the model that round 1 starts from, how
+                many rounds the run holds in the end, and what else it takes, such as timeout
+                (seconds per round). A run that goes on must have started from the same model; its
+                last one is taken for it, too.
+            **kwargs: the same by name, such as train_config and evaluate_fn.
 
         Returns:
             What the strategy's `start` returns, of recorded rounds too.
@@ -169,39 +169,37 @@ class Recorder:
                 undo.callback(setattr, self, "_holds", False)
             else:
                 undo.enter_context(writing(self.folder))
-            kind = type(initial_arrays).__name__
-            require(isinstance(initial_arrays, ArrayRecord), f"initial_arrays must be an ArrayRecord, got a {kind}")
-            own = type(self.strategy)
-            call = f"{own.__name__}.start"
-            with as_sentence(f"{call} does not take these arguments", "give those that it takes", TypeError):
-                bound = inspect.signature(self.strategy.start).bind(grid, initial_arrays, num_rounds, *args, **kwargs)
-            given, (first, second, *_) = bound.arguments, bound.arguments
-            train_config, evaluate_fn = given.get("train_config"), given.get("evaluate_fn")
-            self._open(initial_arrays, num_rounds, train_config)
-            initial = self.run.global_state(0)
-            unknown = evaluate_fn is not None and any("server" not in record.metrics for record in self.run.rounds)
-            rounds = Rounds(
-                self.strategy,
-                self.run,
-                self.nodes,
-                self.options,
-                wanted=num_rounds,
-                order=list(initial_arrays),
-                reads_all=unknown or own.start is not Strategy.start,
-            )
-            given[first] = rounds.view(grid)
-            given[second] = ArrayRecord({name: initial[name] for name in initial_arrays})
-            if train_config is not None:  # strategies write the round's number into it
-                given["train_config"] = ConfigRecord(dict(train_config))
-            if evaluate_fn is not None:
-                given["evaluate_fn"] = rounds.watched_evaluate_fn(evaluate_fn)
-            rounds.watch(undo)
-            result = self.strategy.start(*bound.args, **bound.kwargs)
-            went = rounds.index > 0 or num_rounds < 1
-            require(went, f"{call} went through no round: it must call its configure_train and aggregate_train")
+            name = f"{type(self.strategy).__name__}.start"
+            call = Call(name, self.strategy.start, args, kwargs)
+            self._open(call.initial, call.num_rounds, call.train_config)
+            rounds, result = self._go(call, undo)
+            went = rounds.index > 0 or call.num_rounds < 1
+            require(went, f"{name} went through no round: {CALLS}")
             if self._owned:
                 logging.getLogger("flwr").info("TraceFL: %s", disk_line(self.run.disk()))
             return result
+
+    def _go(self, call: Call, undo: ExitStack) -> tuple[Rounds, Result]:
+        """Run the strategy's `start`, its rounds watched."""
+        unknown = call.evaluate_fn is not None and any("server" not in record.metrics for record in self.run.rounds)
+        rounds = Rounds(
+            self.strategy,
+            self.run,
+            self.nodes,
+            self.options,
+            wanted=call.num_rounds,
+            order=list(call.initial),
+            reads_all=unknown or type(self.strategy).start is not Strategy.start,
+        )
+        kept = self.run.global_state(0)
+        initial: dict[str, Tensor] = {name: kept[name] for name in call.initial}
+        new: dict[str, Any] = {"grid": rounds.view(call.grid), "initial_arrays": ArrayRecord(initial)}
+        if call.train_config is not None:  # strategies write the round's number into it
+            new["train_config"] = ConfigRecord(dict(call.train_config))
+        if call.evaluate_fn is not None:
+            new["evaluate_fn"] = rounds.watched_evaluate_fn(call.evaluate_fn)
+        rounds.watch(undo)
+        return rounds, call.run(new)
 
     def participants(self, number: int) -> list[str]:
         """The clients drawn for round `number`, in the order of their ids."""
@@ -262,6 +260,17 @@ class Recorder:
             told = f"{self.folder}: node {node} says that it is client '{client}', which is none of the run's"
             known = ", ".join(sorted(ids, key=by_number))
             require(client in ids or not ids, f"{told} ({known}): start those, or choose another folder")
+
+
+def _infos(clients: Iterable[ClientInfo | str]) -> list[ClientInfo]:
+    """What is known of the clients, of whom some are given by id alone."""
+    found = [] if isinstance(clients, str) else [c if isinstance(c, ClientInfo) else ClientInfo(c) for c in clients]
+    ids = [client.id for client in found]
+    texts = not isinstance(clients, str) and all(isinstance(client, str) for client in ids)
+    require(texts, f"clients must be a list of texts or of ClientInfo, got {clients!r:.80}")
+    twice = next((client for client in ids if ids.count(client) > 1), None)
+    require(twice is None, f"clients must be distinct, got '{twice}' more than once: leave one out")
+    return found
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,23 @@ def not_finite(model: State) -> Problem | None:
     return None if name is None else Problem(f"has non-finite values in '{name}'", name)
 
 
+def grown(model: State, sent: State) -> Problem | None:
+    """The first entry whose values are a hundred times what any was in the model that was sent.
+
+    Values below 1 count as 1. That may be right; it is a reason to see whose update stands apart.
+
+    Example:
+        >>> sent = {"w": torch.tensor([3.0])}
+        >>> grown({"w": torch.tensor([299.0])}, sent)
+        >>> grown({"w": torch.tensor([-2e14])}, sent).text
+        "has values up to 2e+14 in 'w'"
+    """
+    for name, value in model.items():
+        if name in sent and is_continuous(value) and (most := _largest(value)) > APART * max(1, _largest(sent[name])):
+            return Problem(f"has values up to {most:.0e} in '{name}'", name)
+    return None
+
+
 def spoilt(kept: State) -> Problem | None:
     """What is wrong with a strategy's moments: if they are not finite, later rounds stand still."""
     for name, value in kept.items():

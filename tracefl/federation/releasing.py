@@ -6,8 +6,10 @@ failed, and where that is accepted, the strategy aggregates again without it.
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
@@ -16,9 +18,9 @@ from tracefl.federation.again import Before
 from tracefl.federation.alike import unlike
 from tracefl.federation.loop import Loop
 from tracefl.federation.memory import innermost, state_of
-from tracefl.federation.released import Problem, apart, apart_in, failing, fused, spoilt, unusable
+from tracefl.federation.released import Problem, apart, apart_in, failing, fused, grown, spoilt, unusable
 from tracefl.federation.replies import Update
-from tracefl.federation.weights import Weights, assumed, find_weights
+from tracefl.federation.weights import Weights, are_differences, assumed, find_weights
 from tracefl.record import Participant
 from tracefl.states import State
 from tracefl.training import Evaluation
@@ -72,9 +74,7 @@ class Releases(Loop):
         state, evaluation = state_of(self.strategy), None
         problem = unusable(released, self._expected) or spoilt(state)
         if problem is None and self.options.evaluate:
-            evaluation = self.options.evaluate(released)
-            what = "evaluate must return a tracefl.flower.Evaluation"
-            require(isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
+            evaluation = _in_types(self.options.evaluate(released))
             problem = failing(evaluation)
         return Made(used, arrays, metrics, released, state, evaluation, problem, before)
 
@@ -92,6 +92,16 @@ class Releases(Loop):
         again = f"{changed} has changed, so the round cannot be aggregated without it"
         remedy = "give the strategy state_dict() and load_state_dict(state), or exclude the client"
         require(not changed, f"round {self.index}, client {found.client}: {about}; {again}: {remedy}. {self._kept()}.")
+
+    def _look_for_growth(self, made: Made) -> None:
+        """Say whose update stands apart where the model can be used, but its values have grown."""
+        if (problem := grown(made.released, self._expected)) is None:
+            return
+        updates = {participant.id: update.state for _, update, participant in made.used}
+        found = apart(updates, self._expected, problem.entry)
+        if found is not None and found.others is not None:
+            told = "round %d: the released model %s, and client %s's update stands apart: %s; it counts all the same"
+            log.warning(told, self.index, problem.text, found.client, found)
 
     def _judge_not_finite(self) -> None:
         """Clients whose values are not finite have failed, unless the model sent is the cause.
@@ -123,8 +133,12 @@ class Releases(Loop):
         known = {"told": told, "weight": [update.weight for _, update, _ in used]}
         known["examples"] = [float(update.num_examples) for _, update, _ in used]
         states = [update.state for _, update, _ in used]
-        if found := find_weights(released, self._expected, states, known | {"equal": [1.0] * len(used)}):
+        known["equal"] = [1.0] * len(used)
+        if found := find_weights(released, self._expected, states, known):
             return found
+        differences = f"round {self.index}: the clients send differences to the model, not models, and cannot be traced"
+        remedy = "let a client send the model that it was sent plus its difference, and the strategy average models"
+        require(not are_differences(released, self._expected, states, known), f"{differences}: {remedy}")
         name = type(innermost(self.strategy)).__name__
         return assumed(known["examples"], f"round {self.index}: what weights {name} gave the updates")
 
@@ -148,3 +162,11 @@ class Releases(Loop):
         self._failures[client] = reason
         if sent is not None:
             self.run.forget_client(self.index, sent[2])
+
+
+def _in_types(found: Any) -> Evaluation:
+    """What the app's evaluate has found, in the types of `Evaluation`."""
+    what = "evaluate must return a tracefl.flower.Evaluation"
+    require(isinstance(found, Evaluation), f"{what}, got {found!r:.80}")
+    with as_sentence(f"{what} of a loss, an accuracy and predictions", "give numbers", Exception):
+        return Evaluation(float(found.loss), float(found.accuracy), torch.as_tensor(found.predictions).cpu())

@@ -36,7 +36,7 @@ class Expected:
 
     Attributes:
         state: the model that was sent; the client's must have entries of it, of the same shapes
-            and types, or half of a type's precision.
+            and types, or narrower real types.
         weight_key: of the metrics, what the strategy weighs by; None: it is not known.
         record: name of the model's ArrayRecord, where there are several.
         several: whether there may be several records; Flower's strategies take one of each.
@@ -182,7 +182,8 @@ def _read(reply: Message, expected: Expected, held: int | None) -> Update:
 
 
 def _why(reply: Message) -> str:
-    code, reason = reply.error.code, as_line(reply.error.reason)
+    code, said = reply.error.code, as_line(reply.error.reason)
+    reason = said if said.endswith("...") else said.rstrip(".")
     if reply.has_content():
         return f"it sent both an error and a model; the error: {reason}"
     if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
@@ -216,7 +217,8 @@ def _state(arrays: ArrayRecord, sent: State) -> dict[str, Tensor]:
 
 def _most(whole: Tensor) -> int:
     """The largest of whole numbers, whatever their signs."""
-    return max(abs(int(whole.min())), abs(int(whole.max()))) if whole.numel() else 0
+    values = whole.numpy()  # torch has no order of its unsigned types
+    return max(abs(int(values.min())), abs(int(values.max()))) if values.size else 0
 
 
 def _model(reply: Message, expected: Expected) -> ArrayRecord:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any, cast
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -24,16 +23,16 @@ from tracefl.federation.beginning import Beginnings
 from tracefl.federation.evaluating import Evaluations
 from tracefl.federation.grid import GridView
 from tracefl.federation.loop import EQUAL_WEIGHTS
-from tracefl.federation.loop import Options as Options
 from tracefl.federation.memory import parts
-from tracefl.federation.nodes import KnownNodes, Nodes, by_number
+from tracefl.federation.nodes import by_number, reasons
+from tracefl.federation.options import draw
 from tracefl.federation.privacy import Aggregated, Messages
 from tracefl.federation.releasing import Releases
 from tracefl.federation.replies import BadReplyError, NotFiniteError, put_in_order, read_update
 from tracefl.federation.resend import Resending
-from tracefl.runs import Run
 
 WATCHED = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
+CALLS = "it must call its own configure_train and aggregate_train, in turns"
 MOST_UNWRITTEN = 3  # updates in memory beside the replies, until they are written
 log = logging.getLogger("tracefl")
 
@@ -73,14 +72,15 @@ class Rounds(Beginnings, Releases, Evaluations):
         """Whether the round that the strategy's loop is in is recorded: it is not run again."""
         return self.index <= len(self.run.rounds)
 
-    def _shown(self) -> list[int]:
-        """The nodes that the strategy may ask: those whose client is known."""
-        nodes = list(self.nodes.refresh())
+    def _shown(self, drawn: list[int] | None = None) -> list[int]:
+        """The nodes that the strategy may ask: those drawn, or else those whose client is known."""
+        nodes = list(self.nodes.refresh()) if drawn is None else drawn
         if self._sampling_since is not None and monotonic() - self._sampling_since > self.options.node_timeout:
-            reasons = "".join(f"; {why}" for why, _ in self.nodes.refused.values())
-            told = f"round {self.index}: the strategy waits for more than {len(nodes)} nodes, the known ones"
+            which = "known" if drawn is None else "drawn"
+            told = f"round {self.index}: the strategy waits for more than {len(nodes)} nodes, the {which} ones"
+            others = reasons(self.nodes.refused)
             raise TraceFLError(
-                f"{told} after {self.options.node_timeout:g} s{reasons}: start more, or lower its minimum"
+                f"{told} after {self.options.node_timeout:g} s{others}: start more, or lower its minimum"
             )
         return nodes
 
@@ -92,8 +92,11 @@ class Rounds(Beginnings, Releases, Evaluations):
         self._begin(arrays)
         grid, absent = self._drawn(grid)
         self._sampling_since = monotonic()
-        messages = list(self._own["configure_train"](server_round, arrays, config, grid))
+        messages = list(self._own["configure_train"](server_round, arrays, config, grid) or [])
         self._sampling_since = None
+        kinds = {message.metadata.message_type for message in messages}
+        odd = sorted(kind for kind in kinds if kind.split(".")[0] != MessageType.TRAIN)
+        require(not odd, f"round {self.index}: configure_train must give messages to train, got '{''.join(odd[:1])}'")
         asked = [message.metadata.dst_node_id for message in messages]
         before = self.nodes.clients | absent
         for node in asked:
@@ -103,7 +106,7 @@ class Rounds(Beginnings, Releases, Evaluations):
         require(not twice, f"round {self.index}: the strategy sends client '{''.join(twice[:1])}' several messages")
         now = self.nodes.refresh(again=asked)
         self._client_of = {node: now[node] for node in asked if node in now and node not in absent}
-        self._join(self._client_of.values())
+        self._join([*self._client_of.values(), *(before[node] for node in asked)])
         self._chosen = sorted([*self._client_of.values()], key=by_number)
         for node in asked:
             if node not in self._client_of:
@@ -121,13 +124,17 @@ class Rounds(Beginnings, Releases, Evaluations):
             drawn = draw(self.nodes, self.run, self.index, self.options)
             shown = [self.nodes.node_of(client) for client in drawn]
             absent = {-1 - i: drawn[i] for i, node in enumerate(shown) if node is None}
-            grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
+            nodes = [-1 - i if node is None else node for i, node in enumerate(shown)]
+            grid = cast(Grid, GridView(grid, nodes=lambda: self._shown(nodes)))
         return grid, absent
 
     def _receive(self, reply: Message) -> None:
         """Check one reply and record it. It is of the node that was asked, whoever answers."""
         asked = self._view.asked.get(reply.metadata.reply_to_message_id)
-        if asked is None or asked.message_type.split(".")[0] != MessageType.TRAIN or self._recorded:
+        if asked is None or asked.message_type.split(".")[0] != MessageType.TRAIN:
+            return
+        require(self.index, f"{type(self.strategy).__name__}.start asks clients to train before a round: {CALLS}")
+        if self._recorded:
             return
         client = self._client_of.get(asked.dst_node_id)
         if client is None:  # the strategy has sent something of its own
@@ -158,6 +165,7 @@ class Rounds(Beginnings, Releases, Evaluations):
     def aggregate_train(self, server_round: int, replies: Messages) -> Aggregated:
         """Aggregate the updates that were accepted, and record the released model."""
         number = self.index
+        require(number, f"{type(self.strategy).__name__}.start aggregates before a round: {CALLS}")
         if self._recorded:
             return self._again(number)
         while self._unwritten:
@@ -172,6 +180,7 @@ class Rounds(Beginnings, Releases, Evaluations):
         while made.problem is not None:
             self._leave_out(made)
             made = self._release(server_round, given)
+        self._look_for_growth(made)
         arrays, used = made.arrays, made.used
         weights = self._weights(made.released if arrays is not None else None, used)
         share = dict(zip([participant.id for _, _, participant in used], weights.shares, strict=True))
@@ -195,22 +204,10 @@ class Rounds(Beginnings, Releases, Evaluations):
         return ArrayRecord({name: state[name] for name in order | dict.fromkeys(state)}), record
 
 
-def draw(nodes: Nodes | KnownNodes, run: Run, number: int, options: Options) -> list[str]:
-    """The clients drawn for round `number`, in the order of their ids."""
-    known = nodes.clients.values() if isinstance(nodes, KnownNodes) else [client.id for client in run.clients]
-    ids, count = sorted(known, key=by_number), options.clients_per_round or 0
-    rng = np.random.default_rng([options.seed, number])
-    drawn = [index for index in rng.choice(len(ids), count, replace=False) if ids[index] not in options.excluded]
-    if count > len(drawn):
-        others = [k for k, who in enumerate(ids) if k not in drawn and who not in options.excluded]
-        drawn += rng.choice(others, count - len(drawn), replace=False).tolist()
-    return [ids[index] for index in sorted(drawn)]
-
-
 def _replace(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
-    """Give one object another method, until `undo` is closed."""
+    """Give one object another method, until `undo` is closed; also where it is frozen."""
     if name in vars(thing):
-        undo.callback(setattr, thing, name, vars(thing)[name])
+        undo.callback(object.__setattr__, thing, name, vars(thing)[name])
     else:
-        undo.callback(delattr, thing, name)
-    setattr(thing, name, value)
+        undo.callback(object.__delattr__, thing, name)
+    object.__setattr__(thing, name, value)

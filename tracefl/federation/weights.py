@@ -41,7 +41,30 @@ def find_weights(
     Returns:
         Shares that add up to 1, exactly those of `known` where one holds.
     """
-    A, b = _changes(released, incoming, updates)
+    W, W_in, change = _values(released, incoming, updates)
+    return _fit(W - W_in[:, None], change, known)
+
+
+def are_differences(
+    released: State, incoming: State, updates: Sequence[State], known: Mapping[str, Sequence[float]]
+) -> bool:
+    """Whether clients have sent W_k - W_in in the place of W_k.
+
+    Then W_g - W_in is a mean of what they have sent. Arguments are those of `find_weights`.
+
+    Example:
+        >>> import torch
+        >>> sent, W_in = [{"w": torch.tensor([1.0, 3.0])}], {"w": torch.tensor([5.0, 6.0])}
+        >>> released = {"w": torch.tensor([6.0, 9.0])}
+        >>> are_differences(released, W_in, sent, {}), are_differences(sent[0], W_in, sent, {})
+        (True, False)
+    """
+    W, _, change = _values(released, incoming, updates)
+    return _fit(W, change, known) is not None
+
+
+def _fit(A: np.ndarray, b: np.ndarray, known: Mapping[str, Sequence[float]]) -> Weights | None:
+    """The p with A p = b that are known, or else those of least squares; None if there are none."""
     scale = float(np.linalg.norm(b))
     shares = {name: np.array(values, float) / sum(values) for name, values in known.items() if sum(values) > 0}
     if scale == 0 or not len(b):
@@ -50,8 +73,10 @@ def find_weights(
     nearest = min(off, key=lambda name: off[name], default=None)
     if nearest is not None and off[nearest] <= EXACT:
         return Weights(shares[nearest].tolist(), "models")
+    if len(b) <= A.shape[1]:  # it would hold for any b
+        return None
     p, _, rank, _ = np.linalg.lstsq(A, b, rcond=1e-6)
-    if rank < len(updates) or np.linalg.norm(A @ p - b) > CLOSE * scale or p.min() < -CLOSE:
+    if rank < A.shape[1] or np.linalg.norm(A @ p - b) > CLOSE * scale or p.min() < -CLOSE:
         return None
     p = p.clip(0)
     return Weights((p / p.sum()).tolist(), "models")
@@ -70,8 +95,8 @@ def assumed(examples: Sequence[float], what: str) -> Weights:
     return Weights([n / sum(usual) for n in usual], "assumed")
 
 
-def _changes(released: State, incoming: State, updates: Sequence[State]) -> tuple[np.ndarray, np.ndarray]:
-    """[values, K] W_k - W_in and [values] W_g - W_in, at evenly spread values of every entry."""
+def _values(released: State, incoming: State, updates: Sequence[State]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[values, K] W_k, [values] W_in and W_g - W_in, at evenly spread values of every entry."""
     names = [name for name, value in incoming.items() if value.is_floating_point() and _everywhere(name, updates)]
     total = sum(incoming[name].numel() for name in names)
     step = max(1, total // max(20 * len(updates), 20_000))
@@ -81,8 +106,8 @@ def _changes(released: State, incoming: State, updates: Sequence[State]) -> tupl
         parts = [state[name].reshape(-1)[part].double().numpy() for name, part in chosen.items()]
         return np.concatenate(parts) if parts else np.empty(0)
 
-    start = values(incoming)
-    return np.stack([values(update) - start for update in updates], axis=1), values(released) - start
+    W_in = values(incoming)
+    return np.stack([values(update) for update in updates], axis=1), W_in, values(released) - W_in
 
 
 def _everywhere(name: str, updates: Sequence[State]) -> bool:

@@ -74,7 +74,8 @@ def facts(content: Content) -> list[tuple[str, str, str]]:
     rounds, about, found = content["rounds"], content["run"], list[tuple[str, str, str]]()
     if about["rounds"] and rounds.get("accuracy"):
         loss = number(rounds["loss"][-1]) if "loss" in rounds else "–"
-        found.append(("Accuracy", percent(rounds["accuracy"][-1]), f"after round {about['rounds']}, loss {loss}"))
+        accuracy = _written(rounds["accuracy"][-1], _accuracy_kind(rounds))
+        found.append(("Accuracy", accuracy, f"after round {about['rounds']}, loss {loss}"))
     for column, method in (("localization_accuracy_influence", "influence"), ("localization_accuracy", "neuron")):
         if values := [value for value in rounds.get(column, []) if value is not None]:
             chance = [value for value in rounds.get("chance_accuracy", []) if value is not None]
@@ -92,7 +93,7 @@ def facts(content: Content) -> list[tuple[str, str, str]]:
 def rounds_view(content: Content) -> dict[str, Any]:
     """The charts of the rounds, and their table."""
     rounds = content["rounds"]
-    numbers = rounds["round"]
+    numbers, kinds = rounds["round"], {"accuracy": _accuracy_kind(rounds)}
 
     def line(name: str, column: str, style: str) -> Line:
         values = rounds.get(column, [None] * len(numbers))
@@ -106,12 +107,18 @@ def rounds_view(content: Content) -> dict[str, Any]:
     ]
     right = "Named client is a faulty one" if content["run"]["faulty"] else "Named client holds the class"
     charts = [
-        line_chart(numbers, [line("accuracy", "accuracy", "a")], "Accuracy of the global model", percent=True),
+        line_chart(
+            numbers,
+            [line("accuracy", "accuracy", "a")],
+            "Accuracy of the global model",
+            percent=kinds["accuracy"] == "share",
+        ),
         line_chart(numbers, [line("loss", "loss", "a")], "Loss of the global model"),
         line_chart(numbers, localized, right, percent=True),
     ]
     titles = ["Accuracy of the global model", "Loss of the global model", right]
-    told = [entry for entry in ROUND_COLUMNS if any(value is not None for value in rounds.get(entry[0], []))]
+    usual = [(column, title, kinds.get(column, kind)) for column, title, kind in ROUND_COLUMNS]
+    told = [entry for entry in usual if any(value is not None for value in rounds.get(entry[0], []))]
     told += [(name, show(name), "number") for name in [name for name in rounds if ": " in name][:MOST_METRICS]]
     told = [entry for entry in told if entry[0] not in ("failures", "server_share") or _matters(rounds[entry[0]])]
     rows = [[_written(rounds[column][n], kind) for column, _, kind in told] for n in range(len(numbers))]
@@ -119,6 +126,11 @@ def rounds_view(content: Content) -> dict[str, Any]:
     told_rows = list(zip(numbers, rows, strict=True))
     titles = [title for _, title, _ in told]
     return {"charts": drawn, "titles": titles, "rows": told_rows[-MOST_ROWS:], "more": len(rows) - MOST_ROWS}
+
+
+def _accuracy_kind(rounds: Mapping[str, Any]) -> str:
+    """How accuracies are written: an app's own may be in percent, or something else."""
+    return "share" if all(value is None or 0 <= value <= 1 for value in rounds.get("accuracy", [])) else "number"
 
 
 def _matters(values: Sequence[Any]) -> bool:
