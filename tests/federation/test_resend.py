@@ -76,7 +76,7 @@ class HttpGrid(OwnGrid):
 
 @MODES
 def test_a_reply_that_flower_cannot_put_together_takes_no_other_along(tmp_path, accept, without):
-    words = r"its reply cannot be read \(Unexpected set of `children`.\)"
+    words = r"its reply cannot be read \(Unexpected set of `children`\)"
     check_named(tmp_path, None, words, accept, without, grid=HttpGrid(FIVE))
 
 
