@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg, QFedAvg, Strategy
 from torch import Tensor
 
-from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.errors import TraceFLError, as_sentence, first_line, require
 from tracefl.federation.again import Before
 from tracefl.federation.alike import unlike
 from tracefl.federation.memory import OURS, innermost, parts, state_of
@@ -87,11 +87,20 @@ class Releases:
         state, evaluation = state_of(self.strategy), None
         problem = unusable(released, self._expected) or spoilt(state)
         if problem is None and self.options.evaluate:
-            evaluation = self.options.evaluate(released)
-            what = "evaluate must return a tracefl.flower.Evaluation"
-            require(isinstance(evaluation, Evaluation), f"{what}, got {evaluation!r}")
-            problem = failing(evaluation)
+            evaluation, problem = self._evaluate(released)
         return Made(used, arrays, metrics, released, state, evaluation, problem, before)
+
+    def _evaluate(self, released: State) -> tuple[Evaluation | None, Problem | None]:
+        """The server's evaluation of a model, and what is wrong with how it does."""
+        try:
+            found = self.options.evaluate(released)
+        except TraceFLError:
+            raise
+        except Exception as error:  # of any type: the model may have values that it cannot take
+            return None, Problem(f"cannot be evaluated ({first_line(error)})", cause=error)
+        what = "evaluate must return a tracefl.flower.Evaluation"
+        require(isinstance(found, Evaluation), f"{what}, got {found!r}")
+        return found, failing(found)
 
     def _leave_out(self, made: Made) -> None:
         """The client whose update stands apart has failed; give the strategy back what it had."""
@@ -100,8 +109,10 @@ class Releases:
         updates = {participant.id: update.state for _, update, participant in made.used}
         found = apart(updates, self._expected, made.problem.entry)
         if found is None:
-            remedy = "no client's update stands apart, so training itself diverges: lower the clients' learning rate"
-            raise TraceFLError(f"round {self.index}: {about}; {remedy}. {self._kept()}.")
+            remedy = "so training itself diverges: lower the clients' learning rate"
+            remedy = "correct evaluate, or what clients send" if made.problem.cause else remedy
+            told = f"{about}; no client's update stands apart, {remedy}"
+            raise TraceFLError(f"round {self.index}: {told}. {self._kept()}.") from made.problem.cause
         changed = made.before.restore() if made.before is not None else None
         self._fail(found.client, f"{about}, and its update stands apart: {found}")
         again = f"{changed} has changed, so the round cannot be aggregated without it"
@@ -159,6 +170,8 @@ class Releases:
             self._fail(client, why)
 
     def _kept(self) -> str:
+        if not self.run.rounds:
+            return "No round is complete; the same command begins anew"
         return f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
 
     def _fail(self, client: str, reason: str) -> None:

@@ -34,6 +34,7 @@ from tracefl.federation.replies import (
     Expected,
     NotFiniteError,
     Update,
+    as_line,
     put_in_order,
     read_update,
 )
@@ -247,7 +248,7 @@ class Rounds(Releases, Evaluations):
         known = {client.id for client in self.run.clients}
         for client in clients if self.options.joining else []:
             if client not in known:
-                log.warning("round %d: client '%s' has joined the run", self.index, client)
+                log.warning("round %d: client '%s' has joined the run", self.index, as_line(client))
                 self.run.add_client(ClientInfo(client))
 
     def _receive(self, reply: Message) -> None:
