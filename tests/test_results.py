@@ -7,7 +7,7 @@ from tests.report.recorded import record
 from tests.rewriting import rewrite
 from tracefl import Run
 from tracefl.errors import TraceFLError
-from tracefl.results import cached, intact, read_result, read_rounds, read_timings, write_result
+from tracefl.results import cached, content_of, intact, read_result, read_rounds, read_timings, write_result
 
 
 def test_a_table_is_made_once_for_each_key_and_model(tmp_path):
@@ -91,3 +91,30 @@ def test_what_a_report_reads_is_compared(tmp_path):
     file.write_text(file.read_text().replace("1.0", "0.9", 1))
     with pytest.raises(TraceFLError, match=r"rounds\.csv was changed since it was written: run its command again"):
         read_rounds(tmp_path)
+
+
+def test_results_of_another_run_are_not_taken_for_this_ones(tmp_path):
+    one, other = (Run.open(record(tmp_path / name)) for name in ("one", "other"))
+    write_result(one.path, "provenance.parquet", b"a", timed("neuron", 1.0))
+    other.note_unsaved(["x"])
+    other._save()  # another header stands for another run
+    for file in one.path.glob("*.*"):
+        if file.name != "run.json" and file.is_file():
+            (other.path / file.name).write_bytes(file.read_bytes())
+    assert content_of(other.path, "rounds.csv") is None
+    assert read_timings(other.path).empty
+    with pytest.raises(TraceFLError, match=r"rounds\.csv is of other rounds than .*run\.json has, or of another run"):
+        read_rounds(other.path)
+    write_result(other.path, "rounds.csv", b"round\n1\n")
+    assert len(read_rounds(other.path)) == 1
+
+
+def test_a_forged_table_is_made_again(tmp_path):
+    """Its hash fits, its columns do not."""
+    run = Run.open(record(tmp_path))
+    first = cached(run, "audit.parquet", [], lambda: pd.DataFrame({"value": [1.0]}))
+    table = pd.read_parquet(tmp_path / "audit.parquet")
+    attrs, table["value"] = dict(table.attrs), table["value"].astype(str)
+    table.attrs = attrs
+    write_result(tmp_path, "audit.parquet", table.to_parquet(index=False))
+    assert cached(run, "audit.parquet", [], lambda: pd.DataFrame({"value": [1.0]})).equals(first)

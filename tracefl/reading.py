@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from tracefl.data.examples import Examples
@@ -188,7 +189,10 @@ class Recorded:
         sha256 = self.round(number).predictions_sha256
         without = f"round {number} of {self.path} has no predictions: it was recorded without evaluate"
         require(sha256, f"{without}; give trace the inputs and targets")
-        return StateFile(self._file(number, "predictions"), sha256)["predictions"]
+        found = StateFile(self._file(number, "predictions"), sha256).get("predictions")
+        fits = found is not None and found.dtype == torch.int64 and found.dim() == 1
+        require(fits, f"{self._file(number, 'predictions')} holds no predictions: {RESTORE}")
+        return found  # type: ignore[return-value]
 
     def strategy_state(self, number: int) -> State:
         """What the strategy carries from round `number` to the next; empty if nothing."""

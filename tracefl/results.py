@@ -1,13 +1,14 @@
 """The tables beside a recorded run: rounds.csv, timings.csv, and Parquet files of answers.
 
-results.json holds the SHA-256 of each of them, and how long it took to make; whoever reads one
-compares it. What was changed, or written by an earlier version, is computed again by the command
-that made it.
+results.json holds the SHA-256 of each of them, which rounds it is of, and how long it took to make;
+whoever reads one compares it. What was changed, is of another run, or was written by an earlier
+version, is computed again by the command that made it.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from io import BytesIO
 from json import dumps
 from os.path import lexists
@@ -20,7 +21,7 @@ from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.files import read_file, write_atomically
 from tracefl.header import LIST, NUMBER, OBJECT, SHA256, TEXT, WHOLE, Checker
 from tracefl.runs import Run
-from tracefl.sealed import read_sealed, sealed
+from tracefl.sealed import read_sealed, seal_of, sealed
 from tracefl.settings import fingerprint
 
 PROVENANCE, FEDDEBUG, ROUNDS, TIMINGS = "provenance.parquet", "feddebug.parquet", "rounds.csv", "timings.csv"
@@ -47,13 +48,18 @@ def cached(run: Run, name: str, settings: Any, make: Callable[[], pd.DataFrame],
     key = {"settings": fingerprint(settings), "models": _models(run)}
     if reuse and (content := intact(run.path, name)) is not None:
         table = pd.read_parquet(BytesIO(content))
-        if table.attrs.get("settings") == key:
+        if table.attrs.get("settings") == key | {"numeric": _numeric(table)}:
             return table
     table = make()
     timings = table.attrs.get("timings", [])
-    table.attrs = {"settings": key}
+    table.attrs = {"settings": key | {"numeric": _numeric(table)}}
     write_result(run.path, name, table.to_parquet(index=False), timings)
     return table
+
+
+def _numeric(table: pd.DataFrame) -> dict[str, bool]:
+    """Whether a column holds numbers, by its name."""
+    return {str(name): pd.api.types.is_numeric_dtype(kind) for name, kind in table.dtypes.items()}
 
 
 def write_layers(run: Run, tables: list[pd.DataFrame]) -> None:
@@ -91,9 +97,13 @@ def write_result(folder: Path, name: str, content: bytes, timings: Sequence[dict
         content: what it is to hold.
         timings: rows of `read_timings`, of the methods whose answers it holds.
     """
-    file, hashes = folder / name, _hashes(folder)
-    entry = {"sha256": hashlib.sha256(content).hexdigest(), **({"timings": list(timings)} if timings else {})}
-    before = intact(folder, name)
+    file, hashes, of = folder / name, _hashes(folder), _rounds(folder)
+    entry: dict[str, Any] = {"sha256": hashlib.sha256(content).hexdigest()}
+    entry |= {"rounds": of} if of and name != CONFIG else {}  # which is written before there are any
+    entry |= {"timings": list(timings)} if timings else {}
+    before = None
+    with suppress(TraceFLError):
+        before = _as_written(folder, name, hashes)
     if before is None and file.exists():
         log.warning("%s was changed since it was written, or is of an earlier version: it is computed again", file)
     if before != content:
@@ -119,9 +129,19 @@ def read_result(folder: Path, name: str) -> bytes:
         name: of the file.
 
     Raises:
-        TraceFLError: it is missing, was changed since it was written, or is of an earlier version.
+        TraceFLError: it is missing, was changed since it was written, or is of an earlier version
+            or other rounds.
     """
-    content, known = read_file(folder / name, AGAIN), _hashes(folder).get(name)
+    hashes = _hashes(folder)
+    content = _as_written(folder, name, hashes)
+    others = f"{folder / name} is of other rounds than {folder / 'run.json'} has, or of another run"
+    require(_is_of(folder, hashes[name]), f"{others}: {AGAIN}")
+    return content
+
+
+def _as_written(folder: Path, name: str, hashes: Mapping[str, dict[str, Any]]) -> bytes:
+    """The content of a run's file, compared with its hash."""
+    content, known = read_file(folder / name, AGAIN), hashes.get(name)
     unknown = f"{folder / HASHES} does not know {name}, which may be of an earlier version"
     require(known is not None, f"{unknown}: {AGAIN}")
     same = known is not None and hashlib.sha256(content).hexdigest() == known["sha256"]
@@ -130,8 +150,22 @@ def read_result(folder: Path, name: str) -> bytes:
 
 
 def content_of(folder: Path, name: str) -> bytes | None:
-    """As `read_result`; None if there is no such result, neither as a file nor in results.json."""
-    return read_result(folder, name) if lexists(folder / name) or name in _hashes(folder) else None
+    """As `read_result`; None if there is no such result of these rounds."""
+    known = _hashes(folder).get(name)
+    there = lexists(folder / name) if known is None else _is_of(folder, known)
+    return read_result(folder, name) if there else None
+
+
+def _is_of(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether a result is of the rounds that the run has now; an earlier version did not say."""
+    return entry.get("rounds") in (None, _rounds(folder))
+
+
+def _rounds(folder: Path) -> str | None:
+    """What identifies a run with its rounds: the hash of its header; None where there is none."""
+    with suppress(TraceFLError):
+        return seal_of(read_file(folder / "run.json", AGAIN))
+    return None
 
 
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
@@ -141,7 +175,7 @@ def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
         check = Checker(str(folder / HASHES), AGAIN)
         check.record("", found, {"files": OBJECT})
         for name, entry in found["files"].items():
-            check.record(f"files[{name!r}]", entry, {"sha256": SHA256, "timings": LIST})
+            check.record(f"files[{name!r}]", entry, {"sha256": SHA256, "rounds": SHA256, "timings": LIST})
             check.entry(f"files[{name!r}].sha256", entry.get("sha256"), SHA256)
             for row in entry.get("timings", []):
                 check.record(f"files[{name!r}].timings", row, TIMING)
@@ -190,7 +224,8 @@ def read_timings(folder: Path) -> pd.DataFrame:
     Columns: method, localizations, seconds, seconds_per_localization. They are kept with the hashes
     of the answers, so that no answers are without them; timings.csv is a copy.
     """
-    found = _hashes(folder)
-    rows = [row for name in (PROVENANCE, FEDDEBUG) for row in found.get(name, {}).get("timings", [])]
+    hashes = _hashes(folder)
+    known = [hashes[name] for name in (PROVENANCE, FEDDEBUG) if name in hashes]
+    rows = [row for entry in known if _is_of(folder, entry) for row in entry.get("timings", [])]
     table = pd.DataFrame(rows, columns=["method", "localizations", "seconds"])
     return table.assign(seconds_per_localization=table["seconds"] / table["localizations"])

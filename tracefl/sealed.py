@@ -48,6 +48,17 @@ def read_sealed(file: Path, remedy: str) -> tuple[bytes, dict[str, Any]]:
         raise TraceFLError(f"{file} is no JSON ({first_line(error)}): {remedy}") from None
     require(isinstance(found, dict), f"{file} must hold a JSON object, got a {type(found).__name__}: {remedy}")
     end = _END.search(content)
-    told = end and hashlib.sha256(content[: end.start()]).hexdigest().encode() == end[1]
+    told = end and hashlib.sha256(content[: end.start()]).hexdigest() == seal_of(content)
     require(told or KEY not in found, f"{file} is not as it was written (its {KEY} is another): {remedy}")
     return content, found
+
+
+def seal_of(content: bytes) -> str | None:
+    """The hash that a sealed file ends with, not compared; None where there is none.
+
+    Example:
+        >>> seal_of(sealed('{\\n "a": 1\\n}'))[:8], seal_of(b"{}")
+        ('a62d71e0', None)
+    """
+    end = _END.search(content)
+    return end[1].decode() if end else None

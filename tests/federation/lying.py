@@ -96,6 +96,15 @@ class Pickled:
         return Pickled.opened.append, ("opened",)
 
 
+class Raising(float):
+    """A number that cannot be compared."""
+
+    def __ge__(self, other):
+        raise RuntimeError("compared")
+
+    __le__ = __ge__
+
+
 def metrics(**changes):
     """Other metrics; a name with _ has a - there. None: it is left out. Types that Flower refuses are forced in."""
 
@@ -134,6 +143,11 @@ def _answering(reply, said):
     """The same reply with something else in it."""
     reply.__dict__["_content"] = said if isinstance(said, RecordDict) else None
     reply.__dict__["_error"] = said if isinstance(said, Error) else None
+    return reply
+
+
+def with_content(reply, said):
+    reply.__dict__["_content"] = said
     return reply
 
 
@@ -202,6 +216,16 @@ ARRAYS = {
     "pairs": (as_array(PAIRS), "must hold numbers"),
     "the other byte order": (as_array(np.zeros((2, 3), ">f4")), "the machine's byte order"),
     "a whole number beyond floats": (only("bn.num_batches_tracked", 2**62), "whole numbers over 2\\^53"),
+    "a negative count": (only("bn.num_batches_tracked", -5), "'bn.num_batches_tracked' has .* which no count is"),
+    "a count as a fraction": (as_array(np.float32(4), "bn.num_batches_tracked"), "'torch.int64'\\), got"),
+    "a count of 32 bits": (as_array(np.int32(4), "bn.num_batches_tracked"), "'torch.int64'\\), got"),
+    "NaN in half precision": (as_array(np.full((2, 3), np.nan, np.float16)), "'w' has non-finite values"),
+    "raw bytes": (as_array(np.zeros((2, 3), "V4")), "must hold numbers"),
+    "times": (as_array(np.zeros((2, 3), "m8[s]")), "must hold numbers"),
+    "an array within an array": (raw(data=lambda data: _npy("(2,3)<f4", "()") + data[-24:]), "must hold numbers"),
+    "a header of a later version": (raw(data=lambda data: b"\x93NUMPY\x03" + data[7:]), "'w' is no .npy array"),
+    "a shape that is none": (raw(shape=None), "its reply cannot be read"),
+    "a negative variance, and hardly so": (only("bn.running_var", -1e-45), "'bn.running_var' has negative values"),
     "a negative variance": (only("bn.running_var", -0.1), "'bn.running_var' has negative values"),
 }  # fmt: skip
 
@@ -209,8 +233,19 @@ RECORDS = {
     "no entry": (content(lambda c: c["arrays"].clear()), "its model has no entry"),
     "an extra entry": (content(lambda c: c["arrays"].update({"v\n\x1b[2J": c["arrays"]["w"]})), "has extra entry '"),
     "an entry less": (content(lambda c: c["arrays"].pop("w")), "its model lacks 'w', unlike those of most"),
-    "another name of the model": (renamed("arrays", "mine"), "its reply .* a record '.*', unlike those of most"),
-    "another name of the metrics": (renamed("metrics", "mine"), "its reply .* a record '.*', unlike those of most"),
+    "another name of the model": (renamed("arrays", "mine"), "has a record of arrays 'mine', unlike those of most"),
+    "another name of the metrics": (renamed("metrics", "mine"), "has a record of metrics 'mine', unlike those of most"),
+    "model and metrics under each other's name": (
+        content(lambda c: c.__dict__["_data"].update(arrays=c["metrics"], metrics=c["arrays"])),
+        "its reply has a record of arrays 'metrics', unlike those of most clients"),
+    "a name that is no text": (
+        content(lambda c: c["arrays"].__dict__["_data"].update({7: c["arrays"]["w"]})), "extra entry '7'"),
+    "a name that looks alike": (
+        content(lambda c: c["arrays"].update({"w\u200b": c["arrays"]["w"]})), r"extra entry 'w\?'"),
+    "whole numbers alone": (
+        content(lambda c: [c["arrays"].pop(name) for name in list(c["arrays"]) if "num_batches" not in name]),
+        "its model lacks 'a', unlike those of most"),
+    "content that is none": (lambda reply: with_content(reply, "text"), "its reply cannot be read"),
     "no model": (content(lambda c: c.pop("arrays")), "one model and one metric record, got 0 and 1"),
     "no metrics": (content(lambda c: c.pop("metrics")), "one model and one metric record, got 1 and 0"),
     "two models": (content(lambda c: c.update({"more": arrays()})), "one model and one metric record, got 2 and 1"),
@@ -241,6 +276,21 @@ METRICS = {
     "a metric of objects": (metrics(train_loss=[{}]), "metric 'train_loss' must be a number"),
     "a metric less": (metrics(train_loss=None), "its reply lacks the metric 'train_loss', unlike those of most"),
     "a metric more": (metrics(mine=1.0), "its reply has the metric 'mine', unlike those of most"),
+    "no example, negative": (metrics(num_examples=-0.0), "num-examples must be a whole number .* got -0.0"),
+    "fewer than infinitely few": (metrics(num_examples=-float("inf")), "num-examples must be .* got -inf"),
+    "nearly no example": (metrics(num_examples=1e-9), "num-examples must be a whole number .* got 1e-09"),
+    "one example more than floats count": (metrics(num_examples=2**53 + 1), "got 9007199254740993"),
+    "complex examples": (metrics(num_examples=5j), "metric 'num-examples' must be a number"),
+    "examples as bytes": (metrics(num_examples=b"12"), "metric 'num-examples' must be a number"),
+    "an empty list of examples": (metrics(num_examples=[]), r"num-examples must be a whole number .* got \[\]"),
+    "a tensor of examples": (metrics(num_examples=torch.tensor(5)), "metric 'num-examples' must be a number"),
+    "a number that raises": (metrics(num_examples=Raising(5)), "its reply cannot be read .compared"),
+    "an empty list for a number": (metrics(train_loss=[]), "has the metric 'train_loss', a list of 0, unlike"),
+    "a list of one for a number": (metrics(train_loss=[0.1]), "has the metric 'train_loss', a list of 1, unlike"),
+    "lists in a list": (metrics(train_loss=[[0.1]]), "metric 'train_loss' must be a number"),
+    "a metric without end": (
+        lambda reply: metrics(**{f"m{k}": 1.0 for k in range(10_000)})(reply), "has the metric 'm0', unlike"),
+    "a metric's name that moves the cursor": (metrics(**{"a\x1b[2J": 1.0}), r"has the metric 'a\?\[2J', unlike"),
     "a list for a number": (metrics(train_loss=[0.1, 0.2]), "its reply .* the metric 'train_loss'.*, unlike"),
 }  # fmt: skip
 
@@ -253,6 +303,12 @@ ERRORS = {
     "a reason that moves the cursor": (error(2, "\x1b[2J\x1b[1;1Hfine"), r"it raised: \?\[2J\?\[1;1Hfine"),
     "a reason of a megabyte": (error(2, "x" * 10**6), r"it raised: x{300}\.\.\."),
     "a reason that is none": (error(2, 7), "it raised: 7"),
+    "a reason that is no text at all": (error(2, b"no disk"), "it raised: b'no disk'"),
+    "a reason that turns the line": (error(2, "\u202eenif"), r"it raised: \?enif"),
+    "a reason of half a character": (error(2, "\ud800"), r"it raised: \?"),
+    "a reason with quotes": (error(2, "'x' is not there"), "it raised: 'x' is not there"),
+    "a huge code": (error(10**30, "odd"), "its process died: odd"),
+    "a code as text": (error("2", "odd"), "its process died: odd"),
     "a code of its own": (error(77, "odd"), "its process died: odd"),
     "a code that is none": (error(None, "odd"), "its process died: odd"),
 }  # fmt: skip

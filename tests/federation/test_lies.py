@@ -5,8 +5,11 @@ import re
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Error, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
+from flwr.serverapp.strategy import (
+    FedAvg,
+    FedMedian,
+)
 from torch import nn
 
 from tests.federation import lying
@@ -94,6 +97,24 @@ def test_a_round_whose_loss_accuracy_or_predictions_are_not_finite_is_not_record
     with pytest.raises(TraceFLError, match=f"round 1: the released model has {words}"):
         run_with(tmp_path, None, grid=OwnGrid(FIVE), evaluate=lambda state: Evaluation(*found))
     assert not Run.open(tmp_path).rounds
+
+
+@MODES
+def test_a_model_that_cannot_be_evaluated_is_the_fault_of_whose_update_stands_apart(tmp_path, accept, without):
+    def strict(state):
+        found = evaluate(state)
+        if not math.isfinite(found.loss):
+            raise ValueError("Input contains NaN.")  # as scikit-learn's metrics do
+        return found
+
+    words = r"the released model cannot be evaluated \(Input contains NaN\), and its update stands apart"
+    check_named(tmp_path, FINITE_IN_VALUES["1e15 everywhere"], words, accept, without, evaluate=strict)
+
+
+def test_an_error_in_evaluate_is_one_sentence_and_shows_where_it_is_from(tmp_path):
+    with pytest.raises(TraceFLError, match=r"cannot be evaluated \('accuracy'\); .* apart, correct evaluate") as raised:
+        run_with(tmp_path, None, grid=OwnGrid(FIVE), evaluate=lambda state: {}["accuracy"])
+    assert isinstance(raised.value.__cause__, KeyError)
 
 
 def test_an_output_that_is_not_finite_makes_the_loss_nan():
@@ -308,7 +329,13 @@ def test_a_model_with_a_negative_variance_is_not_held_against_clients(tmp_path):
 # --- who they say they are, and what they find ------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", [None, Error(2, ""), Error(2, " \n"), Error(3, None), RecordDict()])
+IDS = ["", "x" * 10**6, "\ud800"]
+
+
+@pytest.mark.parametrize(
+    "said", [None, Error(2, ""), Error(2, " \n"), Error(3, None), RecordDict(),
+             *(RecordDict({"config": ConfigRecord({"client": name})}) for name in IDS)],
+)  # fmt: skip
 def test_a_node_that_answers_anything_to_who_it_is_takes_no_part(tmp_path, said):
     class Odd(OwnGrid):
         def answer(self, message):
@@ -329,7 +356,7 @@ def test_a_node_that_answers_anything_to_who_it_is_takes_no_part(tmp_path, said)
      ({"num-examples": float("nan"), "sum": 1.0}, "its num-examples must be a number of at least 0"),
      ({"sum": 1.0}, "its num-examples must be a number of at least 0"),
      ({"num-examples": 1}, "its reply lacks the metric 'sum'"),
-     ({"num-examples": 1, "sum": [1.0]}, "the metric 'sum'"),
+     ({"num-examples": 1, "sum": [1.0]}, "the metric 'sum'"), ({"num-examples": 1, "sum": []}, "the metric 'sum'"),
      (None, "its reply cannot be read")],
 )  # fmt: skip
 def test_an_evaluation_that_cannot_be_averaged_is_its_clients_failure(tmp_path, caplog, found, words, accept):

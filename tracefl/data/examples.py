@@ -99,11 +99,27 @@ def load_prepared(folder: Path, name: str) -> Examples:
 def load_examples(file: Path, sha256: str | None = None) -> Examples:
     """Read one of the files that prepare.py writes; `sha256` is what its SHA-256 must be."""
     tensors = read_tensors(file, sha256)
+    _check_forms(tensors)
     if "input_ids" in tensors:
         ids, lengths = tensors["input_ids"].long(), tensors["lengths"]
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return Examples({"input_ids": ids, "attention_mask": mask}, tensors["labels"])
     return Examples(normalize(tensors["pixels"]), tensors["labels"])
+
+
+def _check_forms(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless they are labels and, of each, an image or a text (`prepare`)."""
+    N, images = len(tensors["labels"]), "pixels" in tensors
+    forms = {name: (value.dtype, value.shape[:1], value.shape[1:]) for name, value in tensors.items()}
+    must: dict[str, tuple[Any, ...]] = {"labels": (torch.int64, (N,), ())}
+    if images:
+        channels = 1 if forms["pixels"][2][:1] == (1,) else 3
+        must["pixels"] = (torch.uint8, (N,), (channels, IMAGE_SIZE, IMAGE_SIZE))
+    else:
+        must |= {"input_ids": (torch.int32, (N,), tensors["input_ids"].shape[1:2]), "lengths": (torch.int32, (N,), ())}
+    odd = next((name for name in must.keys() | forms.keys() if forms.get(name) != must.get(name)), None)
+    if odd is not None:
+        raise ValueError(f"its {odd} are not as they are prepared")
 
 
 def read_tensors(file: Path, sha256: str | None = None) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ A file is compared whenever it is read. What is damaged is prepared again at the
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tracefl.data.examples import Examples, load_prepared
+from tracefl.data.examples import Examples, load_examples
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.files import read_file
 from tracefl.header import COUNTS, OBJECT, SHA256, TEXT, TEXTS, Checker
@@ -72,7 +73,7 @@ class PreparedData:
         file = self.folder / "clients" / f"{client_id}.safetensors"
         away = f"client {client_id}'s examples are not in {self.folder}, but on its own machine"
         require(file.exists(), f"{away}: leave out faulty_clients_ids, whose clients are chosen by their examples")
-        return self._read(f"clients/{client_id}.safetensors")
+        return _read(self.folder, f"clients/{client_id}.safetensors", vars(self))
 
     def server(self) -> Examples:
         """The test examples of the server.
@@ -80,11 +81,7 @@ class PreparedData:
         Raises:
             TraceFLError: They are damaged.
         """
-        return self._read("server.safetensors")
-
-    def _read(self, name: str) -> Examples:
-        with as_sentence(f"{self.folder / name} cannot be read", AGAIN, *BROKEN):
-            return load_prepared(self.folder, name)
+        return _read(self.folder, "server.safetensors", vars(self))
 
 
 def digest_of(sha256: dict[str, str]) -> str:
@@ -185,9 +182,16 @@ def server_examples(folder: Path, digest: str | None) -> Examples:
     Raises:
         TraceFLError: they are missing, damaged, or others.
     """
-    info_of(folder, digest)
-    with as_sentence(f"{folder / 'server.safetensors'} cannot be read", AGAIN, *BROKEN):
-        return load_prepared(folder, "server.safetensors")
+    return _read(folder, "server.safetensors", info_of(folder, digest))
+
+
+def _read(folder: Path, name: str, info: Mapping[str, Any]) -> Examples:
+    """The examples in a file, of whose data `info` has the hashes and the classes."""
+    with as_sentence(f"{folder / name} cannot be read", AGAIN, *BROKEN):
+        examples, classes = load_examples(folder / name, info["sha256"][name]), len(info["class_names"])
+        known = ((examples.labels >= 0) & (examples.labels < classes)).all()
+        require(known, f"{folder / name} has labels that are none of the {classes} classes: {AGAIN}")
+        return examples
 
 
 def _compare(file: Path, sha256: str) -> None:

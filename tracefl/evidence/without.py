@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tracefl.errors import require
+from tracefl.errors import as_sentence, require
 from tracefl.evidence.change import Change, is_variance, weights_of
 from tracefl.evidence.fusion import as_ids, mean_of, same_names, wide
+from tracefl.reading import RESTORE
 from tracefl.record import Round
 from tracefl.runs import Run
 from tracefl.states import State, is_continuous
@@ -50,16 +51,18 @@ def state_without(
     share = isinstance(memory, int | float) and not isinstance(memory, bool) and 0 <= memory <= 1
     require(share, f"memory must be a number from 0 to 1, got {memory!r}: 1 keeps all of a change")
     left_out, replay = known_ids(run, without), _Replay()
-    for record in run.rounds[first - 1 : number]:
-        out, kept = weights_of(record, left_out), weights_of(record, None, left_out)
-        replay.released = run.global_state(record.number)
-        if not kept:
-            replay.keep_incoming(run.global_state(record.number - 1))
-        else:
-            replay.carry_on(memory)
-            if out:
-                replay.fuse_without(record, out, kept)
-    return replay.state()
+    unlike = f"{run.path}: the states of rounds {first - 1} to {number} do not fit each other"
+    with as_sentence(unlike, RESTORE, RuntimeError, TypeError, LookupError):
+        for record in run.rounds[first - 1 : number]:
+            out, kept = weights_of(record, left_out), weights_of(record, None, left_out)
+            replay.released = run.global_state(record.number)
+            if not kept:
+                replay.keep_incoming(run.global_state(record.number - 1))
+            else:
+                replay.carry_on(memory)
+                if out:
+                    replay.fuse_without(record, out, kept)
+        return replay.state()
 
 
 class _Replay(Change):

@@ -29,7 +29,7 @@ def unlike(updates: Mapping[str, Update], everything: bool) -> dict[str, str]:
         usual = max(count, key=lambda what: (count[what], len(what)), default=frozenset[str]())
         one = next((client for client, what in has.items() if what.keys() == usual), "")
         for client, what in has.items():
-            if odd := sorted(what.keys() ^ usual):
+            if odd := sorted(what.keys() - usual) or sorted(usual - what.keys()):
                 most = count[usual] > count[frozenset(what)]
                 others = "those of most clients" if most else f"that of client {one}"
                 told = what[odd[0]] if odd[0] in what else has[one][odd[0]]
@@ -43,11 +43,10 @@ def _entries(update: Update) -> dict[str, str]:
 
 
 def _records(update: Update) -> dict[str, str]:
-    return {name: f"reply a record '{as_line(name)}'" for name in update.records}
+    return {f"{kind} {name}": f"reply a record of {kind} '{as_line(name)}'" for kind, name in update.records}
 
 
 def _metrics(update: Update) -> dict[str, str]:
     """Lists are averaged with lists of their length."""
-    lengths = {name: len(value) if isinstance(value, list) else 0 for name, value in update.metrics.items()}
-    lists = {name: f", a list of {length}" * (length > 0) for name, length in lengths.items()}
-    return {f"{name} {lengths[name]}": f"reply the metric '{as_line(name)}'{lists[name]}" for name in update.metrics}
+    lists = {name: f", a list of {len(of)}" if isinstance(of, list) else "" for name, of in update.metrics.items()}
+    return {f"{name}{of}": f"reply the metric '{as_line(name)}'{of}" for name, of in lists.items()}

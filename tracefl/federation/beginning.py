@@ -10,7 +10,7 @@ from tracefl.federation.loop import EQUAL_WEIGHTS, Loop
 from tracefl.federation.memory import fingerprints, innermost, parts
 from tracefl.federation.privacy import FixedClipping
 from tracefl.federation.released import apart_in, failing, not_finite, unusable
-from tracefl.federation.replies import EXAMPLES, Expected
+from tracefl.federation.replies import EXAMPLES, Expected, as_line
 from tracefl.federation.resend import Resending
 from tracefl.record import ClientInfo
 
@@ -81,5 +81,5 @@ class Beginnings(Loop):
         known = {client.id for client in self.run.clients}
         for client in dict.fromkeys(clients) if self.options.joining else ():
             if client not in known:
-                log.warning("round %d: client '%s' has joined the run", self.index, client)
+                log.warning("round %d: client '%s' has joined the run", self.index, as_line(client))
                 self.run.add_client(ClientInfo(client))

@@ -17,6 +17,7 @@ from tracefl.federation.replies import LOST, as_line
 from tracefl.federation.resend import Resending
 
 log = logging.getLogger("tracefl")
+LONGEST_ID = 10_000  # characters
 HOW = 'register app.query("identify")(identify) in its client app'
 MODS = "mods of the client app must let the question through: give those for training to app.train(mods=[...])"
 MOST_REASONS = 5  # in a sentence
@@ -79,7 +80,7 @@ class Nodes:
             for node in nodes if len(nodes) > 1 else []:
                 others = " and ".join(f"node {other}" for other in nodes if other != node)
                 if node not in first:
-                    self._refuse(node, f"says that it is client '{client}', as {others} does", wrong=not first)
+                    self._refuse(node, f"says that it is client '{as_line(client)}', as {others} does", wrong=not first)
         return self.clients
 
     def _ask(self, nodes: list[int], timeout: float) -> None:
@@ -109,10 +110,10 @@ class Nodes:
                 remedy = MODS if reply.error.code == ErrorCode.MOD_FAILED_PRECONDITION else HOW
                 self._refuse(node, f"could not say which client it is ({said}); {remedy}")
             elif (client := _said(reply)) is None:
-                self._refuse(node, f"answered without a client's id; {HOW}")
+                self._refuse(node, f"answered without a client's id, a text of at most {LONGEST_ID} characters; {HOW}")
             elif self.expected is not None and client not in self.expected:
                 ids = ", ".join(sorted(self.expected, key=by_number))
-                self._refuse(node, f"says that it is client '{client}', which is none of {ids}", wrong=False)
+                self._refuse(node, f"says that it is client '{as_line(client)}', which is none of {ids}", wrong=False)
             else:
                 self.clients[node] = client
 
@@ -187,13 +188,14 @@ class KnownNodes:
 
 def _said(reply: Message) -> str | None:
     """The client's id in an answer; an answer of an earlier version has "partition-id"."""
-    if not reply.has_content():
-        return None
-    for record in reply.content.config_records.values():
-        for key in ("client", KEY):
-            if key in record and str(cast(str, record[key])):
-                return str(record[key])
-    return None
+    records = reply.content.config_records.values() if reply.has_content() else ()
+    ids = [str(cast(str, record[key])) for record in records for key in ("client", KEY) if key in record]
+    return next((client for client in ids if 0 < len(client) <= LONGEST_ID and _is_unicode(client)), None)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: half of a surrogate pair cannot."""
+    return text == text.encode(errors="ignore").decode()
 
 
 def reasons(refused: Mapping[int, tuple[str, bool]]) -> str:

@@ -26,11 +26,12 @@ APART = 100.0
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a model, in words that go on `whose`, and in which entry."""
+    """What is wrong with a model, in words that go on `whose`; in which entry, what raised it."""
 
     text: str
     entry: str | None = None
     whose: str = "the released model"
+    cause: Exception | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ failed, and where that is accepted, the strategy aggregates again without it.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
-from tracefl.errors import TraceFLError, as_sentence, require
+from tracefl.errors import TraceFLError, as_sentence, first_line, require
 from tracefl.federation.again import Before
 from tracefl.federation.alike import unlike
 from tracefl.federation.loop import Loop
@@ -74,8 +75,7 @@ class Releases(Loop):
         state, evaluation = state_of(self.strategy), None
         problem = unusable(released, self._expected) or spoilt(state)
         if problem is None and self.options.evaluate:
-            evaluation = _in_types(self.options.evaluate(released))
-            problem = failing(evaluation)
+            evaluation, problem = _evaluated(self.options.evaluate, released)
         return Made(used, arrays, metrics, released, state, evaluation, problem, before)
 
     def _leave_out(self, made: Made) -> None:
@@ -85,8 +85,10 @@ class Releases(Loop):
         updates = {participant.id: update.state for _, update, participant in made.used}
         found = apart(updates, self._expected, made.problem.entry)
         if found is None:
-            remedy = "no client's update stands apart, so training itself diverges: lower the clients' learning rate"
-            raise TraceFLError(f"round {self.index}: {about}; {remedy}. {self._kept()}.")
+            remedy = "so training itself diverges: lower the clients' learning rate"
+            remedy = "correct evaluate, or what clients send" if made.problem.cause else remedy
+            told = f"{about}; no client's update stands apart, {remedy}"
+            raise TraceFLError(f"round {self.index}: {told}. {self._kept()}.") from made.problem.cause
         changed = made.before.restore() if made.before is not None else None
         self._fail(found.client, f"{about}, and its update stands apart: {found}")
         again = f"{changed} has changed, so the round cannot be aggregated without it"
@@ -149,6 +151,8 @@ class Releases(Loop):
             self._fail(client, why)
 
     def _kept(self) -> str:
+        if not self.run.rounds:
+            return "No round is complete; the same command begins anew"
         return f"Rounds 1 to {len(self.run.rounds)} are kept; the same command goes on from there"
 
     def _fail(self, client: str, reason: str) -> None:
@@ -162,6 +166,18 @@ class Releases(Loop):
         self._failures[client] = reason
         if sent is not None:
             self.run.forget_client(self.index, sent[2])
+
+
+def _evaluated(evaluate: Callable[[State], Evaluation], released: State) -> tuple[Evaluation | None, Problem | None]:
+    """The server's evaluation of a model, and what is wrong with how it does."""
+    try:
+        found = evaluate(released)
+    except TraceFLError:
+        raise
+    except Exception as error:  # of any type: the model may have values that it cannot take
+        return None, Problem(f"cannot be evaluated ({first_line(error)})", cause=error)
+    evaluation = _in_types(found)
+    return evaluation, failing(evaluation)
 
 
 def _in_types(found: Any) -> Evaluation:

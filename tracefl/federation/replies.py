@@ -20,6 +20,7 @@ DIED = (ErrorCode.UNKNOWN, ErrorCode.CLIENT_APP_CRASHED)  # the process that the
 UNREADABLE = 1000  # our code for a reply that Flower itself cannot put together
 LARGEST = 2**53  # up to it, every whole number is a float: shares add up
 LONGEST = 300  # characters of what a client says, in a message
+NOT_NEGATIVE = {"running_var": "variance", "num_batches_tracked": "count"}  # of torch's normalization
 
 
 class BadReplyError(Exception):
@@ -54,14 +55,14 @@ class Expected:
 class Update:
     """A client's model, its metrics, its number of examples (0: not said) and its weight.
 
-    `records` are the names of the reply's model and metrics.
+    `records` are what the reply holds, "arrays" or "metrics", and under which name.
     """
 
     state: State
     metrics: MetricRecord
     num_examples: int
     weight: float
-    records: tuple[str, ...] = ()
+    records: tuple[tuple[str, str], ...] = ()
 
 
 def read_update(reply: Message, expected: Expected, held: int | None = None) -> Update:
@@ -106,7 +107,7 @@ def read_evaluation(reply: Message, weight_key: str | None) -> Update:
         ((name, metrics),) = records.items()
         if (weight := number_in(metrics, weight_key, 0)) is None:
             raise BadReplyError(f"its {weight_key} must be a number of at least 0, got None")
-        return Update({}, metrics, 0, weight, (name,))
+        return Update({}, metrics, 0, weight, (("metrics", name),))
     except BadReplyError:
         raise
     except Exception as error:
@@ -129,7 +130,7 @@ def as_line(text: object) -> str:
         ('ValueError: out of ?[31mdata', 'no reason given')
     """
     said = "" if text is None else str(text)[-10_000:]
-    lines = [line.strip("'\"> \t") for line in said.splitlines()]
+    lines = [line.strip().removesuffix("'>").removesuffix('">').strip() for line in said.splitlines()]
     last = next((line for line in reversed(lines) if line), "no reason given")
     shown = "".join(c if c.isprintable() else "?" for c in last)
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
@@ -177,7 +178,8 @@ def _read(reply: Message, expected: Expected, held: int | None) -> Update:
         raise BadReplyError(f"its {expected.weight_key} must be a number of at least 0, got None")
     if held is not None and examples is not None and examples != held:
         raise BadReplyError(f"its {EXAMPLES} must be {held}, as many as the server knows it to hold, got {examples:g}")
-    records = (*reply.content.array_records, *reply.content.metric_records)
+    models, others = reply.content.array_records, reply.content.metric_records
+    records = (*(("arrays", name) for name in models), *(("metrics", name) for name in others))
     return Update(_state(arrays, expected.state), metrics, int(examples or 0), weight, records)
 
 
@@ -205,8 +207,9 @@ def _state(arrays: ArrayRecord, sent: State) -> dict[str, Tensor]:
             state[name] = read_values(array, sent[name])
         except BadArrayError as problem:
             raise BadReplyError(f"its '{name}' {str(problem)[:LONGEST]}") from None
-        if name.rpartition(".")[2] == "running_var" and (state[name] < 0).any() and not (sent[name] < 0).any():
-            raise BadReplyError(f"its '{name}' has negative values, which no variance is")
+        what = NOT_NEGATIVE.get(name.rpartition(".")[2])
+        if what and (state[name] < 0).any() and not (sent[name] < 0).any():
+            raise BadReplyError(f"its '{name}' has negative values, which no {what} is")
         if not is_continuous(state[name]) and _most(state[name]) > max(LARGEST, _most(sent[name])):
             raise BadReplyError(f"its '{name}' has whole numbers over 2^53, of which there is no exact mean")
     for name, value in state.items():

@@ -103,8 +103,9 @@ def load_exchanged_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy into the model what `exchanged_state` returned for another of its kind.
 
     Raises:
-        TraceFLError: The names are not exactly those that the model exchanges.
+        TraceFLError: The names or shapes are not exactly those that the model exchanges.
     """
     odd = sorted(exchanged_state(model).keys() ^ state.keys())
     require(not odd, f"a state does not fit the model: {len(odd)} keys differ, the first is {odd[:1]}.")
-    model.load_state_dict(dict(state), strict=False)
+    with as_sentence("a state does not fit the model", "give one of the same architecture", RuntimeError):
+        model.load_state_dict(dict(state), strict=False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tracefl.classifier import copied
+from tracefl.errors import as_sentence
 from tracefl.provenance.contract import Shares
 from tracefl.states import State, is_continuous
 
@@ -40,7 +41,10 @@ def integrate(
         with torch.no_grad():
             for name, tensor in moving.state_dict().items():
                 if is_continuous(tensor) and name in reference:
-                    tensor.copy_(torch.lerp(reference[name].to(tensor.device, tensor.dtype), end[name], t))
+                    with as_sentence(
+                        f"reference: tensor {name!r} does not fit the model's", "correct it", RuntimeError
+                    ):
+                        tensor.copy_(torch.lerp(reference[name].to(tensor.device, tensor.dtype), end[name], t))
         return add_at(moving, weight)
 
     change = add(1.0, 0.5 / count) - add(0.0, 0.5 / count)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from tracefl.errors import require
-from tracefl.results import CONFIG, read_result, read_rounds
+from tracefl.errors import as_sentence, require
+from tracefl.results import AGAIN, CONFIG, ROUNDS, read_result, read_rounds
 
 # Settings that tell the runs of a sweep apart: name on a figure's axis -> key in config.yaml.
 SETTINGS = {
@@ -52,7 +54,12 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
         Columns run (the folder), dataset, model, one for each of `SETTINGS`, accuracy (the last
         round's), and the mean over rounds of every other column of rounds.csv.
     """
-    return pd.DataFrame([_row(folder) for folder in folders])
+    rows = []
+    for folder in folders:
+        broken = (LookupError, ValueError, TypeError, AttributeError, YAMLError, OmegaConfBaseException)
+        with as_sentence(f"{CONFIG} or {ROUNDS} of {folder} are not as they are written", AGAIN, *broken):
+            rows.append(_row(folder))
+    return pd.DataFrame(rows)
 
 
 def varying(table: pd.DataFrame) -> list[str]:
@@ -62,7 +69,8 @@ def varying(table: pd.DataFrame) -> list[str]:
 
 def _row(folder: Path) -> dict[str, Any]:
     config, rounds = OmegaConf.create(read_result(folder, CONFIG).decode()), read_rounds(folder)
-    assert isinstance(config, DictConfig)
+    if not isinstance(config, DictConfig):
+        raise TypeError("a list")
     settings = {name: OmegaConf.select(config, key) for name, key in SETTINGS.items()}
     settings["faulty_clients"] = len(settings["faulty_clients"])
     if settings["noise_multiplier"] == -1:  # no differential privacy
