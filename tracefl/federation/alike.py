@@ -2,11 +2,9 @@
 under another name, or with other metrics."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tracefl.federation.replies import Update, as_line
-
-Described = Callable[[Update], dict[str, str]]  # what a reply has -> how to say it
 
 
 def unlike(updates: Mapping[str, Update], everything: bool) -> dict[str, str]:
