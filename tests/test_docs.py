@@ -1,8 +1,11 @@
 """README and docs/: every Python block runs, every command line composes, and what they name is there."""
 
+import importlib
+import inspect
 import logging
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -186,6 +189,22 @@ def test_the_api_page_has_every_public_name():
     for home in (tracefl.flower, tracefl.provenance):
         listed = {line.split(".")[-1] for line in page.splitlines() if line.startswith(f"::: {home.__name__}.")}
         assert listed <= set(home.__all__)
+
+
+def on_the_api_page() -> list[Callable[..., object]]:
+    """The functions of the API page, the methods of `Run` that it lists, and those of an answer."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = re.findall(r"^::: (.+)\.(\w+)$", page, re.M)
+    found = {name: getattr(importlib.import_module(module), name) for module, name in names}
+    methods = [getattr(tracefl.Run, name) for name in re.findall(r"^        - (\w+)$", page, re.M)]
+    methods += [getattr(tracefl.Provenance, name) for name in ("ranking", "sets")]
+    return [*filter(inspect.isfunction, found.values()), *filter(inspect.isroutine, methods)]
+
+
+@pytest.mark.parametrize("function", on_the_api_page(), ids=lambda function: function.__qualname__)
+def test_every_argument_is_described(function):
+    described = re.findall(r"^    \**(\w+): ", inspect.getdoc(function).partition("Args:\n")[2], re.M)
+    assert set(inspect.signature(function).parameters) - {"self"} <= set(described)
 
 
 def test_the_citation_is_of_this_version():

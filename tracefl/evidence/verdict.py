@@ -124,7 +124,10 @@ def audit_run(
         on_round: called when a round is audited.
 
     Returns:
-        A table with `COLUMNS` and the values by class, from which `judge` makes the verdict.
+        A row per (round, client), from which `judge` makes the verdict: round, client, weight;
+        value, z, norm, cosine, agreement, aim as of `Audit`; teaches, the class that the client's
+        training raises most, and taught_classes, how many it raises in effect; value_0, value_1,
+        ...: the values by class.
 
     Raises:
         TraceFLError: there is no round, or one cannot be audited, for example because a file is
@@ -147,6 +150,18 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
     Args:
         table: of `audit_run`.
         class_names: how to call the classes; default: by their numbers.
+
+    Returns:
+        The faulty clients' ids, and a judgement of every client; see `Verdict`.
+
+    Example:
+        Client 3 of four sends back what it received:
+
+        >>> row = {"round": 1, "weight": 0.25, "value": 0.1, "z": 0.0, "norm": 1.0, "cosine": 0.5}
+        >>> row |= {"agreement": 0.3, "aim": 0.9, "teaches": 0, "taught_classes": 3.0}
+        >>> rows = [{**row, "client": who} for who in "012"] + [{**row, "client": "3", "norm": 0.0}]
+        >>> judge(pd.DataFrame(rows)).faulty
+        ['3']
     """
     took_part = table.groupby("client", sort=False)["round"].count()
     seen = _over_the_rounds(table)
