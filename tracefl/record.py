@@ -112,6 +112,7 @@ class ClientInfo:
         fault: of a faulty client, the kind of its fault.
 
     Example:
+        >>> from tracefl.flower import ClientInfo
         >>> ClientInfo("3", {0: 10, 1: 5}, flipped_label_counts={0: 15}).trained_label_counts
         {0: 15}
     """

@@ -41,6 +41,7 @@ class Run(Compared):
     `run["seed"]` reads an entry of the header.
 
     Example:
+        >>> from tracefl.flower import ClientInfo, Evaluation, Run
         >>> import tempfile, torch
         >>> folder = tempfile.mkdtemp()
         >>> initial, clients = {"w": torch.zeros(2)}, [ClientInfo("0", {7: 3})]

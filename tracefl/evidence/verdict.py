@@ -71,6 +71,8 @@ class Verdict:
     """Which clients are faulty: `faulty` holds their ids, `clients` a judgement of every one.
 
     Example:
+        >>> from tracefl import Verdict
+        >>> from tracefl.evidence.verdict import Judgement
         >>> found = Verdict(["3"], {"3": Judgement(5.4, 2, "sends back what it received")})
         >>> print(*found.lines(), sep="\\n")
         Verdict: 1 of 1 clients is faulty: c3
@@ -157,6 +159,8 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
     Example:
         Client 3 of four sends back what it received:
 
+        >>> import pandas as pd
+        >>> from tracefl import judge
         >>> row = {"round": 1, "weight": 0.25, "value": 0.1, "z": 0.0, "norm": 1.0, "cosine": 0.5}
         >>> row |= {"agreement": 0.3, "aim": 0.9, "teaches": 0, "taught_classes": 3.0}
         >>> rows = [{**row, "client": who} for who in "012"] + [{**row, "client": "3", "norm": 0.0}]

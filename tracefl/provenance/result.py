@@ -35,6 +35,7 @@ class Provenance:
             where they are exact.
 
     Example:
+        >>> from tracefl import Provenance
         >>> import torch
         >>> by_layer = torch.tensor([[[3.0, 1.0]], [[-1.0, 0.5]]], dtype=torch.float64)
         >>> who, layers = ["ann", "bob"], ["conv", "head"]
