@@ -205,7 +205,7 @@ def name_of(entry: Any) -> str:
     return getattr(entry, "__qualname__", "")
 
 
-@pytest.mark.parametrize("function", filter(inspect.isroutine, on_the_api_page()), ids=name_of)
+@pytest.mark.parametrize("function", [*filter(inspect.isroutine, on_the_api_page())], ids=name_of)
 def test_every_argument_is_described(function):
     described = re.findall(r"^    \**(\w+): ", inspect.getdoc(function).partition("Args:\n")[2], re.M)
     assert set(inspect.signature(function).parameters) - {"self"} <= set(described)
