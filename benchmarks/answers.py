@@ -29,8 +29,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from tracefl import Provenance, answer_sets, trace
-from tracefl.evaluation.localization import spearman
 from tracefl.evidence import coalitions
+from tracefl.judged import spearman
 
 
 class Round(NamedTuple):

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from tracefl import trace
 from tracefl.classifier import log_odds, logits_of
-from tracefl.evaluation.localization import spearman
 from tracefl.evidence import coalitions
+from tracefl.judged import spearman
 from tracefl.runs import Run
 
 Inputs = Tensor | dict[str, Tensor]
@@ -211,6 +211,34 @@ def judge_recorded(folder: Path, judged: int, inputs: int) -> None:
             report(model, states, weights, incoming, chosen.inputs, chosen.labels, held)
 
 
+def prepared(options: argparse.Namespace) -> tuple[Inputs, Tensor, list[Tensor], Inputs, Tensor, int]:
+    """Training examples with labels, each client's rows of them, test examples with labels, and how many classes."""
+    seed = options.seed
+    frames = [examples_of(options.data, "train", options.examples, seed), examples_of(options.data, "test", 500, seed)]
+    label = next(name for name in ("label", "fine_label", "topic") if name in frames[0])
+    y, y_test = (torch.tensor(frame[label].to_numpy()) for frame in frames)
+    x, x_test = texts(frames) if options.model == "bert" else [images(frame) for frame in frames]
+    parts = [part for part in dirichlet(y.numpy(), options.clients, options.alpha, seed) if len(part) > 1]
+    return x, y, parts, x_test, y_test, int(y.max()) + 1
+
+
+def one_round(
+    model: nn.Module, x: Inputs, y: Tensor, parts: list[Tensor], seed: int
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Train every client and load their mean; the state that the round began with, and the clients'."""
+    incoming = copy.deepcopy(model.state_dict())
+    states = {f"c{k}": trained(model, rows(x, part), y[part], seed + k) for k, part in enumerate(parts)}
+    total = sum(map(len, parts))
+    p = {f"c{k}": len(part) / total for k, part in enumerate(parts)}
+    fused = {
+        name: sum(p[who] * states[who][name] for who in states) if w.is_floating_point() else w
+        for name, w in incoming.items()
+    }
+    model.load_state_dict(fused)
+    model.eval()
+    return incoming, states
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -228,29 +256,13 @@ def main() -> None:
     if options.run:
         judge_recorded(options.run, options.judged, options.inputs)
         return
-    seed = options.seed
-    frames = [examples_of(options.data, "train", options.examples, seed), examples_of(options.data, "test", 500, seed)]
-    label = next(name for name in ("label", "fine_label", "topic") if name in frames[0])
-    y, y_test = (torch.tensor(frame[label].to_numpy()) for frame in frames)
-    x, x_test = texts(frames) if options.model == "bert" else [images(frame) for frame in frames]
-    classes = int(y.max()) + 1
-    parts = [part for part in dirichlet(y.numpy(), options.clients, options.alpha, seed) if len(part) > 1]
+    x, y, parts, x_test, y_test, classes = prepared(options)
     held = torch.stack([y[part].bincount(minlength=classes) for part in parts])
     weights = {f"c{k}": len(part) for k, part in enumerate(parts)}
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     model = build(options.model, classes)
     for number in range(1, options.rounds + 1):
-        incoming = copy.deepcopy(model.state_dict())
-        states = {
-            f"c{k}": trained(model, rows(x, part), y[part], seed + 1000 * number + k) for k, part in enumerate(parts)
-        }
-        p = {who: n / sum(weights.values()) for who, n in weights.items()}
-        fused = {
-            name: sum(p[who] * states[who][name] for who in states) if w.is_floating_point() else w
-            for name, w in incoming.items()
-        }
-        model.load_state_dict(fused)
-        model.eval()
+        incoming, states = one_round(model, x, y, parts, options.seed + 1000 * number)
         with torch.no_grad():
             predicted = torch.cat(
                 [logits_of(model, rows(x_test, batch)) for batch in torch.arange(len(y_test)).split(100)]

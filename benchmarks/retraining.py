@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tracefl import trace_run
 from tracefl.classifier import log_odds
 from tracefl.data.examples import Examples, count_labels
-from tracefl.evaluation.localization import spearman
+from tracefl.judged import spearman
 from tracefl.models import exchanged_state
 from tracefl.record import ClientInfo
 from tracefl.runs import Run

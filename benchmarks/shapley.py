@@ -16,20 +16,19 @@ and the processor time of `trace` over that of as many bare forward passes plus 
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from influence_ground_truth import build, dirichlet, examples_of, images, rows, texts, trained
+from influence_ground_truth import build, one_round, prepared, rows
 from torch import Tensor, nn
 
 from tracefl import trace
 from tracefl.classifier import logits_of
-from tracefl.evaluation.localization import spearman
 from tracefl.evidence import coalitions, shapley
+from tracefl.judged import spearman
 
 Value = Callable[[Tensor], Tensor]  # bool [M, K] -> v [M, N]
 Explain = Callable[[int], tuple[Tensor, Tensor]]  # number of fusions -> Shapley values, standard errors
@@ -174,29 +173,13 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=2000, help="fusions that stand for the truth, above 14 clients")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    seed = options.seed
-    frames = [examples_of(options.data, "train", options.examples, seed), examples_of(options.data, "test", 500, seed)]
-    label = next(name for name in ("label", "fine_label", "topic") if name in frames[0])
-    y, y_test = (torch.tensor(frame[label].to_numpy()) for frame in frames)
-    x, x_test = texts(frames) if options.model == "bert" else [images(frame) for frame in frames]
-    classes = int(y.max()) + 1
-    parts = [part for part in dirichlet(y.numpy(), options.clients, options.alpha, seed) if len(part) > 1]
+    x, y, parts, x_test, y_test, classes = prepared(options)
     weights = {f"c{k}": len(part) for k, part in enumerate(parts)}
-    p = {who: n / sum(weights.values()) for who, n in weights.items()}
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     cnn = options.model in ("cnn", "cnn-batchnorm")
     model = small_cnn(classes, "-" in options.model) if cnn else build(options.model, classes)
     for number in range(1, options.rounds + 1):
-        incoming = copy.deepcopy(model.state_dict())
-        states = {
-            f"c{k}": trained(model, rows(x, part), y[part], seed + 1000 * number + k) for k, part in enumerate(parts)
-        }
-        fused = {
-            name: sum(p[who] * states[who][name] for who in states) if w.is_floating_point() else w
-            for name, w in incoming.items()
-        }
-        model.load_state_dict(fused)
-        model.eval()
+        incoming, states = one_round(model, x, y, parts, options.seed + 1000 * number)
         if number <= options.rounds - options.judged:
             continue
         with torch.no_grad():

@@ -63,3 +63,12 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Clients train in this process instead of on Ray."""
+    from tests.federation import local
+
+    monkeypatch.setattr("tracefl.federation.simulation.simulate", local.simulate)
+    monkeypatch.setattr("tracefl.federation.grid.PULL_INTERVAL_S", 0)

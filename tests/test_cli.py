@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -12,17 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from omegaconf import OmegaConf
-from PIL import Image
 
 from tests.conftest import composed, keep_log
-from tests.data.tables import encoded, write
+from tests.data.tables import write
 from tests.federation import local
-from tracefl import Run, TraceFLError, __version__, cli, whatif
+from tests.test_help import PAGE
+from tracefl import Run, __version__, cli, whatif
 from tracefl.checks import load
-from tracefl.data.prepare import prepare
-from tracefl.evaluation.own import image_inputs, text_inputs
+from tracefl.evaluation.own import text_inputs
 from tracefl.pipeline import run_experiment
 from tracefl.record import ClientInfo
 from tracefl.results import write_result
@@ -152,61 +149,6 @@ def same_text(run: Run, row: int, text: str) -> bool:
     there = run.server_examples()[torch.tensor([row])].inputs["input_ids"]
     own = text_inputs(run, text)[0]["input_ids"]
     return there.shape == own.shape and bool((there == own).all())
-
-
-def pictures(config, folder: Path, images: list[Image.Image]) -> Run:
-    """A run of two classes of these pictures; its model is not asked."""
-    columns = {"image": [encoded(image) for image in images], "label": [k % 2 for k in range(len(images))]}
-    write(folder / "pictures", columns, test=columns)
-    data = prepare(config(f"dataset.path={folder}/pictures", "num_clients=1", "clients_per_round=1"))
-    header = {
-        "model": {"name": "resnet18", "num_classes": 2},
-        "data_folder": os.path.relpath(data.folder, folder / "r"),
-    }
-    return Run.create(
-        folder / "r",
-        initial={"w": torch.zeros(1)},
-        clients=[],
-        data_sha256=data.digest,
-        class_names=["0", "1"],
-        **header,
-    )
-
-
-def coloured(k: int) -> Image.Image:
-    return Image.linear_gradient("L").resize((40, 20 + k % 9)).convert("RGB").rotate(10 * k, fillcolor=(k, 200, 9 * k))
-
-
-def test_a_picture_of_ones_own_goes_through_the_runs_preparation(config, tmp_path):
-    run = pictures(config, tmp_path, [coloured(k) for k in range(24)])
-    recorded = run.server_examples().inputs
-    coloured(7).save(tmp_path / "own.png")
-    own = image_inputs(run, tmp_path / "own.png")
-    assert own.shape == (1, 3, 32, 32)
-    assert (recorded == own).all(dim=(1, 2, 3)).sum() == 1
-    grey = Image.new("L", (5, 7), 100)
-    grey.save(tmp_path / "grey.jpg")
-    assert image_inputs(run, tmp_path / "grey.jpg").shape == (1, 3, 32, 32)
-    deep, clear = Image.new("I;16", (4, 4), 7), Image.new("RGBA", (4, 4), (1, 2, 3, 0))
-    deep.save(tmp_path / "deep.png")
-    clear.save(tmp_path / "clear.png")
-    (tmp_path / "no.png").write_bytes(b"no picture")
-    (tmp_path / "empty.png").touch()
-    for name, said in {
-        "deep.png": "deep.png is a 16-bit image, but no training image is",
-        "clear.png": "clear.png is transparent, but no training image is",
-        "no.png": "no.png has no readable image",
-        "empty.png": "empty.png has an image of zero bytes",
-        "gone.png": "gone.png cannot be read",
-        "": "cannot be read",
-    }.items():
-        with pytest.raises(TraceFLError, match=said):
-            image_inputs(run, tmp_path / name)
-    with pytest.raises(TraceFLError, match=r"is a run of images: give the file of one instead of a text"):
-        text_inputs(run, "words")
-    (tmp_path / "r" / run["data_folder"] / "data.json").write_text('{"sha256": {}}')
-    with pytest.raises(TraceFLError, match="is of an earlier version, without a hash"):
-        image_inputs(run, tmp_path / "own.png")
 
 
 def test_the_audit(answer, run, command):
@@ -430,45 +372,12 @@ def test_the_version_and_the_help(command):
     assert "Exit status: 0 done" in command("--help")[1]
 
 
-def test_help_and_wrong_arguments_are_answered_without_heavy_imports(tmp_path):
-    code = (
-        "import sys\nfrom tracefl import cli\n"
-        "for words in (['--help'], ['trace', '--help'], ['audit'], ['trace', 'x', '--index', 'y'],"
-        " ['audit', 'nothing'], ['list', 'nowhere'], ['run', 'numclients=3'], ['--version'], ['bogus']):\n"
-        "    try: cli.main(words)\n"
-        "    except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'flwr', 'datasets', 'pandas', 'numpy', 'ray'}\n"
-        "print(sorted(heavy & sys.modules.keys()))"
-    )
-    path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
-
-
 @pytest.mark.slow
 def test_a_reader_that_has_enough_ends_it_quietly(place):
     line = f"{sys.executable} -m tracefl list --json | head -c 1"
     path = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(["bash", "-c", line], cwd=place, capture_output=True, text=True, env=path)
     assert (done.stdout, done.stderr) == ("{", "")
-
-
-PAGE = Path(__file__).parents[1] / "docs" / "command.md"
-
-
-def test_the_documented_commands_are_commands():
-    lines = re.findall(r"^\$ tracefl (.*)$", PAGE.read_text(encoding="utf-8"), re.M)
-    assert {line.split()[0] for line in lines} == {"trace", "audit", "whatif", "list"}
-    group = typer.main.get_command(cli.app)
-    for line in lines:
-        name, *words = shlex.split(line)
-        group.commands[name].make_context(name, words)  # raises where an option is wrong
 
 
 def test_every_key_of_an_answer_is_documented(answer):

@@ -18,20 +18,21 @@ recording is never written over: `Run.create` refuses, `Run.open_or_create` goes
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tracefl.errors import TraceFLError, require
+from tracefl.errors import require
 from tracefl.files import file_stem, holds, read_file, write_atomically, write_state, writing
 from tracefl.header import ROUND, SCHEMA, Checker
 from tracefl.record import ClientInfo, Participant, Round, state_file, strict
 from tracefl.same import NO_HEADER, Compared
-from tracefl.sealed import KEY, sealed
+from tracefl.sealed import sealed
 from tracefl.states import State, StateFile
 from tracefl.storage import Storing, packed
 from tracefl.training import Evaluation
+from tracefl.written import Text, as_read
 
 
 class Run(Compared):
@@ -56,7 +57,7 @@ class Run(Compared):
 
     def __init__(self, path: Path, header: dict[str, Any], written: bytes = b"") -> None:
         super().__init__(path, header, written)
-        self._texts: dict[str, list[tuple[Any, str]]] = {}  # clients and rounds as run.json has them
+        self._text = Text()
         self._checker = Checker(f"the run in {path}", "correct it")
         if holds(path):
             self._remove_states()  # a process may have died before it did
@@ -218,7 +219,7 @@ class Run(Compared):
                 weights_from=weights_from,
                 **self._place(number),
             )
-            told = json.loads(_json("rounds", record.as_json(), 0))
+            told = as_read("rounds", record.as_json())
             self._checker.round(f"round {number}", told, number, {each.id for each in self.clients})
             self.rounds.append(record)
             for index in range(len(self.rounds) - (self.storing.rounds or len(self.rounds))):
@@ -236,7 +237,7 @@ class Run(Compared):
             metrics: name -> number or list of numbers; None: there were none.
         """
         found = None if metrics is None else dict(metrics)
-        told = json.loads(_json("metrics", strict({kind: found}), 0))
+        told = as_read("metrics", strict({kind: found}))
         self._checker.entry(f"round {number}: metrics", told, ROUND["metrics"])
         if number:
             record = self.round(number)
@@ -254,7 +255,7 @@ class Run(Compared):
         Raises:
             TraceFLError: the run has a client of this id, or another entry is not as it must be.
         """
-        self._checker.client(f"client {client.id!r}", json.loads(_json("clients", asdict(client), 0)))
+        self._checker.client(f"client {client.id!r}", as_read("clients", asdict(client)))
         self._checker.once("clients", [each.id for each in (*self.clients, client)])
         self.clients.append(client)
 
@@ -286,30 +287,10 @@ class Run(Compared):
         changed = f"{file} was changed by another writer since it was opened: {again}"
         require((read_file(file, again) if file.exists() else b"") == self._written, changed)
 
-    def _list_json(self, key: str, entries: Sequence[ClientInfo | Round]) -> str:
-        """The clients or rounds as run.json holds them. Text is kept: it is most of the work."""
-        kept, texts = self._texts.get(key, []), list[tuple[Any, str]]()
-        for index, entry in enumerate(entries):
-            if index < len(kept) and kept[index][0] is entry:
-                texts.append(kept[index])
-            else:
-                value = entry.as_json() if isinstance(entry, Round) else asdict(entry)
-                texts.append((entry, _json(key, value, 2)))
-        self._texts[key] = texts
-        return "[\n  " + ",\n  ".join(text for _, text in texts) + "\n ]" if texts else "[]"
-
     def _json(self) -> str:
-        """run.json, not sealed yet.
-
-        Raises:
-            TraceFLError: an entry is no plain JSON.
-        """
+        """run.json, not sealed yet."""
         header = {**self._header, "initial_metrics": strict(self.metrics(0)), "schema": SCHEMA}
-        header |= {"clients": [], "rounds": []}
-        entries = {key: _json(key, value, 1) for key, value in header.items() if key != KEY}
-        entries["clients"] = self._list_json("clients", self.clients)
-        entries["rounds"] = self._list_json("rounds", self.rounds)
-        return "{\n " + ",\n ".join(f"{json.dumps(key)}: {text}" for key, text in entries.items()) + "\n}"
+        return self._text.of(header, self.clients, self.rounds)
 
     def _save(self) -> None:
         """Write run.json.
@@ -322,12 +303,3 @@ class Run(Compared):
             self._check_unchanged()
             write_atomically(self.path / "run.json", content)
         self._written = content
-
-
-def _json(key: str, value: Any, depth: int) -> str:
-    """A value of run.json as text, `depth` levels deep in it."""
-    try:
-        return json.dumps(value, indent=1, allow_nan=False).replace("\n", "\n" + " " * depth)
-    except (TypeError, ValueError) as error:
-        plain = "must be plain JSON: numbers, strings, lists and dicts"
-        raise TraceFLError(f"run.json's entry '{key}' {plain} ({error})") from None

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from tracefl.evaluation.localization import localize, name_faulty, spearman
+from tracefl.evaluation.localization import localize, name_faulty
+from tracefl.judged import spearman
 
 COUNTS = np.array([[10, 0, 30], [0, 20, 20], [5, 5, 5]])
 SIZES = np.array([40, 90, 60])

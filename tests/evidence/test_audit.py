@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.provenance import reference
+from tests.provenance.small import Reversed
 from tracefl import TraceFLError, audit
 
 
@@ -194,15 +195,6 @@ def test_labels_that_cannot_be(labels, sentence):
 
 
 def test_what_trace_refuses_is_refused_here():
-    class Reversed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            return -g
-
     class Own(nn.Module):
         def __init__(self, how):
             super().__init__()

@@ -1,28 +1,18 @@
-"""Clients that lie or die: every lie by name, where a client that failed stops the run, and where it is accepted."""
+"""Clients that lie: every lie by name, where a client that failed stops the run, and where it is accepted."""
 
 import math
-import re
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Error, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyServerSideFixedClipping,
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedMedian,
-    Krum,
-)
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.serverapp.strategy import FedAvg, FedMedian
 from torch import nn
-from torch.nn import functional as F
 
 from tests.federation import lying
-from tests.federation.lying import FINITE, FINITE_IN_VALUES, NET, PLAIN, LyingGrid, copy_of
+from tests.federation.five import FIVE, MODES, check_named, evaluate, run_with
+from tests.federation.lying import FINITE, FINITE_IN_VALUES, NET, PLAIN, LyingGrid
 from tests.federation.own import OwnGrid, arrays, examples_of, new_app, trained
-from tests.federation.test_own import plain, record, shares
+from tests.federation.recording import plain, record, shares
 from tracefl import Run
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError
@@ -30,52 +20,6 @@ from tracefl.federation.recorder import Recorder
 from tracefl.record import ClientInfo
 from tracefl.training import Evaluation
 from tracefl.training import evaluate as evaluate_examples
-
-FIVE = {11: "a", 12: "b", 13: "c", 14: "d", 15: "e"}
-HONEST = {node: client for node, client in FIVE.items() if client != "b"}
-MODES = pytest.mark.parametrize("accept", [False, True], ids=["strict", "accepting"])
-
-
-def evaluate(state) -> Evaluation:
-    """Three layers of one matrix, so that large weights overflow."""
-    w, var = state["w"], state["bn.running_var"]
-    logits = (w @ w.T @ w @ torch.eye(3)).T / (var + 1e-5).sqrt()
-    labels = torch.tensor([0, 1, 1])
-    loss = F.cross_entropy(logits, labels).item()
-    return Evaluation(loss, (logits.argmax(1) == labels).double().mean().item(), logits.argmax(1))
-
-
-def run_with(folder, lie, *, nodes=FIVE, rounds=1, grid=None, **changes):
-    grid = grid or LyingGrid(nodes, lie)
-    return record(folder, grid, rounds=rounds, initial=arrays(NET), **{"evaluate": evaluate} | changes)
-
-
-@pytest.fixture(scope="module")
-def without(tmp_path_factory):
-    """The first round as it is without client b."""
-    undo = pytest.MonkeyPatch()
-    for name in ("task_id", "run_id", "node_id"):
-        undo.setattr(TaskIdentity, f"_{name}", 1, raising=False)
-    folder = tmp_path_factory.mktemp("without")
-    run_with(folder, None, grid=OwnGrid(HONEST))
-    undo.undo()
-    return Run.open(folder).round(1)
-
-
-def check_named(folder, lie, words, accept, without, **changes) -> None:
-    """Strict: one sentence names round and client. Accepting: the round is as if the client had not been asked."""
-    if not accept:
-        with pytest.raises(TraceFLError, match=rf"(?s)^round 1, client b: .*(?:{words})") as raised:
-            run_with(folder, lie, **changes)
-        assert str(raised.value).isprintable()
-        assert not Run.open(folder).rounds
-        return
-    run_with(folder, lie, accept_failures=True, **changes)
-    kept = Run.open(folder).round(1)
-    assert list(kept.failures) == ["b"]
-    assert re.search(words, kept.failures["b"], re.DOTALL)
-    assert not (folder / "rounds/0001/clients/b.safetensors").exists()
-    assert (kept.clients, kept.global_sha256) == (without.clients, without.global_sha256)
 
 
 @MODES
@@ -239,86 +183,6 @@ def test_a_run_that_an_earlier_version_has_broken_blames_nobody_but_the_liar(tmp
     assert not grid.trained_nodes()
 
 
-# --- strategies -------------------------------------------------------------------------------------
-
-
-class Counting(FedAvg):
-    """Keeps something of every round; `Told` says what."""
-
-    seen = 0
-
-    def aggregate_train(self, server_round, replies):
-        self.seen += 1
-        return super().aggregate_train(server_round, replies)
-
-
-class Told(Counting):
-    def state_dict(self):
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state):
-        self.seen = state["seen"]
-
-
-def clipped():
-    return DifferentialPrivacyServerSideFixedClipping(plain(), 0.0, 0.05, 5)
-
-
-REALS = {name: value for name, value in NET.items() if value.is_floating_point()}
-
-
-@pytest.mark.parametrize(
-    "strategy", [lambda: FedAdam(fraction_evaluate=0.0), lambda: FedAvgM(fraction_evaluate=0.0, server_momentum=0.9),
-                 lambda: Told(fraction_evaluate=0.0)], ids=["FedAdam", "FedAvgM", "own, with state_dict"],
-)  # fmt: skip
-def test_a_strategy_that_keeps_something_aggregates_again_as_if_it_had_not(tmp_path, strategy):
-    def run(name, grid, rounds):
-        made = strategy()
-        changes = {"strategy": made, "accept_failures": True, "initial": arrays(REALS)}
-        record(tmp_path / name, grid, rounds=rounds, evaluate=None, **changes)
-        return made
-
-    one = run("lied", LyingGrid(FIVE, lying.everywhere(3e38)), 2)
-    other = run("without", OwnGrid(HONEST), 2)
-    for number in (1, 2):
-        lied, without = (Run.open(tmp_path / name).round(number) for name in ("lied", "without"))
-        assert list(lied.failures) == ["b"]
-        assert lied.global_sha256 == without.global_sha256
-        assert lied.strategy_sha256 == without.strategy_sha256
-    assert getattr(one, "seen", 2) == getattr(other, "seen", 2) == 2
-
-
-def test_a_strategy_whose_state_cannot_be_given_back_ends_the_run(tmp_path):
-    with pytest.raises(
-        TraceFLError, match=r"round 1, client b: .*Counting.seen has changed, .*give the strategy state_dict"
-    ):
-        run_with(tmp_path, FINITE["1e38 everywhere"], strategy=Counting(fraction_evaluate=0.0), accept_failures=True)
-    assert not Run.open(tmp_path).rounds
-
-
-@pytest.mark.parametrize("strategy", [lambda: FedMedian(fraction_evaluate=0.0), lambda: Krum(fraction_evaluate=0.0,
-                         num_malicious_nodes=1), clipped], ids=["FedMedian", "Krum", "clipping"])  # fmt: skip
-def test_a_strategy_that_stands_a_lie_goes_on(tmp_path, strategy):
-    grid = LyingGrid(FIVE, lying.everywhere(1e30))
-    record(tmp_path, grid, initial=arrays(REALS), evaluate=evaluate, strategy=strategy())
-    run = Run.open(tmp_path)
-    assert [len(run.round(t).clients) for t in (1, 2)] == [5, 5]
-    assert all(float(value.abs().max()) < 100 for value in run.global_state(2).values())
-
-
-def test_a_reply_in_another_order_changes_nothing(tmp_path):
-    """Flower pairs arrays by their place here, and two of these have the same shape."""
-
-    def change(records):
-        records["arrays"] = ArrayRecord(dict(reversed(list(records["arrays"].items()))))
-
-    given = {"initial": arrays(REALS), "evaluate": None}
-    record(tmp_path / "lied", LyingGrid(FIVE, lying.content(change)), strategy=clipped(), **given)
-    record(tmp_path / "honest", OwnGrid(FIVE), strategy=clipped(), **given)
-    lied, honest = (Run.open(tmp_path / name).round(2) for name in ("lied", "honest"))
-    assert (lied.clients, lied.global_sha256) == (honest.clients, honest.global_sha256)
-
-
 @MODES
 @pytest.mark.parametrize("storage", [{"dtype": "float16"}, {"keep": "deltas"}, {"keep": "last:1", "dtype": "bfloat16"}])
 def test_a_finite_lie_is_found_however_states_are_kept(tmp_path, storage, accept):
@@ -410,126 +274,6 @@ def test_a_model_with_a_negative_variance_is_not_held_against_clients(tmp_path):
     """Noise of a strategy may have made it so."""
     initial = {**NET, "bn.running_var": torch.tensor([1.0, -0.5])}
     record(tmp_path, OwnGrid(FIVE), rounds=1, initial=arrays(initial))
-    assert len(Run.open(tmp_path).round(1).clients) == 5
-
-
-# --- late, doubled and contradicting replies --------------------------------------------------------
-
-
-def test_a_doubled_or_contradicting_reply_counts_once_and_the_first(tmp_path, caplog):
-    def contradict(reply):
-        other = RecordDict({"arrays": arrays({n: v + 1 for n, v in NET.items()}), "metrics": MetricRecord({"x": 1})})
-        return [reply, copy_of(reply), copy_of(reply, content=other)]
-
-    run_with(tmp_path / "lied", contradict, rounds=2)
-    assert caplog.text.count("node 12 answers a message twice: its first answer counts") == 4
-    run_with(tmp_path / "honest", None, grid=OwnGrid(FIVE), rounds=2)
-    for number in (1, 2):
-        lied, honest = (Run.open(tmp_path / name).round(number) for name in ("lied", "honest"))
-        assert (lied.clients, lied.global_sha256) == (honest.clients, honest.global_sha256)
-
-
-@MODES
-def test_an_error_that_comes_first_counts_too(tmp_path, accept, without):
-    def lie(reply):
-        failed = copy_of(reply)
-        failed.__dict__.update(_content=None, _error=Error(2, "no disk"))
-        return [failed, reply]
-
-    check_named(tmp_path, lie, "it raised: no disk", accept, without)
-
-
-@MODES
-def test_a_late_reply_is_one_of_no_round(tmp_path, accept):
-    class Late(LyingGrid):
-        """Client b's reply of round 1 comes with the replies of round 2."""
-
-        held = None
-
-        def pull_messages(self, message_ids):
-            found = super().pull_messages(message_ids)
-            mine = [r for r in found if r.metadata.src_node_id == 12 and r.metadata.message_type == "train"]
-            if mine and self.count == 1:
-                self.held = mine[0]
-                return [reply for reply in found if reply is not mine[0]]
-            return [*([self.held] if mine and self.held else []), *found]
-
-    grid = Late(FIVE, lambda reply: reply)
-    given = {"initial": arrays(NET), "evaluate": evaluate, "start": {"timeout": 0.05}}
-    if not accept:
-        with pytest.raises(TraceFLError, match=r"^round 1, client b: it sent no reply in time"):
-            record(tmp_path, grid, **given)
-        return
-    record(tmp_path, grid, accept_failures=True, **given)
-    run = Run.open(tmp_path)
-    assert list(run.round(1).failures) == ["b"]
-    assert not run.round(2).failures
-    assert torch.equal(run.round(2).client_state("b")["w"], trained(run.global_state(1), "b")["w"])
-
-
-class HttpGrid(OwnGrid):
-    """As Flower's of this name on a SuperLink: it cannot put client b's reply together, and loses all that it pulls."""
-
-    def pull_messages(self, message_ids):
-        found = super().pull_messages(message_ids)
-        if any(reply.metadata.src_node_id == 12 and reply.metadata.message_type == "train" for reply in found):
-            raise ValueError("Unexpected set of `children`.")
-        return found
-
-
-@MODES
-def test_a_reply_that_flower_cannot_put_together_takes_no_other_along(tmp_path, accept, without):
-    words = r"its reply cannot be read \(Unexpected set of `children`.\)"
-    check_named(tmp_path, None, words, accept, without, grid=HttpGrid(FIVE))
-
-
-# --- clients that die -------------------------------------------------------------------------------
-
-
-class Dying(OwnGrid):
-    """Client b's process dies in its first `times` tasks; whose task fails with it, Flower does not say."""
-
-    def __init__(self, nodes, times, code=ErrorCode.UNKNOWN, kind="train") -> None:
-        super().__init__(nodes)
-        self.times, self.code, self.kind = times, code, kind
-
-    def answer(self, message):
-        about = message.metadata
-        if about.dst_node_id == 12 and about.message_type == self.kind and self.times:
-            self.times -= 1
-            reply = super().answer(message)
-            reply.__dict__.update(_content=None, _error=Error(self.code, "<class 'ActorDiedError'>:<'killed'>"))
-            return reply
-        return super().answer(message)
-
-
-@MODES
-@pytest.mark.parametrize("code", [ErrorCode.UNKNOWN, ErrorCode.CLIENT_APP_CRASHED])
-def test_a_task_whose_process_died_is_sent_again(tmp_path, caplog, code, accept):
-    grid = Dying(FIVE, 1, code)
-    run_with(tmp_path / "died", None, grid=grid, rounds=2, accept_failures=accept)
-    run_with(tmp_path / "honest", None, grid=OwnGrid(FIVE), rounds=2)
-    assert caplog.text.count("round 1, client b: its process died") == 1
-    assert grid.trained_nodes().count(12) == 3
-    for number in (1, 2):
-        died, honest = (Run.open(tmp_path / name).round(number) for name in ("died", "honest"))
-        assert (died.clients, died.global_sha256) == (honest.clients, honest.global_sha256)
-
-
-@MODES
-def test_a_client_that_dies_twice_has_failed(tmp_path, accept):
-    grid = Dying(FIVE, 2)
-    if not accept:
-        with pytest.raises(TraceFLError, match=r"^round 1, client b: its process died: .*killed"):
-            run_with(tmp_path, None, grid=grid)
-    else:
-        run_with(tmp_path, None, grid=grid, rounds=2, accept_failures=True)
-        assert [list(Run.open(tmp_path).round(t).failures) for t in (1, 2)] == [["b"], []]
-    assert grid.trained_nodes().count(12) == (3 if accept else 2)
-
-
-def test_a_process_that_dies_as_it_is_asked_who_it_is_is_asked_again(tmp_path):
-    run_with(tmp_path, None, grid=Dying(FIVE, 1, kind="query.identify"))
     assert len(Run.open(tmp_path).round(1).clients) == 5
 
 

@@ -42,16 +42,22 @@ def broken_app(how: str) -> ClientApp:
     return app
 
 
+def new_run(c, folder):
+    """A run of this configuration, and what the server does for it."""
+    data = prepare(c)
+    initial = exchanged_state(initial_model(c, data))
+    clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
+    run = Run.create(folder, initial=initial, clients=clients, seed=0)
+    model = build_model({"name": "resnet18", "num_classes": 10})
+    drive = partial(serve, config=c, data=data, run=run, model=model, examples=data.server())
+    return run, drive
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "words"), [("raise", "the disk of this client is full"), ("die", "its process died")])
 def test_a_client_that_breaks_is_named_and_the_run_goes_on_later(config, tmp_path, how, words):
     c = config(*SMALL)
-    data = prepare(c)
-    initial = exchanged_state(initial_model(c, data))
-    clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
-    run = Run.create(tmp_path / "run", initial=initial, clients=clients, seed=0)
-    model = build_model({"name": "resnet18", "num_classes": 10})
-    drive = partial(serve, config=c, data=data, run=run, model=model, examples=data.server())
+    run, drive = new_run(c, tmp_path / "run")
     with pytest.raises(TraceFLError, match=rf"round 2, client 1: .*{words}"):
         simulate(c, drive, broken_app(how))
     assert len(Run.open(run.path).rounds) == 1
@@ -84,12 +90,7 @@ def lying_app(folder) -> ClientApp:
 def test_on_one_worker_a_client_that_dies_or_lies_harms_no_other(config, tmp_path):
     """A worker that dies once is forgiven; whoever dies again fails alone, though all share one worker."""
     c = config(*SMALL, "num_rounds=3", "total_cpus=1", "accept_failures=true")
-    data = prepare(c)
-    initial = exchanged_state(initial_model(c, data))
-    clients = [ClientInfo(client, counts) for client, counts in data.label_counts.items()]
-    run = Run.create(tmp_path / "run", initial=initial, clients=clients, seed=0)
-    model = build_model({"name": "resnet18", "num_classes": 10})
-    drive = partial(serve, config=c, data=data, run=run, model=model, examples=data.server())
+    run, drive = new_run(c, tmp_path / "run")
     simulate(c, drive, lying_app(tmp_path))
     records = Run.open(run.path).rounds
     assert [list(record.failures) for record in records] == [[], ["2"], ["0"]]

@@ -5,65 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
 from torch import nn
 
 from tests.provenance import reference
+from tests.provenance.small import close
 from tracefl.errors import TraceFLError
 from tracefl.evidence.audit import audit
 from tracefl.provenance import trace
 
 torch.set_num_threads(2)
-
-
-class Block(nn.Module):
-    """Modules in another order than they run, one used twice, one never, in-place activations, a residual."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(6, 4)
-        self.unused = nn.Linear(3, 3)
-        self.norm2 = nn.BatchNorm2d(6)
-        self.conv = nn.Conv2d(6, 6, 3, padding=1)
-        self.norm1 = nn.BatchNorm2d(6)
-        self.stem = nn.Conv2d(2, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        h = self.relu(self.norm1(self.stem(x)))
-        h = self.relu(self.norm2(self.conv(h)) + h)
-        h = self.relu(self.conv(h))
-        return self.head(h.mean((2, 3)))
-
-
-@pytest.fixture
-def block():
-    torch.manual_seed(0)
-    model = Block().double()
-    for norm in (model.norm1, model.norm2):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    return model
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 2, 9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-9):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30)
 
 
 def test_two_clients_by_hand():
@@ -233,36 +188,6 @@ def test_scratch_counts_what_autograd_keeps():
     assert max(model.batches) * 400_000 <= 32 << 20
 
 
-class Mapped(Mapping):
-    """A lazy state: what it gives out is not kept by anybody for long."""
-
-    given: ClassVar[list[weakref.ref]] = []
-    most = 0
-
-    def __init__(self, state):
-        self.state = state
-
-    def __getitem__(self, name):
-        tensor = self.state[name].clone()
-        Mapped.given.append(weakref.ref(tensor))
-        Mapped.most = max(Mapped.most, sum(ref() is not None for ref in Mapped.given))
-        return tensor
-
-    def __iter__(self):
-        return iter(self.state)
-
-    def __len__(self):
-        return len(self.state)
-
-
-def test_lazy_states_are_let_go(block, x):
-    states, _ = reference.perturbed(block)
-    many = {f"{who}-{i}": Mapped(state) for who, state in states.items() for i in range(10)}
-    trace(block, many, x)
-    assert len(Mapped.given) >= len(many)
-    assert Mapped.most <= 2
-
-
 def test_the_model_is_left_as_it_was(block, x):
     states, _ = reference.perturbed(block)
     expected = trace(block, states, x).contributions
@@ -318,111 +243,6 @@ def test_result(block, x):
     assert "5 inputs, 3 clients, 6 layers" in repr(found)
 
 
-def bad(states, **changes):
-    return {**states, "c1": {**states["c1"], **changes}}
-
-
-def without(states, name):
-    return {**states, "c1": {k: v for k, v in states["c1"].items() if k != name}}
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda s: {}, {}, "clients must be a dict of states by client id, got an empty one"),
-        (lambda s: without(s, "head.bias"), {}, "'c1': tensor 'head.bias' is missing, though another sends it"),
-        (lambda s: bad(s, more=torch.zeros(1)), {}, "'c1': tensor 'more' is not in"),
-        (
-            lambda s: bad(s, **{"head.bias": torch.zeros(5)}),
-            {},
-            r"'c1': tensor 'head.bias' must be a Tensor of the model's shape \(4,\), got \(5,\)",
-        ),
-        (
-            lambda s: bad(s, **{"conv.weight": s["c1"]["conv.weight"] * torch.nan}),
-            {},
-            "'c1': tensor 'conv.weight' has values that are not finite",
-        ),
-        (None, {"targets": torch.tensor([0, 1, 2, 3, 4])}, "targets must be 0 to 3, got 4"),
-        (None, {"targets": torch.tensor([0, 1, -1, 3, 3])}, "targets must be 0 to 3, got -1"),
-        (None, {"targets": torch.tensor([0])}, r"targets must be 5 integers, one per input, got \(1,\)"),
-        (None, {"targets": torch.zeros(5)}, r"targets must be 5 integers, .* torch.float32"),
-        (
-            None,
-            {"weights": {"c0": 1, "c1": -1, "c2": 1}},
-            "weights must be finite numbers and 0 or more, got -1 for 'c1'",
-        ),
-        (None, {"weights": {"c0": 0, "c1": 0, "c2": 0}}, "weights must be above 0 for at least one client"),
-        (None, {"weights": {"c0": 1, "c1": 1}}, "weights must have every client, got none for 'c2'"),
-        (None, {"method": "influence"}, "needs weights"),
-        (None, {"method": "integrated", "weights": {"c0": 1, "c1": 1, "c2": 1}}, "needs reference"),
-        (None, {"method": "shap"}, "method must be one of neuron, influence, integrated, shapley, got 'shap'"),
-        (None, {"output": "loss"}, "output must be one of logit, log_odds, got 'loss'"),
-        (None, {"layer_decay": 0}, "layer_decay must be above 0 and at most 1 .*, got 0"),
-        (None, {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
-        (None, {"scratch_bytes": -1}, "scratch_bytes must be a number of at least 1, got -1"),
-        (lambda s: list(s.values()), {}, "clients must be a dict of states by client id, got a list"),
-        (
-            lambda s: bad(s, **{"head.bias": np.array(list("abcd"))}),
-            {},
-            "'c1': tensor 'head.bias' must be a Tensor .*, got a ndarray",
-        ),
-        (None, {"layers": ["heads"]}, "layers must be .*: the model has no 'heads'"),
-        (None, {"reference": {}}, "reference: tensor 'head.weight' is missing"),
-    ],
-)
-def test_errors(block, x, change, options, message):
-    states, _ = reference.perturbed(block)
-    with pytest.raises(TraceFLError, match=message):
-        trace(block, change(states) if change else states, x, **options)
-
-
-def test_inputs_that_are_no_tensors(block, x):
-    with pytest.raises(TraceFLError, match=r"inputs must be a Tensor .* got a ndarray"):
-        trace(block, reference.perturbed(block)[0], x.numpy())
-
-
-def test_inputs_that_want_a_gradient_and_targets_as_a_list(block, x):
-    states, _ = reference.perturbed(block)
-    expected = trace(block, states, x, targets=torch.tensor([0, 1, 2, 3, 0])).contributions
-    assert torch.equal(trace(block, states, x.requires_grad_(), targets=[0, 1, 2, 3, 0]).contributions, expected)
-    assert x.grad is None
-
-
-def test_states_may_hold_floating_point_entries_alone(block, x):
-    states, weights = reference.perturbed(block)
-    floats = {who: {k: v for k, v in s.items() if v.is_floating_point()} for who, s in states.items()}
-    found = trace(block, floats, x, method="influence", weights=weights)
-    close(found.contributions, trace(block, states, x, method="influence", weights=weights).contributions)
-
-
-class Stateful(nn.Sequential):
-    """Its state begins with an entry that is no tensor."""
-
-    def get_extra_state(self):
-        return {"version": 1}
-
-    def set_extra_state(self, state):
-        pass
-
-
-def test_states_may_hold_entries_that_are_no_tensors(block, x):
-    model = Stateful(block)
-    assert next(iter(model.state_dict())) == "_extra_state"
-    found = trace(model, {"a": model.state_dict()}, x)
-    close(found.by_layer, trace(block, {"a": block.state_dict()}, x).by_layer)
-
-
-def test_inputs_and_outputs_that_are_none(block, x):
-    states, _ = reference.perturbed(block)
-    with pytest.raises(TraceFLError, match="at least 1"):
-        trace(block, states, x[:0])
-    stem = {who: {"weight": s["stem.weight"], "bias": s["stem.bias"]} for who, s in states.items()}
-    with pytest.raises(TraceFLError, match="output must be logits"):
-        trace(block.stem, stem, x)
-    with pytest.raises(TraceFLError, match="output for input 3 is not finite"):
-        trace(block, states, torch.cat([x[:3], x[3:4] * torch.nan]))
-
-
 def test_integrated_shares_add_up_to_the_change(block, x):
     incoming = copy.deepcopy(block.state_dict())
     states, weights = reference.perturbed(block, scale=0.2)
@@ -473,43 +293,6 @@ def test_threads(block, x):
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda _: trace(block, states, x, method="influence", weights=weights), range(12))
     assert all(torch.equal(f.contributions, expected) for f in found)
-
-
-def test_clients_and_reference_may_be_files(block, x, tmp_path):
-    states, weights = reference.perturbed(block)
-    files = {who: tmp_path / f"{who}.safetensors" for who in states}
-    for who, file in files.items():
-        save_file(states[who], file)
-    for options in ({}, {"weights": weights, "reference": states["c2"]}, {"weights": weights, "method": "influence"}):
-        expected = trace(block, states, x, **options)
-        if "reference" in options:
-            options = options | {"reference": str(files["c2"])}
-        for clients in (files, {who: str(file) for who, file in files.items()}, files | {"c1": states["c1"]}):
-            assert torch.equal(trace(block, clients, x, **options).by_layer, expected.by_layer)
-
-
-def test_files_that_hold_no_state(block, x, tmp_path):
-    states, _ = reference.perturbed(block)
-    file = tmp_path / "eve.safetensors"
-    with pytest.raises(TraceFLError, match=r"client 'eve': .*eve\.safetensors cannot be read \(No such file"):
-        trace(block, {"eve": file}, x)
-    with pytest.raises(TraceFLError, match=r"is no file: correct the path"):
-        trace(block, {"eve": tmp_path}, x)
-    for content in (b"", b"PK\x03\x04 a pickle of PyTorch's", (8).to_bytes(8, "little") + b"no json!"):
-        file.write_bytes(content)
-        with pytest.raises(
-            TraceFLError, match=r"client 'eve': .*eve\.safetensors is no safetensors file: write it with safetensors"
-        ):
-            trace(block, {"eve": file}, x)
-    with pytest.raises(TraceFLError, match=r"client 'eve' must be a state dict, .* or the path .*, got a NoneType"):
-        trace(block, {"eve": None}, x)
-    save_file(states["c0"], file)
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(TraceFLError, match=r"client 'eve': .*eve\.safetensors ends too early: restore it"):
-        trace(block, {"eve": file}, x)
-    save_file({name: w for name, w in states["c0"].items() if name != "conv.weight"}, file)
-    with pytest.raises(TraceFLError, match=r"client 'eve': tensor 'conv\.weight' is missing, though another sends it"):
-        trace(block, {"eve": file, "c1": states["c1"]}, x)
 
 
 def test_nothing_is_kept(block, x):

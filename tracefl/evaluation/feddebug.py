@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from tracefl.classifier import exact
 from tracefl.config import Config
 from tracefl.data.examples import IMAGE_SIZE, MEAN, STD
-from tracefl.evaluation.localization import NAN
 from tracefl.evaluation.metrics import Metric
 from tracefl.evaluation.selection import faulty_clients
 from tracefl.evaluation.stopwatch import Stopwatch
+from tracefl.judged import NAN
 from tracefl.models import load_exchanged_state
 from tracefl.runs import Run
 from tracefl.states import State

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tracefl.evaluation.localization import NAN, Judged, against, localize, name_faulty
+from tracefl.evaluation.localization import against, localize, name_faulty
 from tracefl.evidence.answers import CONFIDENCE, AnswerSets, members
+from tracefl.judged import NAN, Judged
 from tracefl.record import Round
 from tracefl.runs import Run
 

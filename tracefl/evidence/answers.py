@@ -33,7 +33,7 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from tracefl.errors import as_sentence, require
-from tracefl.evaluation.localization import NAN, Judged
+from tracefl.judged import NAN, Judged
 from tracefl.provenance.result import Provenance
 
 CONFIDENCE = 0.9

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from tracefl.classifier import Batch, exact, full_precision
 from tracefl.errors import require
-from tracefl.evaluation.localization import spearman
 from tracefl.evidence.game import Game
+from tracefl.judged import spearman
 from tracefl.states import State
 
 MOST_CLIENTS = 14  # 16,384 fusions

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tracefl.classifier import Batch, batch_size, copied, exact, logits_of, take
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
+from tracefl.evidence.change import Change
 from tracefl.evidence.game import Explained
 from tracefl.evidence.recorded_states import RecordedStates
 from tracefl.provenance.state import traced_state
@@ -24,7 +25,6 @@ PROXY, FADING = 0.7, 0.3  # "mixed": R(d) = 0.7 of the proxy's + 0.3 of memory 0
 
 # How a client trains, and the settings of a run of TraceFL's that say so.
 _TRAINING = {"epochs": "client.epochs", "lr": "client.lr", "batch_size": "batch_size"}
-Difference = dict[str, Tensor]  # traced tensor -> what it differs by
 
 
 @dataclass
@@ -38,10 +38,9 @@ class Memory:
     def name(self) -> str:
         return f"the whole run, memory {self.c:g}"
 
-    def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
-        for d in differences.values():
-            for name in self.recorded.aliases_of(t):
-                d[name] *= self.c
+    def __call__(self, t: int, changes: dict[str, Change], W: dict[str, Tensor]) -> None:
+        for change in changes.values():
+            change.fade(self.c, self.recorded.aliases_of(t))
 
 
 @dataclass
@@ -67,30 +66,30 @@ class Proxy:
         self.name = f"the whole run, {mixed if self.share < 1 else 'memory by proxy'}"
         self.counts = {client.id: client.label_counts for client in self.recorded.run.clients}
 
-    def __call__(self, t: int, differences: dict[str, Difference], W: dict[str, Tensor]) -> None:
-        if not differences:
+    def __call__(self, t: int, changes: dict[str, Change], W: dict[str, Tensor]) -> None:
+        if not changes:
             return
         p, names = self.recorded.p[t], self.recorded.aliases_of(t)
         order = torch.randperm(len(p), generator=torch.Generator().manual_seed(t)).tolist()
         drawn = [list(p)[i] for i in order]
-        others = {k: [j for j in drawn if j != k][: self.most] for k in differences}
-        answers = {k: {name: torch.zeros_like(d[name]) for name in names} for k, d in differences.items()}
+        others = {k: [j for j in drawn if j != k][: self.most] for k in changes}
+        answers = {k: {name: torch.zeros_like(change.d[name]) for name in names} for k, change in changes.items()}
         for j in drawn:
-            answering = [k for k in differences if j in others[k]]
+            answering = [k for k in changes if j in others[k]]
             if not answering:
                 continue
             rows, seed = self._drawn(t, j), 1000 * t + drawn.index(j)
             start = self._train(W, None, rows, seed)
             for k in answering:
-                end, share = self._train(W, differences[k], rows, seed), p[j] / sum(p[i] for i in others[k])
+                end, share = self._train(W, changes[k], rows, seed), p[j] / sum(p[i] for i in others[k])
                 for name, answer in answers[k].items():
                     answer.add_(end[name] - start[name], alpha=share)
-        for k, d in differences.items():
+        for k, change in changes.items():
             for name in names:
-                d[name].mul_((1 - self.share) * FADING).add_(answers[k][name], alpha=self.share)
+                change.d[name].mul_((1 - self.share) * FADING).add_(answers[k][name], alpha=self.share)
 
-    def _train(self, W: dict[str, Tensor], d: Difference | None, rows: Tensor, seed: int) -> dict[str, Tensor]:
-        self.recorded.put(W, d)
+    def _train(self, W: dict[str, Tensor], change: Change | None, rows: Tensor, seed: int) -> dict[str, Tensor]:
+        self.recorded.put(W, change)
         self.trained.load_state_dict(self.recorded.model.state_dict())
         with torch.random.fork_rng(), torch.enable_grad():
             train(self.trained, self.examples[rows], seed=seed, **self.training)

@@ -1,19 +1,17 @@
 """The states of a recorded run up to a round, as replaying it needs them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from tracefl.errors import require
+from tracefl.evidence.change import Change, weights_of
 from tracefl.provenance.clients import States
 from tracefl.provenance.state import names_of_adapters, traced_state
 from tracefl.provenance.trace import normalised
-from tracefl.record import Round
 from tracefl.runs import Run
 from tracefl.states import State, as_real, as_state
-
-LEAST_VARIANCE = 0.1  # of a running variance, in units of the model's own
 
 
 class RecordedStates:
@@ -28,7 +26,7 @@ class RecordedStates:
     def __init__(self, run: Run, model: nn.Module, last: int):
         self.run, self.model, self.last = run, model, last
         self.saved_as = names_of_adapters(model)
-        self.p = {record.number: _weights(record) for record in run.rounds[:last]}
+        self.p = {record.number: _shares(weights_of(record)) for record in run.rounds[:last]}
         took_part = {client.id for record in run.rounds[:last] for client in record.clients}
         known = [client.id for client in run.clients if client.id in took_part]
         self.ids = known + sorted(took_part - set(known))
@@ -39,7 +37,6 @@ class RecordedStates:
         self.aliases, self.tensors = state.aliases, {name: as_real(w) for name, w in state.tensors.items()}
         require(self.tensors, f"no client of {run.path} sends a floating-point tensor: there is nothing to replay")
         self.nbytes = sum(w.nbytes for w in self.tensors.values())
-        self.variances = [name for name in self.tensors if name.rpartition(".")[2] == "running_var"]
 
     def _clients(self, t: int) -> dict[str, State]:
         record = self.run.round(t)
@@ -59,23 +56,28 @@ class RecordedStates:
         return W
 
     @torch.no_grad()
-    def put(self, W: Mapping[str, Tensor], d: Mapping[str, Tensor] | None = None) -> None:
+    def put(self, W: Mapping[str, Tensor], change: Change | None = None) -> None:
         """Make W + d the model's weights."""
         for name, tensor in self.tensors.items():
-            moved = W[name] if d is None else W[name] + d[name]
-            least = LEAST_VARIANCE * W[name] if name in self.variances else None
-            tensor.copy_(moved if least is None else torch.maximum(moved, least))
+            w = W[name]
+            tensor.copy_(w if change is None else change.positive(name, w + change.d[name], w))
 
-    def without(self, t: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Of every tensor that round t fuses: its name, and client -> fusion without it - fusion.
+    def no_change(self) -> Change:
+        return Change({name: torch.zeros_like(w) for name, w in self.tensors.items()})
 
-        Every client is read once. A client with all the weight is left out.
+    def leave_out(self, t: int, changes: Mapping[str, Change]) -> None:
+        """Add F' - F of round t without that client to its change; every client is read once.
+
+        A client with all the weight is left out.
         """
-        states = States(self.clients[t], self.entries, self.aliases_of(t))
+        states, p = States(self.clients[t], self.entries, self.aliases_of(t)), self.p[t]
         for name in self.aliases_of(t):
-            thetas = states.tensors([name], 0, len(self.p[t]))
-            fused, clients = self._mean(t, thetas), zip(self.p[t].items(), thetas, strict=True)
-            yield name, {k: p / (1 - p) * (fused - theta.double()) for (k, p), theta in clients if p < 1}
+            thetas = states.tensors([name], 0, len(p))
+            F = self._mean(t, thetas)
+            for (k, p_k), theta in zip(p.items(), thetas, strict=True):
+                if k in changes and p_k < 1:
+                    by = p_k / (1 - p_k) * (F - theta.double())
+                    changes[k].add(name, by.to(theta.dtype))
 
     def fusion(self, t: int, W: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Σ p W_k of round t; what its clients do not send is as in W."""
@@ -91,7 +93,6 @@ class RecordedStates:
         return {name: some for name, some in self.aliases.items() if self.sent[t] & set(some)}
 
 
-def _weights(record: Round) -> dict[str, float]:
+def _shares(weights: dict[str, float]) -> dict[str, float]:
     """p_k of the clients whose updates a round used; none, if it used no update."""
-    used = {client.id: client.weight for client in record.clients if client.weight != 0}
-    return dict(zip(used, normalised(used, list(used)).tolist(), strict=True)) if used else {}
+    return dict(zip(weights, normalised(weights, list(weights)).tolist(), strict=True)) if weights else {}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tracefl.classifier import copied, logits_of
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
-from tracefl.evidence.without import known_ids, opened, rounds_of, state_without, weights_of
+from tracefl.evidence.change import weights_of
+from tracefl.evidence.without import known_ids, opened, rounds_of, state_without
 from tracefl.models import exchanged_state
 from tracefl.provenance.trace import as_classes
 from tracefl.runs import Run

@@ -1,21 +1,18 @@
 """The whole run: who is responsible for the model as it is now?
 
 With 10 of 100 clients in a round, the last round cannot answer for the other 90. The truth is to
-train the federation again without client k. Replay follows the recorded rounds instead: d_k is what
-the global model would differ by without k,
+train the federation again without client k. Replay follows the recorded rounds instead, with d_k
+what the global model would differ by without k (d_t of `change`):
 
-    d_k <- R_t(d_k) + (fusion of round t without k  -  fusion of round t),
     k's contribution:  y(W_T) - y(W_T + d_k),
 
-and R_t is how the clients of round t, who train on from another model, answer it: a memory,
-R(d) = c d; a proxy, R(d) = Σ_j p'_j (F_j(W + d) - F_j(W)), with F_j a training on examples of the
-server's whose labels are as client j's; or both, 0.7 of the proxy's and 0.3 of memory 0.3's: the
-proxy knows which directions last, but what it errs would grow from round to round if all was kept.
+and R_t, how the clients of round t answer a difference, a memory, R(d) = c d; a proxy,
+R(d) = Σ_j p'_j (F_j(W + d) - F_j(W)), with F_j a training on examples of the server's whose labels
+are as client j's; or both, 0.7 of the proxy's and 0.3 of memory 0.3's: the proxy knows which
+directions last, but what it errs would grow from round to round if all was kept.
 The other method is the sum over rounds of y(W_t) - y(W_t without k in round t).
 
-What the server did beyond averaging (noise, an optimizer), the released model - Σ p W, stays as it
-was. Without its only client there is no round, and W_{t-1} + d_k stays. What no client sends in a
-round stays. A running variance of W + d is at least a tenth of W's.
+Without its only client there is no round. What no client sends in a round stays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +25,9 @@ from torch import Tensor, nn
 from tracefl.classifier import Batch, batch_size, copied, exact, full_precision
 from tracefl.data.examples import Examples
 from tracefl.errors import TraceFLError, require
+from tracefl.evidence.change import Change
 from tracefl.evidence.game import Explained
-from tracefl.evidence.reaction import Difference, Memory, Proxy, reaction
+from tracefl.evidence.reaction import Memory, Proxy, reaction
 from tracefl.evidence.recorded_states import RecordedStates
 from tracefl.provenance.clients import States
 from tracefl.provenance.result import Provenance
@@ -146,36 +144,32 @@ def _replay(recorded: RecordedStates, at: Explained, react: Memory | Proxy, scra
     some = max(1, scratch_bytes // 4 * 3 // (copies * recorded.nbytes))
     for first in range(0, len(ids), some):
         followed = ids[first : first + some]
-        for k, d in _differences(recorded, followed, react).items():
-            recorded.put(W_T, d)
+        for k, change in _changes(recorded, followed, react).items():
+            recorded.put(W_T, change)
             share[:, ids.index(k)] = y - at.y(f"the model without client {k!r}", partial(_check, recorded))
     recorded.put(W_T)
     return Provenance("replay", ids, torch.as_tensor(at.targets).cpu(), share[None], [react.name])
 
 
 @torch.no_grad()
-def _differences(recorded: RecordedStates, ids: Sequence[str], react: Memory | Proxy) -> dict[str, Difference]:
-    """Client -> d_k after the last round, of those with an update that counted."""
-    differences = dict[str, Difference]()
+def _changes(recorded: RecordedStates, ids: Sequence[str], react: Memory | Proxy) -> dict[str, Change]:
+    """Client -> its change after the last round, of those with an update that counted."""
+    changes = dict[str, Change]()
     for t, p in recorded.p.items():
         alone = next(iter(p)) if len(p) == 1 else None
         W = recorded.load(t - 1) if alone in ids or isinstance(react, Proxy) else {}
         if p:
-            answering = {k: d for k, d in differences.items() if k != alone}
-            react(t, answering, W)
+            react(t, {k: change for k, change in changes.items() if k != alone}, W)
         for k in ids:
-            if k in p and k not in differences:
-                differences[k] = {name: torch.zeros_like(w) for name, w in recorded.tensors.items()}
-        if alone is not None:
-            if alone in ids:
-                released = recorded.load(t)
-                for name, of in differences[alone].items():
-                    of += W[name] - released[name]
-            continue
-        for name, of_clients in recorded.without(t):
-            for k in of_clients.keys() & differences.keys():
-                differences[k][name] += of_clients[k].to(differences[k][name].dtype)
-    return differences
+            if k in p and k not in changes:
+                changes[k] = recorded.no_change()
+        if alone in changes:
+            released = recorded.load(t)
+            for name, w in W.items():
+                changes[alone].add(name, w - released[name])
+        elif alone is None and p:
+            recorded.leave_out(t, changes)
+    return changes
 
 
 @torch.no_grad()
@@ -194,12 +188,10 @@ def _sum(recorded: RecordedStates, at: Explained, scratch_bytes: int) -> Provena
         taken = list(p) if len(p) > 1 else []
         for first in range(0, len(taken), some):
             followed = taken[first : first + some]
-            d = {k: {name: torch.zeros_like(w) for name, w in W.items()} for k in followed}
-            for name, of_clients in recorded.without(t):
-                for k in followed:
-                    d[k][name] += of_clients[k].to(W[name].dtype)
-            for k in followed:
-                recorded.put(W, d[k])
+            changes = {k: recorded.no_change() for k in followed}
+            recorded.leave_out(t, changes)
+            for k, change in changes.items():
+                recorded.put(W, change)
                 whose = f"the model of round {t} without client {k!r}"
                 by_round[t - 1, :, ids.index(k)] = y - at.y(whose, check)
         if len(p) == 1:

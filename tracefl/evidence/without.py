@@ -1,18 +1,7 @@
 """A recorded run's model without some of its clients.
 
-The round, fused again without them (W_t: the model that round t released, F_t: the mean of its
-clients by their weights p_k, F'_t: the mean of those that are kept),
-
-    W'_t = W_t + d_t,    d_t = F'_t - F_t;
-
-or replayed, every round from `since` on without them, a share c of what is changed being carried on
-(`memory`, 1 unless given):
-
-    d_t = c d_{t-1} + F'_t - F_t.
-
-What the server adds to the mean (noise, an optimizer's step) stays as it was: W_t - F_t. A round
-with nobody left keeps the model that came in, W'_t = W'_{t-1}. A running variance stays positive:
-it keeps at least a tenth of W_t's, or of F'_t's if that is less.
+Its round, fused again without them; or replayed, every round from `since` on without them, a share
+c of what is changed being carried on (`memory`, 1 unless given): d_t of `change`, with R(d) = c d.
 
 How the others would have trained from the changed model is left out: later rounds undo part of a
 change, for which c below 1 stands. Only a training without the clients (exclude_clients) has it.
@@ -25,12 +14,11 @@ import torch
 from torch import Tensor
 
 from tracefl.errors import require
+from tracefl.evidence.change import Change, is_variance, weights_of
 from tracefl.evidence.fusion import as_ids, mean_of, same_names, wide
 from tracefl.record import Round
 from tracefl.runs import Run
 from tracefl.states import State, is_continuous
-
-LEAST_VARIANCE = 0.1  # of what it is without the clients, or in the model if that is less
 
 
 @torch.no_grad()
@@ -74,26 +62,24 @@ def state_without(
     return replay.state()
 
 
-class _Replay:
-    """The change d of the model, round by round.
+class _Replay(Change):
+    """The change d of the model, in float64 or complex128, round by round.
 
     Attributes:
         released: W_t of the round that is replayed.
-        change: d_t, name -> float64 or complex128; what is not there has not changed.
-        least: of running variances that were changed, what they were without the clients.
         fused: W'_t of what was fused without clients in this round: F'_t + W_t - F_t + c d_{t-1},
             which has no rounding error of the clients' that are left out.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.released: State = {}
-        self.change, self.least, self.fused = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+        self.fused = dict[str, Tensor]()
 
     def carry_on(self, memory: float) -> None:
         """The next round, in which others train."""
         self.fused = {}
-        for change in self.change.values():
-            change *= memory
+        self.fade(memory, self.d)
 
     def keep_incoming(self, incoming: State) -> None:
         """W'_t = W'_{t-1}, where nobody is left."""
@@ -113,24 +99,22 @@ class _Replay:
                 W, F = self.released[name], torch.lerp(leave, stay, 1 - p_out)
                 rounded = len(states) * torch.finfo(dtype).eps * (p_out * leave.abs() + (1 - p_out) * stay.abs())
                 added = torch.where((W - F).abs() <= rounded, 0, W - F)
-                self.fused[name] = stay + added + self.change.get(name, 0)
+                self.fused[name] = stay + added + self.d.get(name, 0)
                 self._add(name, p_out * (stay - leave), stay)
 
     def state(self) -> dict[str, Tensor]:
-        """W'_t = W_t + d_t."""
+        """W'_t."""
         state = dict[str, Tensor]()
         for name in self.released:
             state[name] = W = self.released[name]
-            if name in self.change and is_continuous(W):
-                moved = self.fused[name] if name in self.fused else W + self.change[name]
-                if name in self.least:
-                    moved = torch.maximum(moved, LEAST_VARIANCE * torch.minimum(self.least[name], W))
-                state[name] = moved.to(W.dtype)
+            if name in self.d and is_continuous(W):
+                moved = self.fused[name] if name in self.fused else W + self.d[name]
+                state[name] = self.positive(name, moved, W).to(W.dtype)
         return state
 
-    def _add(self, name: str, moved: Tensor, without: Tensor) -> None:
-        self.change[name] = self.change[name] + moved if name in self.change else moved
-        if name.endswith("running_var"):
+    def _add(self, name: str, by: Tensor, without: Tensor) -> None:
+        self.add(name, by)
+        if is_variance(name):
             self.least[name] = without
 
 
@@ -163,9 +147,3 @@ def known_ids(run: Run, without: Collection[str | int]) -> list[str]:
     left_out = as_ids(without, known, "without")
     require(left_out, "without must name the clients to leave out, got none: name one")
     return left_out
-
-
-def weights_of(record: Round, only: Collection[str] | None, but: Collection[str] = ()) -> dict[str, float]:
-    """Weight of every client whose update the round used, above 0."""
-    some = [client for client in record.clients if (only is None or client.id in only) and client.id not in but]
-    return {client.id: client.weight for client in some if client.weight > 0}

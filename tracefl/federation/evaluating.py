@@ -7,41 +7,19 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from tracefl.errors import as_sentence, require
 from tracefl.federation.alike import unlike
-from tracefl.federation.grid import GridView
+from tracefl.federation.loop import Loop
 from tracefl.federation.memory import innermost
-from tracefl.federation.nodes import KnownNodes, Nodes
 from tracefl.federation.privacy import Messages
 from tracefl.federation.replies import BadReplyError, Update, as_line, read_evaluation
-from tracefl.runs import Run
 
 log = logging.getLogger("tracefl")
 
 
-class Evaluations:
+class Evaluations(Loop):
     """What `Rounds` makes of evaluations: recorded ones are not asked for again."""
-
-    strategy: Strategy
-    run: Run
-    index: int
-    _own: dict[str, Callable[..., Any]]
-    _sampling_since: float | None
-
-    options: Any
-    nodes: Nodes | KnownNodes
-    _view: GridView
-
-    def _note_changes(self) -> None:
-        raise NotImplementedError
-
-    def _flowers(self) -> bool:
-        raise NotImplementedError
-
-    def _weight_key(self) -> str | None:
-        raise NotImplementedError
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Messages:
         """The strategy's messages; none if the clients' evaluation is recorded."""

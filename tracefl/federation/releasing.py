@@ -6,22 +6,20 @@ failed, and where that is accepted, the strategy aggregates again without it.
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.serverapp.strategy import FedAvg, QFedAvg, Strategy
 from torch import Tensor
 
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.federation.again import Before
 from tracefl.federation.alike import unlike
-from tracefl.federation.memory import OURS, innermost, parts, state_of
+from tracefl.federation.loop import Loop
+from tracefl.federation.memory import innermost, state_of
 from tracefl.federation.released import Problem, apart, apart_in, failing, fused, spoilt, unusable
 from tracefl.federation.replies import Update
 from tracefl.federation.weights import Weights, assumed, find_weights
 from tracefl.record import Participant
-from tracefl.runs import Run
 from tracefl.states import State
 from tracefl.training import Evaluation
 
@@ -43,21 +41,8 @@ class Made:
     before: Before | None
 
 
-class Releases:
+class Releases(Loop):
     """What `Rounds` makes of the updates of a round."""
-
-    strategy: Strategy
-    run: Run
-    index: int
-    options: Any
-    _own: dict[str, Any]
-    _chosen: list[str]
-    _updates: dict[str, tuple[str, Update, Participant]]  # client -> message id, ...
-    _unwritten: list[Any]
-    _failures: dict[str, str]  # client -> why
-    _not_finite: dict[str, str]  # client -> which values
-    _expected: dict[str, Tensor]
-    _used: dict[int, float]  # id() of a content -> its weight
 
     def _release(self, server_round: int, given: dict[str, Message]) -> Made:
         """What the strategy makes of the accepted updates, and what is wrong with it."""
@@ -142,15 +127,6 @@ class Releases:
             return found
         name = type(innermost(self.strategy)).__name__
         return assumed(known["examples"], f"round {self.index}: what weights {name} gave the updates")
-
-    def _flowers(self) -> bool:
-        """Whether Flower's own code averages, by the weight that it is seen to use for metrics."""
-        kinds = [next(k for k in type(p).__mro__ if "aggregate_train" in vars(k)) for p in parts(self.strategy)]
-        plain = isinstance(innermost(self.strategy), FedAvg) and not isinstance(innermost(self.strategy), QFedAvg)
-        return plain and all(kind.__module__.startswith(OURS) for kind in kinds)
-
-    def _weight_key(self) -> str | None:
-        return getattr(innermost(self.strategy), "weighted_by_key", None)
 
     def _check_alike(self) -> None:
         """Leave out who sends something else than most clients."""

@@ -7,101 +7,39 @@ recorded model and metrics are returned; so a run that goes on has true round nu
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Strategy
-from torch import Tensor
+from flwr.serverapp.strategy import Strategy
 
 from tracefl.errors import TraceFLError, require
+from tracefl.federation.beginning import Beginnings
 from tracefl.federation.evaluating import Evaluations
 from tracefl.federation.grid import GridView
-from tracefl.federation.memory import fingerprints, innermost, parts
+from tracefl.federation.loop import EQUAL_WEIGHTS
+from tracefl.federation.loop import Options as Options
+from tracefl.federation.memory import parts
 from tracefl.federation.nodes import KnownNodes, Nodes, by_number
-from tracefl.federation.privacy import Aggregated, FixedClipping, Messages
-from tracefl.federation.released import apart_in, failing, not_finite, unusable
+from tracefl.federation.privacy import Aggregated, Messages
 from tracefl.federation.releasing import Releases
-from tracefl.federation.replies import (
-    EXAMPLES,
-    BadReplyError,
-    Expected,
-    NotFiniteError,
-    Update,
-    put_in_order,
-    read_update,
-)
+from tracefl.federation.replies import BadReplyError, NotFiniteError, put_in_order, read_update
 from tracefl.federation.resend import Resending
-from tracefl.record import ClientInfo, Participant
 from tracefl.runs import Run
-from tracefl.states import State
-from tracefl.training import Evaluation
 
-EQUAL_WEIGHTS = (FedMedian, FedTrimmedAvg, Bulyan)  # every update that they use counts the same
 WATCHED = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 MOST_UNWRITTEN = 3  # updates in memory beside the replies, until they are written
 log = logging.getLogger("tracefl")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Arguments of `Recorder` that matter in a round."""
-
-    evaluate: Callable[[State], Evaluation] | None
-    accept_failures: bool
-    clients_per_round: int | None
-    seed: int
-    excluded: Collection[str]
-    arrayrecord_key: str | None
-    node_timeout: float
-    on_client: Callable[[int, str, Mapping[str, Any]], None]
-    on_round: Callable[[Run], None]
-    joining: bool  # whether a client that comes later is one of the run's
-
-
-class Rounds(Releases, Evaluations):
-    """One loop of a strategy over its rounds.
-
-    Args:
-        strategy: Flower's, or the app's own.
-        run: rounds are added to it.
-        nodes: which node is which client.
-        options: as of the recorder.
-        wanted: how many rounds the loop has.
-        order: names of the model's entries, which early runs do not hold.
-        reads_all: whether the loop looks at the model of every recorded round.
-
-    Attributes:
-        index: the round that the loop is in, from 1; 0 before.
-    """
-
-    def __init__(
-        self,
-        strategy: Strategy,
-        run: Run,
-        nodes: Nodes | KnownNodes,
-        options: Options,
-        *,
-        wanted: int,
-        order: list[str],
-        reads_all: bool,
-    ) -> None:
-        self.strategy, self.run, self.nodes, self.options = strategy, run, nodes, options
-        self.wanted, self.order, self.reads_all, self.index = wanted, order, reads_all, 0
-        self._own = {name: getattr(strategy, name) for name in WATCHED}
-        self._used: dict[int, float] = {}  # id() of a content -> its weight
-        self._first_values: dict[str, bytes] | None = None
-        self._away: list[str] = []  # clients without a node
-        self._sampling_since: float | None = None
-        self._client_of: dict[int, str] = {}  # node that is asked in this round -> client
-        self._held: dict[str, int] = {}  # client -> how many examples it holds, where that is known
-        self._unknown: set[str] = set()  # clients of which it was said that it is not
+class Rounds(Beginnings, Releases, Evaluations):
+    """One loop of a strategy over its rounds: whom it asks, and what comes back."""
 
     def view(self, grid: Grid) -> GridView:
         """The grid for the strategy: it shows nodes whose clients are known; replies are read."""
@@ -111,6 +49,7 @@ class Rounds(Releases, Evaluations):
 
     def watch(self, undo: ExitStack) -> None:
         """Put these methods in place of the strategy's, until `undo` is closed."""
+        self._own = {name: getattr(self.strategy, name) for name in WATCHED}
         self._writer = undo.enter_context(ThreadPoolExecutor(1, "tracefl-writer"))  # while others train
         for name in WATCHED:
             _replace(undo, self.strategy, name, getattr(self, name))
@@ -185,71 +124,6 @@ class Rounds(Releases, Evaluations):
             grid = cast(Grid, GridView(grid, nodes=[-1 - i if n is None else n for i, n in enumerate(shown)]))
         return grid, absent
 
-    def _begin(self, arrays: ArrayRecord) -> None:
-        """Nothing is known of this round yet but the model that it begins with."""
-        if self._first_values is None:
-            self._first_values = fingerprints(self.strategy)
-        self._updates: dict[str, tuple[str, Update, Participant]] = {}  # client -> message id, ...
-        self._unwritten: list[tuple[str, str, Update, Future[Participant]]] = []
-        self._failures: dict[str, str] = {}  # client -> why
-        self._used = {}
-        self._not_finite: dict[str, str] = {}  # client -> which values
-        self._expected: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
-        self._check_sent()
-        self._wanted = self._expect()
-        self._view.asked.clear()  # what comes late is no reply of this round
-        self._tasks.forget()
-        self._look_for_nodes()
-
-    def _check_sent(self) -> None:
-        """Send no model that cannot be trained on: clients would be blamed for it."""
-        before, last = self.index - 1, self.run.rounds[-1] if self.run.rounds else None
-        problem = not_finite(self._expected) or (unusable(self._expected, self.run.global_state(0)) if last else None)
-        if problem is None and last is not None and last.loss is not None:
-            problem = failing(last)
-        if problem is not None:
-            found = apart_in(self.run, before, problem.entry)
-            whose = f", client {found.client}'s update of round {before} stands apart: {found}" if found else ""
-            told = f"{f'the model of round {before}' if before else 'the initial model'} {problem.text}{whose}"
-            remedy = "train from another one, in another folder"
-            raise TraceFLError(f"round {self.index}: {told}; clients are not asked to train it: {remedy}.")
-
-    def _expect(self) -> Expected:
-        """What a reply of this round must be."""
-        ours = any(type(part).__module__.startswith("tracefl.") for part in parts(self.strategy))
-        key, record = self._weight_key(), self.options.arrayrecord_key
-        return Expected(self._expected, key, record, several=not self._flowers(), counted=ours)
-
-    def _look_for_counts(self) -> None:
-        """How many examples a client holds, where it is known; say where it is not, once."""
-        self._held = {
-            client.id: sum(client.label_counts.values()) for client in self.run.clients if client.label_counts
-        }
-        key, equal = self._weight_key() or EXAMPLES, isinstance(innermost(self.strategy), EQUAL_WEIGHTS)
-        known = self._held.keys() | self._unknown if key == EXAMPLES else self._unknown
-        unknown = [client for client in self._chosen if client not in known]
-        if unknown and not equal and not any(isinstance(part, FixedClipping) for part in parts(self.strategy)):
-            self._unknown |= set(unknown)
-            some = ", ".join(unknown[:5]) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
-            remedy = "; clients=[ClientInfo(id, label_counts), ...] lets it be checked" if key == EXAMPLES else ""
-            log.warning("the share of client %s in the mean is what it says itself (%s)%s", some, key, remedy)
-
-    def _look_for_nodes(self) -> None:
-        """Ask the nodes that have come, and say which clients have none."""
-        there = set(self.nodes.refresh(retry=True).values())
-        away = [client.id for client in self.run.clients if client.id not in there]
-        if away != self._away and away:
-            log.warning("round %d: no node is there for client %s: not asked", self.index, ", ".join(away))
-        self._away = away
-
-    def _join(self, clients: Iterable[str]) -> None:
-        """A client that came later is one of the run's from now on."""
-        known = {client.id for client in self.run.clients}
-        for client in clients if self.options.joining else []:
-            if client not in known:
-                log.warning("round %d: client '%s' has joined the run", self.index, client)
-                self.run.add_client(ClientInfo(client))
-
     def _receive(self, reply: Message) -> None:
         """Check one reply and record it. It is of the node that was asked, whoever answers."""
         asked = self._view.asked.get(reply.metadata.reply_to_message_id)
@@ -309,13 +183,6 @@ class Rounds(Releases, Evaluations):
         self.run.record_round(number, participants, made.released, evaluation, self._failures, state, metrics, source)
         self.options.on_round(self.run)
         return (None if arrays is None else ArrayRecord(made.released)), metrics
-
-    def _note_changes(self) -> None:
-        """Record which values the strategy keeps, but cannot give: those that have changed."""
-        if self._first_values is not None:
-            now = fingerprints(self.strategy)
-            changed = {name for name in now if now[name] != self._first_values.get(name)}
-            self.run.note_unsaved(sorted({*self.run.unsaved, *changed}))
 
     def _again(self, number: int) -> Aggregated:
         """Model and metrics of a recorded round; only a loop that looks at all reads all."""

@@ -11,8 +11,8 @@ import pandas as pd
 
 from tracefl.config import Config
 from tracefl.data.prepared import PreparedData
-from tracefl.evaluation.localization import Judged
 from tracefl.evaluation.metrics import MODEL, means
+from tracefl.judged import Judged
 from tracefl.runs import Run
 from tracefl.storage import rounds_named
 
