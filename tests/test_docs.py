@@ -1,9 +1,13 @@
 """README and docs/: every Python block runs, every command line composes, and what they name is there."""
 
+import doctest
+import importlib
+import inspect
 import logging
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,6 +190,31 @@ def test_the_api_page_has_every_public_name():
     for home in (tracefl.flower, tracefl.provenance):
         listed = {line.split(".")[-1] for line in page.splitlines() if line.startswith(f"::: {home.__name__}.")}
         assert listed <= set(home.__all__)
+
+
+def on_the_api_page() -> list[Any]:
+    """What the API page lists, the methods of `Run` that it lists, and those of an answer."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = re.findall(r"^::: (.+)\.(\w+)$", page, re.M)
+    methods = [getattr(tracefl.Run, name) for name in re.findall(r"^        - (\w+)$", page, re.M)]
+    methods += [tracefl.Provenance.ranking, tracefl.Provenance.sets, tracefl.AnswerSets.coverage]
+    return [getattr(importlib.import_module(module), name) for module, name in names] + methods
+
+
+def name_of(entry: Any) -> str:
+    return getattr(entry, "__qualname__", "")
+
+
+@pytest.mark.parametrize("function", [*filter(inspect.isroutine, on_the_api_page())], ids=name_of)
+def test_every_argument_is_described(function):
+    described = re.findall(r"^    \**(\w+): ", inspect.getdoc(function).partition("Args:\n")[2], re.M)
+    assert set(inspect.signature(function).parameters) - {"self"} <= set(described)
+
+
+@pytest.mark.parametrize("entry", on_the_api_page(), ids=name_of)
+def test_its_example_imports_what_it_uses(entry):
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(entry) or "", {}, name_of(entry), None, None)
+    assert not doctest.DocTestRunner().run(example).failed
 
 
 def test_the_citation_is_of_this_version():

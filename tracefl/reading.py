@@ -47,6 +47,9 @@ class Recorded:
         Args:
             path: the run's folder.
 
+        Returns:
+            The run, with its `clients` and its complete `rounds`.
+
         Raises:
             TraceFLError: there is no run at `path`, or its header is damaged; the message names the
                 entry.
@@ -80,7 +83,13 @@ class Recorded:
         return key in self._header
 
     def round(self, number: int) -> Round:
-        """Round `number`, counted from 1: its record, and the states of its clients.
+        """The record of a round.
+
+        Args:
+            number: the round's, from 1.
+
+        Returns:
+            Who took part with which weight, loss, accuracy and metrics; see `Round`.
 
         Raises:
             TraceFLError: it is not recorded.
@@ -90,17 +99,33 @@ class Recorded:
         return self.rounds[number - 1]
 
     def global_state(self, number: int) -> StateFile:
-        """The model released by round `number`; 0 is the initial model."""
+        """The model that a round released.
+
+        Args:
+            number: the round's; 0: the initial model.
+
+        Returns:
+            Its state dict; a tensor is read, and its file's hash compared, when it is asked for.
+
+        Raises:
+            TraceFLError: the round is not recorded or, on reading, its file is damaged.
+        """
         sha256 = self._header["initial_sha256"] if number == 0 else self.round(number).global_sha256
         return StateFile(self._file(number, "global"), sha256, order=self.entries)
 
     @property
     def entries(self) -> list[str]:
-        """Names of the model's entries in its order; empty for a run recorded before 0.2."""
+        """Names of the model's entries in its order; empty in a run of schema 1."""
         return self._header.get("entries", [])
 
     def client_states(self, number: int) -> dict[str, StateFile]:
-        """Client id -> the model that it sent, of every participant of a round.
+        """The models that a round's participants sent, as `tracefl.trace` takes them.
+
+        Args:
+            number: the round's, from 1.
+
+        Returns:
+            Client id -> state dict, of which a tensor is read when it is asked for.
 
         Raises:
             TraceFLError: a file is missing or damaged, or the states are not kept; all are compared
@@ -113,7 +138,13 @@ class Recorded:
         return states
 
     def model(self, number: int) -> nn.Module:
-        """The model released by round `number` (0: the initial one), on the CPU in evaluation mode.
+        """The model that a round released, ready to use.
+
+        Args:
+            number: the round's; 0: the initial model.
+
+        Returns:
+            The model on the CPU, in eval mode.
 
         Raises:
             TraceFLError: the run is an own Flower app's, which knows how its model is built.
@@ -128,6 +159,9 @@ class Recorded:
 
     def server_examples(self) -> Examples:
         """The server's examples, in the order of `predictions`.
+
+        Returns:
+            Their inputs and labels, see `tracefl.flower.Examples`.
 
         Raises:
             TraceFLError: the run is one of an own Flower app, or its data are gone.
@@ -181,7 +215,13 @@ class Recorded:
         return answer
 
     def predictions(self, number: int) -> Tensor:
-        """What round `number`'s global model predicts for the server's examples, int64 [N].
+        """What a round's model predicts for the server's examples.
+
+        Args:
+            number: the round's, from 1.
+
+        Returns:
+            The predicted classes, int64 [N].
 
         Raises:
             TraceFLError: the run was recorded without `evaluate`.
@@ -200,7 +240,17 @@ class Recorded:
         return StateFile(self._file(number, "strategy"), sha256) if sha256 else {}
 
     def metrics(self, number: int) -> dict[str, dict[str, Any] | None]:
-        """Metrics of a round by kind, as `Round.metrics`; 0: of the initial model."""
+        """The metrics of a round.
+
+        Args:
+            number: the round's; 0: the initial model.
+
+        Returns:
+            "train", "evaluate" (both by clients) and "server", where they are there: name -> value.
+
+        Raises:
+            TraceFLError: the round is not recorded.
+        """
         return self.round(number).metrics if number else numbers(self._header.get("initial_metrics", {}))
 
     @property
@@ -214,7 +264,11 @@ class Recorded:
         return [record for record in self.rounds if record.kept]
 
     def disk(self) -> dict[int, int]:
-        """Bytes on disk of every round's folder; round 0 is the initial model."""
+        """How large the run's models are.
+
+        Returns:
+            Round -> bytes on disk; round 0 is the initial model.
+        """
         numbers = range(len(self.rounds) + 1)
         folders = {number: self._file(number, "global").parent for number in numbers}
         return {

@@ -15,10 +15,14 @@ from tracefl.storage import PackedFile, Storing
 class Participant:
     """A client that took part in a round.
 
-    `weight` is p_k, the share with which the strategy took its update: n_k / sum of n over the
-    updates that it used, or the same for each; 0 for an update that it did not use
-    (`Round.weights_from`). `num_examples` is 0 where the client did not say it. `file` is relative
-    to the round's folder.
+    Attributes:
+        id: the client's.
+        num_examples: n_k, which it trained on; 0 where the client did not say it.
+        weight: p_k, the share with which the strategy took its update: n_k / sum of n over the
+            updates that it used, or the same for each; 0 for an update that it did not use
+            (`Round.weights_from`).
+        file: its state, relative to the round's folder.
+        sha256: of the file.
     """
 
     id: str
@@ -32,29 +36,42 @@ class Participant:
 class Round:
     """One complete round.
 
-    `loss` and `accuracy` are the released model's on the server's data, None where it has none.
-    `metrics` are those of the clients' training ("train"), of their evaluation ("evaluate") and of
-    the app's evaluate_fn ("server"). `weights_from` says where p_k are from: "strategy", as it
-    averaged; "models", found from the released model, which is that mean of the updates; or
-    "assumed", in proportion to num-examples, since neither could be had. `kept` is False where the
-    clients' states are gone (storage.keep=last:N).
+    Attributes:
+        folder: where its files are.
+        base: state dict of the model that it began with.
+        number: from 1.
+        clients: who took part, as `Participant`s.
+        global_sha256: of the released model's file.
+        predictions_sha256: of its predictions' file; None where there are none.
+        loss: the released model's on the server's data; None where it has none.
+        accuracy: likewise, from 0 to 1.
+        failures: client id -> why it was left out.
+        strategy_sha256: of what the strategy carries to the next round; None if nothing.
+        metrics: those of the clients' training ("train"), of their evaluation ("evaluate") and of
+            the app's evaluate_fn ("server").
+        weights_from: where p_k are from: "strategy", as it averaged; "models", found from the
+            released model, which is that mean of the updates; or "assumed", in proportion to
+            num-examples, since neither could be had.
+        kept: False where the clients' states are gone (storage.keep=last:N).
+        entries: names of the model's entries, in its order.
+        storing: how the clients' states are stored.
     """
 
-    folder: Path = field(compare=False, repr=False)  # where its files are
-    base: StateFile = field(compare=False, repr=False)  # the model that it began with
+    folder: Path = field(compare=False, repr=False)
+    base: StateFile = field(compare=False, repr=False)
     number: int
     clients: list[Participant]
     global_sha256: str
     predictions_sha256: str | None
     loss: float | None
     accuracy: float | None
-    failures: dict[str, str] = field(default_factory=dict)  # client id -> why it was left out
-    strategy_sha256: str | None = None  # of what the strategy carries to the next round
+    failures: dict[str, str] = field(default_factory=dict)
+    strategy_sha256: str | None = None
     metrics: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     weights_from: str = "strategy"
     kept: bool = True
-    entries: Sequence[str] = field(default=(), compare=False, repr=False)  # of the model, in its order
-    storing: Storing = field(default_factory=Storing, compare=False, repr=False)  # of the run
+    entries: Sequence[str] = field(default=(), compare=False, repr=False)
+    storing: Storing = field(default_factory=Storing, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """The record as run.json holds it."""
@@ -63,7 +80,13 @@ class Round:
         return record | {"clients": strict([asdict(client) for client in self.clients])}
 
     def client_state(self, client_id: str) -> StateFile:
-        """The model that a client sent, as received; a tensor is read when it is asked for.
+        """The model that a client sent, as received.
+
+        Args:
+            client_id: the client's id.
+
+        Returns:
+            Its state dict; a tensor is read when it is asked for.
 
         Raises:
             TraceFLError: the client did not take part, its state is not kept, or (on reading) its
@@ -89,6 +112,7 @@ class ClientInfo:
         fault: of a faulty client, the kind of its fault.
 
     Example:
+        >>> from tracefl.flower import ClientInfo
         >>> ClientInfo("3", {0: 10, 1: 5}, flipped_label_counts={0: 15}).trained_label_counts
         {0: 15}
     """

@@ -42,6 +42,7 @@ class Run(Compared):
     `run["seed"]` reads an entry of the header.
 
     Example:
+        >>> from tracefl.flower import ClientInfo, Evaluation, Run
         >>> import tempfile, torch
         >>> folder = tempfile.mkdtemp()
         >>> initial, clients = {"w": torch.zeros(2)}, [ClientInfo("0", {7: 3})]
@@ -80,6 +81,9 @@ class Run(Compared):
             storing: what is kept of the clients' states; default: everything, as it was sent.
             **header: further entries of run.json, plain JSON; tracing a configuration's run needs
                 `seed`, an int.
+
+        Returns:
+            The run, without a round.
 
         Raises:
             TraceFLError: `path` holds a recorded run, or another process writes there.
@@ -121,6 +125,9 @@ class Run(Compared):
             clients: as of `create`; a recorded run must have all of these, the same.
             storing: as of `create`; a recorded run must have the same. Default: as it was recorded.
             **header: as of `create`; where a recorded run has these entries, they must be the same.
+
+        Returns:
+            The run, with the rounds that are recorded.
 
         Raises:
             TraceFLError: the recorded run differs; the message names in what.
@@ -241,7 +248,14 @@ class Run(Compared):
         self._save()
 
     def add_client(self, client: ClientInfo) -> None:
-        """Add a client that joined after the run was created; it is saved with the next round."""
+        """Add a client that joined after the run was created; it is saved with the next round.
+
+        Args:
+            client: what is known of it.
+
+        Raises:
+            TraceFLError: the run has a client of this id, or another entry is not as it must be.
+        """
         self._checker.client(f"client {client.id!r}", as_read("clients", asdict(client)))
         self._checker.once("clients", [each.id for each in (*self.clients, client)])
         self.clients.append(client)

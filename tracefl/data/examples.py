@@ -37,6 +37,8 @@ class Examples:
         labels: int64 [N].
 
     Example:
+        >>> import torch
+        >>> from tracefl.flower import Examples
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         >>> texts = Examples({"input_ids": 7 * mask, "attention_mask": mask}, torch.tensor([0, 1]))
         >>> len(texts), texts[torch.tensor([0])].inputs["input_ids"].tolist()

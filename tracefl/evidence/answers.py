@@ -80,6 +80,7 @@ class AnswerSets:
             TraceFLError: not one entry per prediction, or no client of these.
 
         Example:
+            >>> from tracefl import AnswerSets
             >>> found = AnswerSets([["ann", "bob"], [], ["cid"]], ["ann", "bob", "cid", "dan"], 0.9)
             >>> found.size, round(found.nobody, 2), found.coverage(["bob", "cid", ["ann", "bob"]])
             (1.5, 0.33, Judged(value=0.5, chance=0.5))
@@ -120,6 +121,7 @@ def answer_sets(
         TraceFLError: confidence is not between 0 and 1, or `by` does not have N entries.
 
     Example:
+        >>> from tracefl import Provenance, answer_sets
         >>> import torch
         >>> contributions = [[5.0, 4.6, 0.1, 0.0], [5.3, 5.6, 0.0, 0.2], [4.8, 5.1, 0.2, 0.1]]
         >>> by_layer = torch.tensor([contributions], dtype=torch.float64)

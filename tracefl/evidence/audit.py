@@ -53,6 +53,8 @@ class Audit:
         taught: [C, K] how much its training raises the (centred) logit of each class: u_c.
 
     Example:
+        >>> import torch
+        >>> from tracefl import Audit
         >>> values = torch.tensor([0.3, 0.2, 0.25, -1.0, 0.2], dtype=torch.float64)
         >>> found = Audit(list("abcde"), values, values[None], torch.tensor([9]), exact=False)
         >>> [round(z, 1) for z in found.z.tolist()]
@@ -123,6 +125,7 @@ def audit(
     Example:
         The loss of a model that should say 0 would grow without ann, and fall without bob:
 
+        >>> import torch
         >>> from tracefl import audit
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> ann, bob = ({"weight": torch.tensor(w)} for w in ([[2.0], [0.0]], [[0.0], [1.0]]))

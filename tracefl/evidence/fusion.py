@@ -47,6 +47,7 @@ def fuse(
             reference; the message names client and tensor, or the argument, and what to do.
 
     Example:
+        >>> import torch
         >>> from tracefl import fuse
         >>> values = {"ann": 1.0, "bob": 4.0, "eve": 99.0}
         >>> clients = {who: {"w": torch.tensor([w])} for who, w in values.items()}

@@ -71,6 +71,8 @@ class Verdict:
     """Which clients are faulty: `faulty` holds their ids, `clients` a judgement of every one.
 
     Example:
+        >>> from tracefl import Verdict
+        >>> from tracefl.evidence.verdict import Judgement
         >>> found = Verdict(["3"], {"3": Judgement(5.4, 2, "sends back what it received")})
         >>> print(*found.lines(), sep="\\n")
         Verdict: 1 of 1 clients is faulty: c3
@@ -124,7 +126,10 @@ def audit_run(
         on_round: called when a round is audited.
 
     Returns:
-        A table with `COLUMNS` and the values by class, from which `judge` makes the verdict.
+        A row per (round, client), from which `judge` makes the verdict: round, client, weight;
+        value, z, norm, cosine, agreement, aim as of `Audit`; teaches, the class that the client's
+        training raises most, and taught_classes, how many it raises in effect; value_0, value_1,
+        ...: the values by class.
 
     Raises:
         TraceFLError: there is no round, or one cannot be audited, for example because a file is
@@ -147,6 +152,20 @@ def judge(table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Verd
     Args:
         table: of `audit_run`.
         class_names: how to call the classes; default: by their numbers.
+
+    Returns:
+        The faulty clients' ids, and a judgement of every client; see `Verdict`.
+
+    Example:
+        Client 3 of four sends back what it received:
+
+        >>> import pandas as pd
+        >>> from tracefl import judge
+        >>> row = {"round": 1, "weight": 0.25, "value": 0.1, "z": 0.0, "norm": 1.0, "cosine": 0.5}
+        >>> row |= {"agreement": 0.3, "aim": 0.9, "teaches": 0, "taught_classes": 3.0}
+        >>> rows = [{**row, "client": who} for who in "012"] + [{**row, "client": "3", "norm": 0.0}]
+        >>> judge(pd.DataFrame(rows)).faulty
+        ['3']
     """
     took_part = table.groupby("client", sort=False)["round"].count()
     seen = _over_the_rounds(table)

@@ -163,8 +163,9 @@ def whatif(
     Example:
         Client 1 says the opposite of client 0, with more weight:
 
-        >>> import tempfile
-        >>> from tracefl.record import ClientInfo
+        >>> import tempfile, torch
+        >>> from tracefl import whatif
+        >>> from tracefl.flower import ClientInfo, Evaluation, Examples, Run
         >>> good = {"weight": torch.tensor([[2.0], [-2.0]])}
         >>> bad = {"weight": torch.tensor([[-4.0], [4.0]])}
         >>> ids = [ClientInfo("0", {0: 1}), ClientInfo("1", {0: 2})]
@@ -174,7 +175,7 @@ def whatif(
         >>> mean = {"weight": torch.tensor([[-2.0], [2.0]])}
         >>> run.record_round(1, parts, mean, Evaluation(4.0, 0.0, torch.tensor([1, 0])), {})
         >>> examples = Examples(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]))
-        >>> found = whatif(run, [1], examples=examples, model=nn.Linear(1, 2, bias=False))
+        >>> found = whatif(run, [1], examples=examples, model=torch.nn.Linear(1, 2, bias=False))
         >>> found.before.accuracy, found.after.accuracy, found.righted.tolist()
         (0.0, 1.0, [0, 1])
     """

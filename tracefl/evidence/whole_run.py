@@ -87,9 +87,8 @@ def trace_run(
 
     Example:
         >>> import tempfile, torch
-        >>> from tracefl import Run, trace_run
-        >>> from tracefl.record import ClientInfo
-        >>> from tracefl.training import Evaluation
+        >>> from tracefl import trace_run
+        >>> from tracefl.flower import ClientInfo, Evaluation, Run
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> initial, clients = {"weight": torch.zeros(2, 1)}, [ClientInfo(who, {}) for who in "ab"]
         >>> run = Run.create(tempfile.mkdtemp(), initial=initial, clients=clients)

@@ -12,6 +12,13 @@ def identify(message: Message, context: Context) -> Message:
     A client app registers it by `app.query("identify")(identify)`. The answer is what the node's
     configuration has under the key that the server asks for (`Recorder`'s `node_key`).
 
+    Args:
+        message: the server's, with the key that it asks for.
+        context: of the node.
+
+    Returns:
+        A reply whose ConfigRecord has `client`, the node's id as a client.
+
     Raises:
         KeyError: the node's configuration has no such key.
     """

@@ -32,7 +32,11 @@ def whole(theta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dense:
-    """The gradient written out."""
+    """The gradient written out.
+
+    Attributes:
+        values: [N, *θ.shape], of N inputs.
+    """
 
     values: Tensor  # [N, *θ.shape]
 
@@ -41,8 +45,11 @@ class Dense:
 class Outer:
     """G_n = Σ_s left_ns ⊗ right_ns, as linear maps have it.
 
-    `select(θ)` is the slice of θ that the gradient covers, [R, ...] with C entries a row: all of
-    it, or the kernel taps of a convolution that ever see its input.
+    Attributes:
+        left: [N, S, R], of N inputs with S positions each; θ has R rows.
+        right: [N, S, C]; a row of θ has C entries.
+        select: makes of θ the slice that the gradient covers, [R, ...] with C entries a row: all of
+            it, or the kernel taps of a convolution that ever see its input.
     """
 
     left: Tensor  # [N, S, R]
@@ -52,7 +59,12 @@ class Outer:
 
 @dataclass(frozen=True)
 class Rows:
-    """A gradient that is zero but on the rows of θ that an input looks up."""
+    """A gradient that is zero but on the rows of θ that an input looks up.
+
+    Attributes:
+        index: [N, S], whole numbers: the rows that each of N inputs looks up.
+        values: [N, S, C]: the gradient of each of these rows, added up where one comes twice.
+    """
 
     index: Tensor  # [N, S]
     values: Tensor  # [N, S, C]

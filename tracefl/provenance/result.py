@@ -35,6 +35,7 @@ class Provenance:
             where they are exact.
 
     Example:
+        >>> from tracefl import Provenance
         >>> import torch
         >>> by_layer = torch.tensor([[[3.0, 1.0]], [[-1.0, 0.5]]], dtype=torch.float64)
         >>> who, layers = ["ann", "bob"], ["conv", "head"]
@@ -109,7 +110,14 @@ class Provenance:
         return missed.abs() / self.change.abs().mean().clamp_min(torch.finfo(torch.float64).tiny)
 
     def ranking(self, i: int) -> list[tuple[str, float, float]]:
-        """(client id, contribution, score) of input i, largest first; ties keep the order."""
+        """The clients by their contribution to one prediction; ties keep the order.
+
+        Args:
+            i: the number of the input, from 0.
+
+        Returns:
+            K times (client id, contribution, score), largest first.
+        """
         contributions, scores = self.contributions[i], self.scores[i]
         order = contributions.argsort(descending=True, stable=True).tolist()
         return [(self.client_ids[k], contributions[k].item(), scores[k].item()) for k in order]
@@ -117,16 +125,25 @@ class Provenance:
     def sets(self, confidence: float = 0.9) -> "AnswerSets":
         """The answers as sets: who cannot be told from the first, nobody where nothing can be told.
 
-        See `tracefl.evidence.answers.answer_sets`, which takes other groups than the classes.
+        Args:
+            confidence: as of `tracefl.answer_sets`, which also takes other groups than the classes.
+
+        Returns:
+            The sets, see `AnswerSets`.
+
+        Raises:
+            TraceFLError: the confidence is not between 0 and 1.
         """
         from tracefl.evidence.answers import answer_sets  # a later room
 
         return answer_sets(self, confidence=confidence)
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row per input and client: input, target, client, contribution, score, rank (from 1).
+        """The answer as a table.
 
-        Of "shapley" also the contribution's standard_error.
+        Returns:
+            A row per input and client: input, target, client, contribution, score, rank (from 1);
+            of "shapley" also the contribution's standard_error.
         """
         import pandas as pd  # a second of import that tracing itself does not need
 

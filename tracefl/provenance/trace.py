@@ -77,6 +77,8 @@ def trace(
             "logit".
         steps: intervals of the path of "integrated". Default: doubled from 16 until the shares of
             all layers miss the change of y by less than 1 %, up to 256.
+        evaluations: how many fused models "shapley" evaluates. Default: 2 K + 2, without standard
+            errors; from 2 K + 6 on, with them; 2^K (of up to 14 clients) gives exact values.
         scratch_bytes: memory to take beside the model (default 1 GiB); one input always has to fit.
 
     Returns:

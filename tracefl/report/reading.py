@@ -49,6 +49,9 @@ def read(path: str | Path) -> Report:
     Args:
         path: a report.html that `write_page` made, or the folder that holds it.
 
+    Returns:
+        Verdict, rounds, clients, predictions and layers as tables; see `Report`.
+
     Raises:
         TraceFLError: there is no such file, or it is no page of ours.
     """
