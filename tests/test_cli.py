@@ -22,6 +22,7 @@ from tracefl.checks import load
 from tracefl.evaluation.own import text_inputs
 from tracefl.pipeline import run_experiment
 from tracefl.record import ClientInfo
+from tracefl.report import read, write_page
 from tracefl.results import write_result
 from tracefl.sealed import KEY, sealed
 
@@ -118,6 +119,28 @@ def test_shapley_has_standard_errors_and_a_set_from_them(answer, run):
     assert (found["set"], found["set_from"]) == (expected.sets().sets[0], "standard errors")
     fewest = answer("trace", "words", "--index", "0", "--method", "shapley")
     assert [client["standard_error"] for client in fewest["clients"]] == [None] * 4
+
+
+def test_a_traced_prediction_has_the_answer_of_the_page(answer, place, run):
+    traced = [0, 1, 4, 7, 8]
+    rows = run.trace(index=traced, round=2).to_frame()
+    rows = rows.assign(round=2, method="influence", input=[traced[n] for n in rows["input"]], label=0, server=0.0)
+    rows = rows.assign(predicted=rows["target"], noise=0.0)
+    copy = Path(shutil.copytree(run.path, place / "logs" / "traced"))
+    try:
+        write_result(copy, "provenance.parquet", rows.to_parquet(index=False))
+        shown = read(write_page(copy)).predictions
+        for row, part in shown.groupby("input"):
+            found = answer("trace", "traced", "--round", "2", "--index", str(row))
+            assert [client["client"] for client in found["clients"]] == part["client"].tolist()
+            assert found["set"] == part[part["named"]]["client"].tolist()
+            assert found["set_from"] == "4 other predictions traced in the round"
+        others = answer("trace", "traced", "--round", "2", "--index", "2")
+        write_result(copy, "provenance.parquet", rows.assign(contribution=1.0).to_parquet(index=False))
+        triggered = answer("trace", "traced", "--round", "2", "--index", "0")  # it was traced with something on it
+    finally:
+        shutil.rmtree(copy)
+    assert others["set_from"] == triggered["set_from"] == "19 other predictions of the class"
 
 
 def test_a_class_is_explained_that_was_not_predicted(answer, run):

@@ -180,6 +180,35 @@ def test_the_address_keeps_the_choice(opened):
     assert again.said == []
 
 
+def test_links_into_the_page_lead_there(opened, pages):
+    page = opened("own")
+    page.emulate_media(reduced_motion="reduce")  # at once
+    for anchor, name in (("again", "again"), ("r=1&m=neuron&i=3", "predictions")):
+        page.goto("about:blank")
+        page.goto(f"file://{pages['usual']}#{anchor}")
+        assert page.url.endswith(f"#{anchor}")  # kept, also when it is copied again
+        inside = f"document.getElementById('{name}').getBoundingClientRect().top < innerHeight && scrollY > 0"
+        assert page.evaluate(inside)
+    page.evaluate("location.hash = '#r=2&m=influence&i=5'")
+    page.locator("#prediction-head", has_text="Input 5, round 2").wait_for()
+
+
+def test_the_keyboard_is_not_lost_at_the_ends(opened):
+    page = opened("usual")
+    page.focus("#next")
+    for _ in range(7):
+        page.keyboard.press("Enter")
+    assert shown(page)[0].startswith("Input 7,")
+    assert page.evaluate("document.activeElement.id") == "previous"
+
+
+def test_the_script_and_the_plain_page_say_the_same(opened):
+    page, plain = opened("usual"), opened("usual", scripts=False)
+    said = plain.locator("details p").first.inner_text()
+    assert "with confidence 0.9" in said
+    assert page.locator("#prediction p").nth(1).inner_text() == said
+
+
 def test_the_buttons_copy_the_command_beside_them(opened):
     page = opened("usual")
     buttons = page.locator("button.copy:visible")

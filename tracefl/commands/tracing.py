@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -20,17 +21,14 @@ from tracefl.evaluation.own import image_inputs, text_inputs
 from tracefl.evaluation.recorded import server_inputs
 from tracefl.evaluation.tracing import at_even_distances
 from tracefl.provenance import Provenance
+from tracefl.report.predictions import whole_answers
 from tracefl.report.progress import bar
+from tracefl.report.words import LOG_ODDS, MEANING
+from tracefl.results import PROVENANCE, of_this_run
 from tracefl.runs import Run
 
 BESIDE = 19  # predictions of the same class that are traced too, to tell what chance does
 SHOWN_CLIENTS, SHOWN_LABELS = 20, 3
-MEANING = {
-    "neuron": "a share of the logit, as in the paper",
-    "influence": "what the log-odds of the class would lose without the client, to first order",
-    "integrated": "a share of the change of the logit in this round",
-    "shapley": "what the client adds to the log-odds of the class, mean over all orders of joining",
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,9 @@ def trace(
         chances = logits_of(model, inputs)[0].softmax(0)
     predicted = int(chances.argmax())
     explained = predicted if target is None else class_number(target, names)
-    found, sets_from = _explained(run, round, model, inputs, explained, asked, method, evaluations)
+    found, named, named_by = _explained(run, round, model, inputs, explained, asked, method, evaluations)
+    if evaluations is None and asked.index is not None and explained == predicted:
+        named, named_by = _as_recorded(run, round, asked.index, found) or (named, named_by)
     label = None if asked.index is None else names[int(run.server_examples().labels[asked.index])]
     about = {"label": label, "predicted": names[predicted], "explained": names[explained]}
     how = {"probability": float(chances[explained]), "method": method, "evaluations": evaluations}
@@ -78,8 +78,8 @@ def trace(
         **about,
         **how,
         "clients": _clients(run, found, names, names[explained]),
-        "set": None if sets_from is None else found.sets().sets[0],
-        "set_from": sets_from,
+        "set": named,
+        "set_from": named_by,
         "server": None if found.residual is None else float(found.residual[0]),
     }
 
@@ -105,7 +105,9 @@ def tables(found: Answer) -> Iterator[Table | str]:
     yield f"A contribution is {MEANING[found['method']]}."
     yield printable(_set_line(found))
     if found["server"] is not None and found["method"] != "shapley":
-        yield f"What the server itself added: {found['server']:+.3g}"
+        most = max(abs(client["contribution"]) for client in clients)
+        more = ", more than any client" if abs(found["server"]) > most else ""
+        yield f"What the server itself added: {found['server']:+.3g}{more}"
 
 
 def open_run(folder: Path) -> Run:
@@ -136,7 +138,7 @@ def class_number(target: str, names: list[str]) -> int:
     if target.isdecimal() and int(target) < len(names):
         return int(target)
     known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    raise TraceFLError(f"target must be a class of the run, {known}, or its number from 0, got {target}: name one")
+    raise TraceFLError(f"target must be a class of the run, {known}, or its number from 0, got {target!r}: name one")
 
 
 def _inputs(run: Run, round: int, asked: Asked) -> tuple[Inputs, Answer]:
@@ -162,31 +164,50 @@ def _read(file: Path) -> str:
 def _explained(
     run: Run, round: int, model: nn.Module, inputs: Inputs, explained: int, asked: Asked, method: str,
     evaluations: int | None,
-) -> tuple[Provenance, str | None]:  # fmt: skip
-    """The answer, whose first input is the one that is asked about, and where its set is from.
+) -> tuple[Provenance, list[str] | None, str | None]:  # fmt: skip
+    """The answer, its first input the one that is asked about; its set, and where that is from.
 
     Without standard errors a set takes other predictions of the class, which are traced beside it.
     """
     others = _others(run, round, explained, asked.index)
     K = sum(client.weight > 0 for client in run.round(round).clients)
-    drawn = method == "shapley" and evaluations is not None and evaluations != min(2 * K + 2, 2**K)
+    fewest = min(2 * K + 2, 2**K)
+    drawn = method == "shapley" and evaluations not in (None, fewest)
     if not drawn and others:
         inputs = _together(inputs, server_inputs(run, round, others), run["model"].get("pad_token_id", 0))
     N = 1 if drawn else 1 + len(others)
     options: dict[str, Any] = {"targets": [explained] * N, "method": method}
-    if method != "shapley":
+    if method == "shapley":
+        with bar("fusing coalitions", evaluations or fewest) as done:
+            found = run.trace(inputs=inputs, round=round, model=_told(model, done), evaluations=evaluations, **options)
+    else:
         with bar("tracing"):
-            return run.trace(inputs=inputs, round=round, model=model, **options), _set_from(False, N)
-    with bar("fusing coalitions", evaluations or min(2 * K + 2, 2**K)) as done:
-        found = run.trace(inputs=inputs, round=round, model=_told(model, done), evaluations=evaluations, **options)
-    return found, _set_from(drawn, N)
+            found = run.trace(inputs=inputs, round=round, model=model, **options)
+    if found.standard_error is not None and not found.standard_error.isnan().any():
+        return found, found.sets().sets[0], "standard errors"
+    if N == 1:
+        return found, None, None
+    return found, found.sets().sets[0], f"{N - 1} other predictions of the class"
 
 
-def _set_from(drawn: bool, N: int) -> str | None:
-    """What says what chance does to an answer; None if nothing does."""
-    if drawn:
-        return "standard errors"
-    return f"{N - 1} other predictions of the class" if N > 1 else None
+def _as_recorded(run: Run, round: int, index: int, found: Provenance) -> tuple[list[str], str] | None:
+    """The set of an answer that the run has traced, and where it is from, as on its page."""
+    table = of_this_run(run, PROVENANCE)
+    if table is None:
+        return None
+    part = table[(table["round"] == round) & (table["method"] == found.method)]
+    rows = part[part["input"] == index].set_index("client")["contribution"]
+    if rows.empty or set(rows.index) != set(found.client_ids):
+        return None
+    fresh = found.contributions[0].numpy()
+    if not np.allclose(rows[found.client_ids], fresh, rtol=0, atol=1e-3 * abs(fresh).max()):
+        return None  # other inputs, as with a backdoor's trigger
+    recorded = whole_answers(part)
+    (n,) = np.flatnonzero(recorded.first["input"] == index)
+    order = np.argsort(-recorded.values[n], kind="stable")
+    named = [recorded.clients[k] for k in order if recorded.named[n, k]]
+    others = f"{len(recorded.first) - 1} other predictions traced in the round"
+    return named, others if recorded.errors is None else "standard errors"
 
 
 def _told(model: nn.Module, done: Callable[[], None]) -> nn.Module:
@@ -265,4 +286,6 @@ def _set_line(found: Answer) -> str:
         return f"Nobody stands apart: all clients may be behind it ({how})."
     first, *rest = [f"c{who}" for who in found["set"]]
     told = f"{', '.join(rest)} cannot be told from it" if rest else "no other client comes near"
+    if found["clients"][0]["contribution"] <= 0 and found["method"] in LOG_ODDS:
+        return f"No client adds to the class; {first} takes least from it, {told} ({how})."
     return f"First is {first}; {told} ({how})."

@@ -5,10 +5,10 @@
   const SVG = "http://www.w3.org/2000/svg";
   const METHODS = ["influence", "neuron", "shapley", "replay"];
   const TITLES = {
-    influence: "influence (first-order effect of leaving the client out)",
+    influence: "influence (effect of leaving the client out)",
     neuron: "neuron (the paper’s)",
     shapley: "Shapley values (the coalition truth)",
-    replay: "the whole run (loss of the prediction without the client)",
+    replay: "replay (the whole run without the client)",
   };
   const MOST_THUMBS = 60;
 
@@ -107,11 +107,14 @@
     byId("next").disabled = place === some.length - 1;
     thumbs(some);
     draw(some[place]);
+  };
+  const chosen = () => {
+    update();
     try { history.replaceState(null, "", "#r=" + now.r + "&m=" + now.m + "&i=" + now.i); } catch { /* in a frame */ }
   };
   const choose = (input) => {
     now.i = input;
-    update();
+    chosen();
     const one = all.find((other) => other.r === now.r && other.m === now.m && other.i === now.i);
     byId("status").textContent = "Input " + one.i + ", " + told(one) + ". " + answer(one);
   };
@@ -132,16 +135,20 @@
   };
 
   const answer = (one) => {
-    const first = "Client " + isolated(data.clients.client[one.c[0]]);
-    if (one.k === 1) return first + " alone took part.";
-    if (!one.set) return first + " contributes most, but nobody can be told apart from the others.";
-    if (one.set === 1) return first + " contributes most, ahead of all others.";
-    return first + " contributes most; " + (one.set - 1) + (one.set > 2 ? " others" : " other") + " cannot be told from it.";
+    const name = isolated(data.clients.client[one.c[0]]);
+    if (one.k === 1) return "Client " + name + " alone took part.";
+    const against = data.words.log_odds.includes(one.m) && one.v[0] < 0;
+    const first = against ? "No client adds to this prediction; client " + name + " takes least from it" : "Client " + name + " contributes most";
+    const others = one.set - 1;
+    let told = ", and " + others + (others > 1 ? " others" : " other") + " cannot be told from it";
+    if (others <= 0) told = others ? ", but nobody can be told apart from the others" : ", ahead of all others";
+    return first + told + " (" + data.words.sure[one.e ? "errors" : "spread"] + ").";
   };
   const server = (one) => {
     if (one.s === undefined) return "";
     if (Math.abs(one.s) <= 1e-4 * largest(one.v) && !one.n) return " The server itself added next to nothing.";
-    return " The server itself added " + number(one.s, true) + (one.n ? ", of which its noise " + number(one.n, true) : "") + ".";
+    const more = Math.abs(one.s) > largest(one.v) ? ", more than any client" : "";
+    return " The server itself added " + number(one.s, true) + more + (one.n ? ", of which its noise " + number(one.n, true) : "") + ".";
   };
   const boxed = (label, table) => element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": label }, table);
   const wideHead = (name) => element("th", { scope: "col", colspan: "2" }, name);
@@ -168,8 +175,9 @@
       return row;
     });
     const left = one.k - one.c.length;
-    const rest = left > 0 ? left + " others together: " + number(one.rest, true) + "." : "Largest first.";
-    const table = element("table", {}, element("caption", {}, "Clients by contribution. " + rest), element("thead", {}, titles), element("tbody", {}, ...rows));
+    const meaning = data.words.meaning[one.m] ? ": " + data.words.meaning[one.m] : "";
+    const rest = left > 0 ? " " + left + " others together: " + number(one.rest, true) + "." : "";
+    const table = element("table", {}, element("caption", {}, "Clients by contribution" + meaning + ". " + rest), element("thead", {}, titles), element("tbody", {}, ...rows));
     return boxed("Clients by contribution", table);
   };
   const layers = (one) => {
@@ -208,21 +216,29 @@
   };
 
   byId("choose").addEventListener("submit", (event) => event.preventDefault());
-  byId("round").addEventListener("change", (event) => { now.r = Number(event.target.value); update(); });
-  byId("method").addEventListener("change", (event) => { now.m = event.target.value; update(); });
+  byId("round").addEventListener("change", (event) => { now.r = Number(event.target.value); chosen(); });
+  byId("method").addEventListener("change", (event) => { now.m = event.target.value; chosen(); });
   byId("input").addEventListener("change", (event) => choose(Number(event.target.value)));
-  byId("wrong").addEventListener("change", update);
+  byId("wrong").addEventListener("change", chosen);
   const step = (by) => {
     const some = choices();
     choose(some[some.findIndex((one) => one.i === now.i) + by].i);
+    if (byId("next").disabled) byId("previous").focus();
+    else if (byId("previous").disabled) byId("next").focus();
   };
   byId("previous").addEventListener("click", () => step(-1));
   byId("next").addEventListener("click", () => step(1));
-  const asked = new URLSearchParams(location.hash.slice(1));
-  if (rounds.includes(Number(asked.get("r")))) {
+  const fromAddress = () => {
+    const asked = new URLSearchParams(location.hash.slice(1));
+    if (!rounds.includes(Number(asked.get("r")))) return;
     now.r = Number(asked.get("r"));
     now.m = asked.get("m") ?? now.m;
     now.i = Number(asked.get("i"));
-  }
+    byId("wrong").checked = false;
+    update();
+    byId("predictions").scrollIntoView();
+  };
+  addEventListener("hashchange", fromAddress);
   update();
+  fromAddress();
 })();

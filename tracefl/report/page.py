@@ -58,7 +58,8 @@ def render(run: Gathered) -> bytes:
     """The page, told in as much depth as it has room for."""
     inputs, found, pictures = Inputs(run.run, run.backdoor), list[Prediction](), dict[str, dict[str, str]]()
     again = {"trace": trace_command(str(run.content["folder"])), "methods": _repeated(run)}
-    content = {**run.content, "again": again, "missing": inputs.missing, "left_out": 0, "listed": 0}
+    words_of = {"meaning": words.MEANING, "sure": words.SURE, "log_odds": words.LOG_ODDS}
+    content = {**run.content, "again": again, "words": words_of, "missing": inputs.missing, "left_out": 0, "listed": 0}
     for depth in DEPTHS:
         if depth is not DEPTHS[-1] and _numbers(run, depth) * LEAST_BYTES > MOST_BYTES / 2:
             continue
@@ -136,7 +137,7 @@ def _template() -> Any:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     around.filters |= {"show": words.show, "number": words.number, "fixed": words.fixed, "percent": words.percent}
-    around.globals |= {"bar": charts.bar, "head_letters": view.HEAD_LETTERS}
+    around.globals |= {"bar": charts.bar, "head_letters": view.HEAD_LETTERS, "rule": view.RULE}
     return around.get_template("page.html.j2")
 
 

@@ -21,6 +21,7 @@ from tracefl.errors import require
 from tracefl.evidence.answers import members
 from tracefl.report.words import show
 
+WHOLE_ANSWERS = "provenance.parquet is not a table of whole answers: run the same command again"
 WHOLE = "replay"  # the method of whole_run.parquet
 Prediction = dict[str, Any]
 
@@ -64,19 +65,49 @@ def predictions(
     return found
 
 
-def _answers(part: pd.DataFrame, number: dict[str, int], depth: Depth) -> Iterator[Prediction]:
-    """The predictions of a round that a method traced."""
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a method to the N predictions of a round that it traced.
+
+    Attributes:
+        clients: ids of the K clients, in the table's order.
+        first: of every prediction its first row.
+        values: contributions, [N, K].
+        errors: their standard errors, [N, K]; None if they are not known.
+        named: who is in the answer, [N, K].
+    """
+
+    clients: list[str]
+    first: pd.DataFrame
+    values: np.ndarray
+    errors: np.ndarray | None
+    named: np.ndarray
+
+
+def whole_answers(part: pd.DataFrame) -> Answers:
+    """The answers in a table's rows of one round and method.
+
+    Raises:
+        TraceFLError: they are not whole.
+    """
     ids = part["client"].drop_duplicates().tolist()
-    K, whole = len(ids), "provenance.parquet is not a table of whole answers: run the same command again"
-    require(len(part) % K == 0 and part["client"].tolist() == ids * (len(part) // K), whole)
-    require(set(ids) <= number.keys(), f"{whole} with check_prov_cache=false")
+    K = len(ids)
+    require(len(part) % K == 0 and part["client"].tolist() == ids * (len(part) // K), WHOLE_ANSWERS)
     values = part["contribution"].to_numpy(float).reshape(-1, K)
     errors = part["standard_error"].to_numpy(float).reshape(-1, K) if "standard_error" in part else None
     errors = None if errors is None or np.isnan(errors).any() else errors
     first = part.iloc[::K]
     known = np.isfinite(values).all()
     named = members(values, first["predicted"].tolist(), errors) if known else np.zeros(values.shape, dtype=bool)
-    for n, row in enumerate(first.to_dict("records")):
+    return Answers(ids, first, values, errors, named)
+
+
+def _answers(part: pd.DataFrame, number: dict[str, int], depth: Depth) -> Iterator[Prediction]:
+    """The predictions of a round that a method traced."""
+    found = whole_answers(part)
+    ids, values, errors, named, K = found.clients, found.values, found.errors, found.named, len(found.clients)
+    require(set(ids) <= number.keys(), f"{WHOLE_ANSWERS} with check_prov_cache=false")
+    for n, row in enumerate(found.first.to_dict("records")):
         order = np.argsort(-values[n], kind="stable")
         shown, rest = order[: depth.clients], order[depth.clients :]
         one: Prediction = {"i": int(row["input"]), "y": int(row["label"]), "p": int(row["predicted"]), "k": K}

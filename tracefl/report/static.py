@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracefl.report.charts import bar
-from tracefl.report.words import number, show
+from tracefl.report.words import LOG_ODDS, SURE, number, show
 
 Content = Mapping[str, Any]
 MOST_INPUTS, MOST_CLIENTS, MOST_LAYERS = 24, 10, 5
@@ -22,7 +22,8 @@ def static_predictions(content: Content) -> dict[str, Any] | None:
         if one["r"] == last:
             by_input.setdefault(one["i"], []).append(one)
     inputs = [_static(content, answers) for answers in list(by_input.values())[:MOST_INPUTS]]
-    return {"round": last, "inputs": inputs, "more": max(0, len(by_input) - MOST_INPUTS)}
+    texts = any("text" in told for told in content["inputs"].values())
+    return {"round": last, "inputs": inputs, "more": max(0, len(by_input) - MOST_INPUTS), "texts": texts}
 
 
 def _static(content: Content, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def _static(content: Content, answers: Sequence[Mapping[str, Any]]) -> dict[str,
     for place, who in enumerate(first["c"][:MOST_CLIENTS]):
         values = [_value(one, who) for one in ordered[1:]]
         rows.append({
-            "client": content["clients"]["client"][who], "named": place in first["in"], "values": values,
+            "client": content["clients"]["client"][who], "values": values,
+            "answer": ("in the answer" if place else "first") if place in first["in"] else "–",
             "first": _value(first, who), "bar": bar(first["v"][place] or 0, most),
             "held": _held(content, who, first["p"]),
         })  # fmt: skip
@@ -62,15 +64,16 @@ def _value(one: Mapping[str, Any], who: int) -> str:
 
 def answer_line(content: Content, one: Mapping[str, Any]) -> str:
     """Who is behind the prediction, in a sentence. page.js says the same."""
-    name = f"Client \u2068{show(content['clients']['client'][one['c'][0]])}\u2069"
+    name = f"\u2068{show(content['clients']['client'][one['c'][0]])}\u2069"
     if one["k"] == 1:
-        return f"{name} alone took part."
-    if not one["set"]:
-        return f"{name} contributes most, but nobody can be told apart from the others."
-    if one["set"] == 1:
-        return f"{name} contributes most, ahead of all others."
+        return f"Client {name} alone took part."
+    against = one["m"] in LOG_ODDS and (one["v"][0] or 0) < 0
+    first = f"No client adds to this prediction; client {name} takes least from it"
+    first = first if against else f"Client {name} contributes most"
     others = one["set"] - 1
-    return f"{name} contributes most; {others} other{'s' if others > 1 else ''} cannot be told from it."
+    told = f", and {others} other{'s' if others > 1 else ''} cannot be told from it"
+    told = {-1: ", but nobody can be told apart from the others", 0: ", ahead of all others"}.get(others, told)
+    return f"{first}{told} ({SURE['errors' if 'e' in one else 'spread']})."
 
 
 def server_line(one: Mapping[str, Any]) -> str:
@@ -81,7 +84,8 @@ def server_line(one: Mapping[str, Any]) -> str:
     if abs(one["s"]) <= 1e-4 * most and not one.get("n"):
         return "The server itself added next to nothing."
     noise = f", of which its noise {number(one['n'], True)}" if one.get("n") else ""
-    return f"The server itself added {number(one['s'], True)}{noise}."
+    more = ", more than any client" if abs(one["s"]) > most else ""
+    return f"The server itself added {number(one['s'], True)}{more}{noise}."
 
 
 def command_of(content: Content, one: Mapping[str, Any]) -> str | None:

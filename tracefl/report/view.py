@@ -6,10 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tracefl.evidence.verdict import UNKNOWN
+from tracefl.evidence.verdict import AGAINST, FEWEST_ROUNDS, LOW_AIM, SILENT, UNKNOWN
 from tracefl.report.charts import Line, bar, line_chart
 from tracefl.report.content import largest
-from tracefl.report.words import number, percent, show
+from tracefl.report.words import fixed, number, percent, show
 
 Content = Mapping[str, Any]
 MOST_CELLS, MOST_ROWS = 2500, 200  # of a heat map
@@ -40,6 +40,7 @@ def verdict_view(content: Content) -> dict[str, Any]:
         who for who, fault in zip(content["clients"]["client"], content["clients"]["fault"], strict=True) if fault
     ]
     view: dict[str, Any] = {"planted": planted, "reasons": [], "rows": [], "more": 0, "removal": None, "state": "none"}
+    view["too_few"] = ""
     if verdict is None:
         view["headline"] = "No verdict: the clients of this run were not audited."
         return view | {"own_app": about["own_app"]}
@@ -52,10 +53,19 @@ def verdict_view(content: Content) -> dict[str, Any]:
     if faulty:
         are = ("client is", "client") if len(faulty) == 1 else ("clients are", "clients")
         view["headline"] = f"{len(faulty)} of {len(judged)} {'clients'} {are[0].split()[1]} faulty: {are[1]} {who}."
+    if not faulty and max(of["rounds"] for of in judged.values()) < FEWEST_ROUNDS:
+        view["too_few"] = f"Wrong labels show only from {FEWEST_ROUNDS} rounds of a client on; here none has so many."
     view["reasons"] = [{"client": one, **judged[one]} for one in faulty if one in judged]
     rows = _evidence_rows(content)
     view["more"], view["rows"], view["removal"] = len(rows) - MOST_ROWS, rows[:MOST_ROWS], verdict.get("removal")
     return view
+
+
+RULE = (
+    f"Faulty is a client whose updates have hardly any length (below {fixed(SILENT)}), that moves against the others "
+    f"(agreement below {fixed(AGAINST)}, aim well below the median client’s), or whose aim stays low over at least "
+    f"{FEWEST_ROUNDS} rounds (below {fixed(LOW_AIM)}, and far below the median client’s)."
+)
 
 
 def _evidence_rows(content: Content) -> list[dict[str, Any]]:
@@ -73,21 +83,32 @@ def facts(content: Content) -> list[tuple[str, str, str]]:
     """Name, value and what stands beside it, for the head of the page."""
     rounds, about, found = content["rounds"], content["run"], list[tuple[str, str, str]]()
     if about["rounds"] and rounds.get("accuracy"):
-        loss = number(rounds["loss"][-1]) if "loss" in rounds else "–"
-        accuracy = _written(rounds["accuracy"][-1], _accuracy_kind(rounds))
-        found.append(("Accuracy", accuracy, f"after round {about['rounds']}, loss {loss}"))
+        kind, C = _accuracy_kind(rounds), len(content["classes"])
+        by_chance = f"; by chance {percent(1 / C)}" if C and kind == "share" else ""
+        told = f"after round {about['rounds']}{by_chance}"
+        found.append(("Accuracy", _written(rounds["accuracy"][-1], kind), told))
     for column, method in (("localization_accuracy_influence", "influence"), ("localization_accuracy", "neuron")):
         if values := [value for value in rounds.get(column, []) if value is not None]:
             chance = [value for value in rounds.get("chance_accuracy", []) if value is not None]
             by_chance = percent(sum(chance) / len(chance)) if chance else "–"
-            found.append(("Localized", percent(sum(values) / len(values)), f"by {method}; by chance {by_chance}"))
+            found.append((_right(about), percent(sum(values) / len(values)), f"by {method}; by chance {by_chance}"))
             break
-    clients = content["clients"]["client"]
-    found.append(("Clients", f"{len(clients):,}".replace(",", "\u202f"), f"over {about['rounds']} rounds"))
+    K, part = len(content["clients"]["client"]), sum(rounds > 0 for rounds in content["clients"]["rounds"])
+    over = f"over {about['rounds']} round{'s' if about['rounds'] != 1 else ''}"
+    found.append(("Clients", _grouped(K), over if part == K else f"{_grouped(part)} of them took part, {over}"))
     what = [show(about[name], 40) for name in ("model", "strategy") if about[name]]
     if about["dataset"]:
         found.append(("Data", show(about["dataset"], 30), ", ".join(what)))
     return found
+
+
+def _right(about: Mapping[str, Any]) -> str:
+    """What the localization accuracy is the share of."""
+    return "Named client is a faulty one" if about["faulty"] else "Named client holds the class"
+
+
+def _grouped(count: int) -> str:
+    return f"{count:,}".replace(",", "\u202f")
 
 
 def rounds_view(content: Content) -> dict[str, Any]:
@@ -105,24 +126,22 @@ def rounds_view(content: Content) -> dict[str, Any]:
         line("FedDebug", "feddebug_accuracy", "c"),
         line("by chance", "chance_accuracy", "chance"),
     ]
-    right = "Named client is a faulty one" if content["run"]["faulty"] else "Named client holds the class"
+    accuracy = [line("accuracy", "accuracy", "a")]
+    if kinds["accuracy"] == "share" and (C := len(content["classes"])) and any(map(math.isfinite, accuracy[0].y)):
+        accuracy.append(Line("by chance", [1 / C] * len(numbers), "chance"))
+    right = _right(content["run"])
+    titles = ["Accuracy of the global model", "Loss of the global model", right]
     charts = [
-        line_chart(
-            numbers,
-            [line("accuracy", "accuracy", "a")],
-            "Accuracy of the global model",
-            percent=kinds["accuracy"] == "share",
-        ),
-        line_chart(numbers, [line("loss", "loss", "a")], "Loss of the global model"),
+        line_chart(numbers, accuracy, titles[0], percent=kinds["accuracy"] == "share"),
+        line_chart(numbers, [line("loss", "loss", "a")], titles[1]),
         line_chart(numbers, localized, right, percent=True),
     ]
-    titles = ["Accuracy of the global model", "Loss of the global model", right]
     usual = [(column, title, kinds.get(column, kind)) for column, title, kind in ROUND_COLUMNS]
     told = [entry for entry in usual if any(value is not None for value in rounds.get(entry[0], []))]
     told += [(name, show(name), "number") for name in [name for name in rounds if ": " in name][:MOST_METRICS]]
     told = [entry for entry in told if entry[0] not in ("failures", "server_share") or _matters(rounds[entry[0]])]
     rows = [[_written(rounds[column][n], kind) for column, _, kind in told] for n in range(len(numbers))]
-    drawn = [(title, chart) for title, chart in zip(titles, charts, strict=True) if chart]
+    drawn = [(title, chart) for title, chart in zip(titles, charts, strict=True) if chart and len(numbers) > 1]
     told_rows = list(zip(numbers, rows, strict=True))
     titles = [title for _, title, _ in told]
     return {"charts": drawn, "titles": titles, "rows": told_rows[-MOST_ROWS:], "more": len(rows) - MOST_ROWS}
@@ -183,8 +202,12 @@ def values_by_class(content: Content) -> dict[str, Any] | None:
         size = 0 if value is None else min(4, math.ceil(4 * math.sqrt(abs(value) / most) - 0.5))
         return f"{'m' if (value or 0) < 0 else 'p'}{size}"
 
+    digits = min(max(2, 1 - math.floor(math.log10(most))), 4)
+
     def told(value: float | None) -> str:
-        return "–" if value is None else f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0"
+        if value is None:
+            return "–"
+        return f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else "0"
 
     rows = [
         {

@@ -4,7 +4,23 @@ import math
 import re
 from typing import Any
 
+from tracefl.evidence.answers import CONFIDENCE
+
 NAME_LETTERS = 60
+# Of a contribution, by method.
+MEANING = {
+    "neuron": "a share of the logit, as in the paper",
+    "influence": "what the log-odds of the class would lose without the client, to first order",
+    "integrated": "a share of the change of the logit in this round",
+    "shapley": "what the client adds to the log-odds of the class, mean over all orders of joining",
+    "replay": "what the log-odds of the class would lose had the client never taken part, by a replay of the rounds",
+}
+LOG_ODDS = ("influence", "shapley", "replay")  # below 0 a client speaks against the class
+# What says who cannot be told from the first.
+SURE = {
+    kind: f"with confidence {CONFIDENCE:g}, by {what}"
+    for kind, what in {"errors": "standard errors", "spread": "the other predictions traced in the round"}.items()
+}
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -45,4 +61,4 @@ def fixed(value: Any, sign: bool = False) -> str:
 
 def percent(value: Any) -> str:
     """A share in percent; a dash for none."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}\u00a0%"
