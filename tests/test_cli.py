@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,9 @@ def test_a_picture_of_ones_own_goes_through_the_runs_preparation(config, tmp_pat
     clear.save(tmp_path / "clear.png")
     (tmp_path / "no.png").write_bytes(b"no picture")
     (tmp_path / "empty.png").touch()
+    Image.new("L", (9_500, 9_500)).save(tmp_path / "huge.png")
     for name, said in {
+        "huge.png": "huge.png is an image of 9500 x 9500 pixels",
         "deep.png": "deep.png is a 16-bit image, but no training image is",
         "clear.png": "clear.png is transparent, but no training image is",
         "no.png": "no.png has no readable image",
@@ -223,8 +226,10 @@ def test_a_picture_of_ones_own_goes_through_the_runs_preparation(config, tmp_pat
         "gone.png": "gone.png cannot be read",
         "": "cannot be read",
     }.items():
-        with pytest.raises(TraceFLError, match=said):
-            image_inputs(run, tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(TraceFLError, match=said):
+                image_inputs(run, tmp_path / name)
     with pytest.raises(TraceFLError, match=r"is a run of images: give the file of one instead of a text"):
         text_inputs(run, "words")
     (tmp_path / "r" / run["data_folder"] / "data.json").write_text('{"sha256": {}}')
@@ -326,7 +331,7 @@ def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, 
     assert [Path(of["page"]).name for of in found["pages"]] == [f"{run.path.name}.html", "other.html"]
     assert all(Path(of["page"]).stat().st_size > 10_000 for of in found["pages"])
     status, _, err = command("report", "words", str(run.path), "--out", str(tmp_path))
-    assert (status, "two runs have the same name" in err) == (1, True)
+    assert (status, f"two runs have the same name, {run.path.name}:" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +346,7 @@ def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, 
         ("trace words --index 1 --evaluations 7 --method shapley", 1, "evaluations must be"),
         ("trace words --index 40", 1, "whole numbers from 0 to 39, of the server's examples, got 40"),
         ("trace words --index 1 --round 4", 1, "round 4 is not recorded"),
+        ("trace words --index 1 --target=", 1, "or its number from 0, got ''"),
         ("trace words --index 1 --target cat", 1, "target must be a class of the run, 0, 1, or its number"),
         ("trace words --image x.png", 1, "is a run of texts"),
         ("trace words --text-file gone", 1, "gone cannot be read (No such file"),
@@ -358,6 +364,8 @@ def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, 
         ("whatif words --without 3 --since 4", 1, "since must be a round from 1 to round=3, got 4"),
         ("whatif words --without 3 --memory 2", 2, "2.0 is not in the range"),
         ("report words nothing", 1, "nothing is no folder"),
+        ("report words --out set", 1, "--out set is a folder: name the file of the page"),
+        ("trace words --text-file set --index 1", 2, "got --index, --text-file"),
         ("list nowhere", 1, "nowhere is no folder"),
         ("lst", 2, "No such command 'lst'"),
         ("run num_clients=0", 1, "num_clients must be at least 1, got 0."),
