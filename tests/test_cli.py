@@ -461,6 +461,12 @@ def test_the_version_and_the_help(command):
     assert "Exit status: 0 done" in command("--help")[1]
 
 
+def test_a_closed_output_is_no_error(command, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert command("list")[0] == 0
+
+
 def test_help_and_wrong_arguments_are_answered_without_heavy_imports(tmp_path):
     code = (
         "import sys\nfrom tracefl import cli\n"
