@@ -84,7 +84,7 @@ def facts(content: Content) -> list[tuple[str, str, str]]:
     rounds, about, found = content["rounds"], content["run"], list[tuple[str, str, str]]()
     if about["rounds"] and rounds.get("accuracy"):
         by_chance = f"; by chance {percent(1 / C)}" if (C := len(content["classes"])) else ""
-        found.append(("Accuracy", percent(rounds["accuracy"][-1]), f"after round {about['rounds']}{by_chance}"))
+        found.append(("Accuracy", percent(rounds["accuracy"][-1]), f"in round {about['rounds']}{by_chance}"))
     for column, method in (("localization_accuracy_influence", "influence"), ("localization_accuracy", "neuron")):
         if values := [value for value in rounds.get(column, []) if value is not None]:
             chance = [value for value in rounds.get("chance_accuracy", []) if value is not None]
