@@ -268,7 +268,7 @@ def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, 
     assert [Path(of["page"]).name for of in found["pages"]] == [f"{run.path.name}.html", "other.html"]
     assert all(Path(of["page"]).stat().st_size > 10_000 for of in found["pages"])
     status, _, err = command("report", "words", str(run.path), "--out", str(tmp_path))
-    assert (status, "two runs have the same name" in err) == (1, True)
+    assert (status, f"two runs have the same name, {run.path.name}:" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,7 @@ def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, 
         ("trace words --index 1 --evaluations 7 --method shapley", 1, "evaluations must be"),
         ("trace words --index 40", 1, "whole numbers from 0 to 39, of the server's examples, got 40"),
         ("trace words --index 1 --round 4", 1, "round 4 is not recorded"),
+        ("trace words --index 1 --target=", 1, "or its number from 0, got ''"),
         ("trace words --index 1 --target cat", 1, "target must be a class of the run, 0, 1, or its number"),
         ("trace words --image x.png", 1, "is a run of texts"),
         ("trace words --text-file gone", 1, "gone cannot be read (No such file"),
@@ -300,6 +301,8 @@ def test_a_report_is_written_where_it_is_asked_for(command, answer, place, run, 
         ("whatif words --without 3 --since 4", 1, "since must be a round from 1 to round=3, got 4"),
         ("whatif words --without 3 --memory 2", 2, "2.0 is not in the range"),
         ("report words nothing", 1, "nothing is no folder"),
+        ("report words --out set", 1, "--out set is a folder: name the file of the page"),
+        ("trace words --text-file set --index 1", 2, "got --index, --text-file"),
         ("list nowhere", 1, "nowhere is no folder"),
         ("lst", 2, "No such command 'lst'"),
         ("run num_clients=0", 1, "num_clients must be at least 1, got 0."),
@@ -393,6 +396,12 @@ def test_the_version_and_the_help(command):
         assert (status, "--json" in out) == (0, True)
     assert command()[0] == 2
     assert "Exit status: 0 done" in command("--help")[1]
+
+
+def test_a_closed_output_is_no_error(command, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert command("list")[0] == 0
 
 
 @pytest.mark.slow

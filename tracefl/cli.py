@@ -181,6 +181,8 @@ def main(typed: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with the exit status.
     """
+    nowhere = Path(os.devnull)
+    sys.stdout, sys.stderr = sys.stdout or nowhere.open("w"), sys.stderr or nowhere.open("w")  # None after >&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names may not fit the terminal's encoding

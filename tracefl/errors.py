@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,13 +34,14 @@ def require(holds: object, sentence: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without its full stop, to quote in a message.
+    """The first line of an error's text, without its full stop and number, to quote in a message.
 
     Example:
         >>> first_line(OSError("no such host.\\nmore"))
         'no such host'
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return re.sub(r"^\[Errno \d+\] ", "", line)
 
 
 @contextmanager

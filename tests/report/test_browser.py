@@ -293,3 +293,14 @@ def test_in_a_frame_as_a_notebook_shows_it(opened, pages, tmp_path):
     frame.locator("#next").click()
     assert frame.locator("#prediction h3").inner_text() == "Input 1, round 2"
     assert page.said == []
+
+
+def test_it_prints_in_the_colours_of_paper(opened):
+    names = "[...document.querySelectorAll('.chart .name, .bar .plus, .bar .minus')].map(e => getComputedStyle(e).fill)"
+    printed = {}
+    for scheme in ("light", "dark"):
+        page = opened("usual", scheme)
+        page.emulate_media(media="print", color_scheme=scheme)
+        printed[scheme] = page.evaluate(names)
+    assert printed["light"] == printed["dark"]
+    assert len(set(printed["dark"])) > 3

@@ -365,7 +365,7 @@ def flat(page) -> str:
 def test_the_first_screen_says_how_sure_it_is(tmp_path):
     few = flat(write_page(record_page(tmp_path / "few", num_rounds=1)))
     assert "Wrong labels show only from 3 rounds of a client on" in few
-    assert "50.0 % after round 1; by chance 33.3 %" in few
+    assert "50.0 % in round 1; by chance 33.3 %" in few
     assert "over 1 round " in few
     assert tags(tmp_path / "few" / "report.html").text.count("Accuracy of the global model") == 0  # no chart of a point
     more = flat(write_page(record_page(tmp_path / "more", num_rounds=3)))

@@ -21,8 +21,10 @@ def report(folders: Sequence[Path], out: Path | None) -> Answer:
         TraceFLError: a run cannot be read, or a page not be written.
     """
     pages = [out if out is None or len(folders) == 1 else out / f"{folder.resolve().name}.html" for folder in folders]
-    twice = [page for page in pages if page is not None and pages.count(page) > 1]
-    require(not twice, f"two runs have the same name, {twice[:1]}: write their pages without --out, or one by one")
+    twice = next((page.stem for page in pages if page is not None and pages.count(page) > 1), None)
+    require(twice is None, f"two runs have the same name, {twice}: write their pages without --out, or one by one")
+    folder_for_one = len(folders) == 1 and out is not None and out.is_dir()
+    require(not folder_for_one, f"--out {out} is a folder: name the file of the page")
     written = []
     with bar("writing pages", len(folders)) as done:
         for folder, page in zip(folders, pages, strict=True):

@@ -1,11 +1,13 @@
 """Own inputs for a recorded run: a picture or a text, through the run's preparation."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tracefl.data.examples import normalize
@@ -47,7 +49,10 @@ def image_inputs(run: Run, file: str | Path) -> Tensor:
     with as_sentence(f"{file} cannot be read", "give the file of an image", OSError, ValueError):
         content = Path(file).read_bytes()
     table = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}]})
-    return normalize(pixels(form, "image", _OwnFile(str(file), table), np.arange(1))["pixels"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error says it
+        read = pixels(form, "image", _OwnFile(str(file), table), np.arange(1))
+    return normalize(read["pixels"])
 
 
 def text_inputs(run: Run, text: str) -> tuple[dict[str, Tensor], int]:

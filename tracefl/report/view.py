@@ -85,7 +85,7 @@ def facts(content: Content) -> list[tuple[str, str, str]]:
     if about["rounds"] and rounds.get("accuracy"):
         kind, C = _accuracy_kind(rounds), len(content["classes"])
         by_chance = f"; by chance {percent(1 / C)}" if C and kind == "share" else ""
-        told = f"after round {about['rounds']}{by_chance}"
+        told = f"in round {about['rounds']}{by_chance}"
         found.append(("Accuracy", _written(rounds["accuracy"][-1], kind), told))
     for column, method in (("localization_accuracy_influence", "influence"), ("localization_accuracy", "neuron")):
         if values := [value for value in rounds.get(column, []) if value is not None]:
