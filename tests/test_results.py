@@ -6,6 +6,7 @@ import pytest
 from tests.report.recorded import record
 from tests.rewriting import rewrite
 from tracefl import Run
+from tracefl.commands.listing import entry
 from tracefl.errors import TraceFLError
 from tracefl.results import cached, content_of, intact, read_result, read_rounds, read_timings, write_result
 
@@ -105,6 +106,7 @@ def test_results_of_another_run_are_not_taken_for_this_ones(tmp_path):
     assert read_timings(other.path).empty
     with pytest.raises(TraceFLError, match=r"rounds\.csv is of other rounds than .*run\.json has, or of another run"):
         read_rounds(other.path)
+    assert "rounds.csv is of other rounds" in entry(other.path)["lost"][0]
     write_result(other.path, "rounds.csv", b"round\n1\n")
     assert len(read_rounds(other.path)) == 1
 

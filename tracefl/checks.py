@@ -80,7 +80,7 @@ def load(composed: DictConfig) -> Config:
             rule.check(key, attrgetter(key)(config))
     config.label2flip = {int(label): int(target) for label, target in config.label2flip.items()}
     config.exclude_clients = sorted(set(config.exclude_clients))
-    for check in (_check_federation, _check_strategy, _check_data, _check_model, _check_faults):
+    for check in (_check_federation, _check_strategy, _check_storage, _check_data, _check_model, _check_faults):
         check(config)
     _forget_excluded_faults(config)
     config.provenance.methods = [method for method in TRACED_METHODS if method in config.provenance.methods]
@@ -203,6 +203,13 @@ def _check_strategy(c: Config) -> None:
     _require(c, "noise_multiplier and clipping_norm", both, "be set together", "set both or neither")
     fits = name == "fedavg" or c.noise_multiplier == -1
     _require(c, "strategy.name", fits, "be fedavg where noise_multiplier is set", "leave out one of them")
+
+
+def _check_storage(c: Config) -> None:
+    kept = int(c.storage.keep.partition(":")[2]) if c.storage.keep.startswith("last:") else c.num_rounds
+    all_kept = kept >= c.num_rounds or not c.do_provenance or c.provenance.scope != "run"
+    must = "keep every round where provenance.scope=run traces them all"
+    _require(c, "storage.keep", all_kept, must, "set storage.keep=all or deltas")
 
 
 def _check_data(c: Config) -> None:

@@ -62,7 +62,7 @@ MEDMNIST = (
     *("organamnist", "organcmnist", "organsmnist"),
 )
 # Flower's strategies, and the arguments of each that strategy.options may set.
-_ADAPTIVE = dict.fromkeys(("eta", "eta_l", "tau"), at_least(0, 10**6))
+_ADAPTIVE = dict.fromkeys(("eta", "eta_l"), at_least(0, 10**6)) | {"tau": above_0(10**6)}  # it divides
 _ADAM = _ADAPTIVE | dict.fromkeys(("beta_1", "beta_2"), between(0, 1))
 _MALICIOUS = {"num_malicious_nodes": integer(0)}
 STRATEGIES: dict[str, dict[str, Rule]] = {

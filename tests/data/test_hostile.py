@@ -1,7 +1,11 @@
 """Datasets that were made to do harm: each is one sentence; nothing of them is run, nothing outside is read."""
 
+import bz2
+import errno
+import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import struct
@@ -9,6 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -18,11 +23,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tracefl.data.guard import check_dataset
 from tracefl.data.prepare import prepare
 from tracefl.errors import TraceFLError
 
 TEXT = "model.name=gpt2"
 LINES = "text,label\n" + "good words,0\nbad words,1\n" * 30
+ROWS = LINES.encode() + b"good words,0\n" * 100_000
 
 
 def png(side: int = 8, seed: int = 0) -> bytes:
@@ -114,6 +121,21 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 1, link: str = 
     return info
 
 
+def packed_zip(name: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr(name, LINES)
+    return content.getvalue()
+
+
+def packed_tar(*members: tarfile.TarInfo) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for each in members:
+            archive.addfile(each, io.BytesIO(b"x" * each.size))
+    return content.getvalue()
+
+
 def cut_tar(folder: Path) -> None:
     tarred(member("0001.png", size=5000), member("0001.cls"))(folder)
     for name in ("train.tar", "test.tar"):
@@ -138,7 +160,8 @@ class Payload:
 
 QUICK = (  # the others are slow only because they are many
     "an image's path elsewhere", "an image of 100 million pixels", "a ragged table", "a zip that leads out",
-    "a tar with a link", "a README that names files above", "a saved set that names files above", "a pipe",
+    "a tar with a link", "a table that is a zip", "half a packed table",
+    "a README that names files above", "a saved set that names files above", "a pipe",
 )  # fmt: skip
 OUT = "not in the (folder|dataset)"
 HOSTILE = {
@@ -178,6 +201,14 @@ HOSTILE = {
     "a tar that is none": (only(**{"train.tar": b"garbage" * 200, "test.tar": b""}), "no archive that can be read"),
     "a tar with a pickle": (
         tarred(member("a.pickle", size=4), member("a.cls"), member("b.pickle", size=4), member("b.cls")), "."),
+    "a table that is a zip": (texts(**{"train.csv": packed_zip("../../evil.csv")}), "leads out of the archive"),
+    "a table that is a tar": (texts(**{"train.csv": packed_tar(member("a.csv", tarfile.SYMTYPE, 0, "/etc/passwd"))}),
+                              "a link or a device"),
+    "a packed tar with a link": (
+        texts(**{"train.tar.gz": gzip.compress(packed_tar(member("a.csv", tarfile.LNKTYPE, 0, "/etc/passwd")))}),
+        "a link or a device"),
+    "half a packed table": (texts(**{"train.csv.gz": gzip.compress(ROWS)[:40]}), "no archive that can be read"),
+    "a table packed in a way of its own": (texts(**{"train.csv": b"\x28\xb5\x2f\xfd garbage"}), "packed as zstd"),
     # what describes them
     "a README that names files above": (
         texts(**{"README.md": "---\nconfigs:\n- config_name: a\n  data_files: ../../*\n---\n"}), OUT),
@@ -220,7 +251,41 @@ def test_a_zip_that_fills_the_disk_is_refused(config, tmp_path, monkeypatch):
     huge_zip(tmp_path)
     free = type("Usage", (), {"free": 2**30})
     monkeypatch.setattr("tracefl.data.guard.shutil.disk_usage", lambda _: free)
-    with pytest.raises(TraceFLError, match=r"train\.zip unpacks to more than 4 GiB, and 1 GiB are free"):
+    with pytest.raises(TraceFLError, match=r"train\.zip unpacks to more than 4 GiB, and 0\.5 GiB are free"):
+        prepare(config(f"dataset.path={tmp_path}", TEXT))
+
+
+BOMBS = {
+    "train.csv.gz": gzip.compress(ROWS),
+    "train.csv.bz2": bz2.compress(ROWS),
+    "train.csv.xz": lzma.compress(ROWS),
+    "train.csv": gzip.compress(ROWS),  # whatever it is called
+    "train.tar.gz": gzip.compress(packed_tar(member("train.csv", size=len(ROWS)))),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_unpacks_to_more_than_half_of_the_disks_rest_is_refused(config, tmp_path, monkeypatch, name):
+    only(**{name: BOMBS[name], "test.csv": LINES})(tmp_path)
+    free = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr("tracefl.data.guard.shutil.disk_usage", lambda _: free)
+    with pytest.raises(TraceFLError, match=rf"{name} unpacks to more than .* are free for it"):
+        prepare(config(f"dataset.path={tmp_path}", TEXT))
+
+
+def test_packed_files_count_together(tmp_path, monkeypatch):
+    texts(**{"train.csv.gz": gzip.compress(ROWS), "test.csv.gz": gzip.compress(ROWS)})(tmp_path)
+    for free, refused in ((5 * len(ROWS), False), (3 * len(ROWS), True)):
+        monkeypatch.setattr("tracefl.data.guard.shutil.disk_usage", lambda _, f=free: type("Usage", (), {"free": f}))
+        with pytest.raises(TraceFLError, match="unpacks to more") if refused else nullcontext():
+            check_dataset(tmp_path, "here")
+
+
+def test_a_full_disk_is_said_as_one(config, tmp_path, monkeypatch):
+    texts()(tmp_path)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(TraceFLError, match=r"cannot be used \(No space left on device\): make room there"):
         prepare(config(f"dataset.path={tmp_path}", TEXT))
 
 

@@ -36,6 +36,7 @@ def find_run(name: str) -> Path:
     if os.path.isdir(path):
         inside = [str(found) for found in run_folders(path)]
         hint = f"it holds {_several(inside)}: name one" if inside else "give a run's folder"
+        require(os.access(path, os.R_OK | os.X_OK), f"{path} cannot be read: give this user the right to")
         raise TraceFLError(f"{path} holds no recorded run itself (no run.json): {hint}")
     require(not os.path.exists(path), f"{path} is a file: give a run's folder")
     near = difflib.get_close_matches(name, [*there, *(HASH.sub("", full) for full in there)], SHOWN, 0.5)

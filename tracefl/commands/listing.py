@@ -16,7 +16,7 @@ from tracefl.commands.find import run_folders
 from tracefl.commands.show import Answer, number, printable, share, table
 from tracefl.errors import TraceFLError, as_sentence, require
 from tracefl.report.sweep import SETTINGS
-from tracefl.results import ROUNDS, VERDICT, content_of
+from tracefl.results import ROUNDS, VERDICT, content_of, read_result
 from tracefl.runs import Run
 
 # What rounds.csv calls a localization accuracy and its chance level, by method.
@@ -115,11 +115,17 @@ def _found(read: Callable[[Path], T], folder: Path, lost: list[str]) -> T | None
 
 def _localization(folder: Path) -> Answer:
     """Method -> its mean over rounds beside that of chance; nothing if no round was traced."""
-    if (content := content_of(folder, ROUNDS)) is None:
+    if (content := _result(folder, ROUNDS)) is None:
         return {}
     rows = list(csv.DictReader(content.decode().splitlines()))
     found, chance = {method: _mean(rows, name) for method, name in LOCALIZATION.items()}, _mean(rows, CHANCE)
     return {method: {"share": value, "chance": chance} for method, value in found.items() if value is not None}
+
+
+def _result(folder: Path, name: str) -> bytes | None:
+    """A result; None if there is none. One of other rounds is refused."""
+    there = os.path.lexists(folder / name)
+    return read_result(folder, name) if there else content_of(folder, name)
 
 
 def _mean(rows: list[dict[str, str]], column: str) -> float | None:
@@ -130,7 +136,7 @@ def _mean(rows: list[dict[str, str]], column: str) -> float | None:
 
 def _faulty(folder: Path) -> list[str] | None:
     """Who is accused; None where there is no verdict, or nobody could be judged."""
-    if (content := content_of(folder, VERDICT)) is None:
+    if (content := _result(folder, VERDICT)) is None:
         return None
     verdict = json.loads(content)
     judged = any(client["z"] is not None for client in verdict["clients"].values())

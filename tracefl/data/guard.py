@@ -4,24 +4,33 @@ Nothing in a folder is run and no pickle is read; what its files name lies in th
 archive unpacks beside it or to more than the disk holds.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import shutil
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow.compute as pc
 import yaml
+from datasets.utils.extract import Extractor
+from PIL import Image
 
 from tracefl.errors import TraceFLError, first_line, require
 from tracefl.settings import visible_files
 
-MEMBERS = 1_000_000  # of an archive
+MEMBERS, PART = 1_000_000, 2**24  # of an archive; bytes that are unpacked at once
+OPENED_BY: dict[str, Callable[[Path], BinaryIO]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # type: ignore[dict-item]
+UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, ValueError,
+              NotImplementedError)  # fmt: skip
 REMEDY = "take it out, or get the data from where you trust"
 
 
@@ -35,15 +44,16 @@ def check_dataset(folder: Path, named: str) -> None:
     Raises:
         TraceFLError: The message names the file, what is wrong with it, and the remedy.
     """
+    _check_kinds(folder, named)
+    left = shutil.disk_usage(datasets.config.HF_CACHE_HOME if _there() else folder).free // 2
     for entry in visible_files(folder):
         file = Path(entry.path)
         shown = f"dataset.path={named}: {file.relative_to(folder)}"
         try:
-            if file.name.lower().endswith((".zip", ".tar")):
-                _check_members(file, shown)
-        except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, ValueError, NotImplementedError) as error:
+            if (packed := _how_packed(file)) is not None:
+                left -= _check_packed(file, packed, shown, left)
+        except UNREADABLE as error:
             raise TraceFLError(f"{shown} is no archive that can be read ({first_line(error)}): {REMEDY}.") from error
-    _check_kinds(folder, named)
     for name in ("README.md", "dataset_infos.json", "state.json", "dataset_dict.json"):
         for file in (folder / name, *folder.glob(f"*/{name}")):
             if file.is_file():
@@ -98,34 +108,54 @@ def _check_kinds(folder: Path, named: str) -> None:
             require(stat.S_ISREG(mode), f"{is_file}: {REMEDY}.")
 
 
-def _check_members(file: Path, shown: str) -> None:
-    """Refuse what would be unpacked elsewhere, or fill the disk."""
-    total, free = 0, shutil.disk_usage(datasets.config.HF_CACHE_HOME if _there() else file.parent).free
-    for number, (name, size, odd) in enumerate(_members(file)):
+def _how_packed(file: Path) -> str | None:
+    """What the datasets library unpacks a file as, whatever it is called; None: it does not."""
+    if file.name.lower().endswith((".zip", ".tar")):
+        return file.name.lower()[-3:]
+    if file.suffix.lower() in (".parquet", *Image.registered_extensions()):
+        return None
+    found = Extractor.infer_extractor_format(file)
+    return None if found is None else str(found)
+
+
+def _check_packed(file: Path, packed: str, shown: str, left: int) -> int:
+    """The bytes that a file unpacks to; refuse what would unpack elsewhere, or fill the disk.
+
+    It may take half of what is free, as the library writes it once more as a table.
+    """
+    total = 0
+    for number, (name, size, odd) in enumerate(_members(file, packed)):
         parts = PurePosixPath(name.replace("\\", "/"))
         plain = not (odd or parts.is_absolute() or ".." in parts.parts or ":" in name[:2])
         require(plain, f"{shown} holds {name!r}, {odd or 'which leads out of the archive'}: {REMEDY}.")
         total += size
-        too_large = f"{shown} unpacks to more than {total / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"
-        require(total < free and number < MEMBERS, f"{too_large}: {REMEDY}.")
+        too_large = f"{shown} unpacks to more than {total / 2**30:.3g} GiB, and {left / 2**30:.3g} GiB are free for it"
+        require(total < left and number < MEMBERS, f"{too_large}, half of the disk's rest: {REMEDY}, or make room.")
+    return total
 
 
 def _there() -> bool:
     return Path(datasets.config.HF_CACHE_HOME).exists()
 
 
-def _members(file: Path) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, what is odd about it) of what an archive holds."""
-    if file.name.lower().endswith(".zip"):
+def _members(file: Path, packed: str) -> Iterator[tuple[str, int, str]]:
+    """(name, bytes, what is odd about it) of what an archive holds, or of a packed file's parts."""
+    if packed == "zip":
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 linked = stat.S_ISLNK(info.external_attr >> 16)
                 yield info.filename, info.file_size, "a link" if linked else ""
-        return
-    with tarfile.open(file) as packed:
-        for member in packed:
-            plain = member.isreg() or member.isdir()
-            yield member.name, member.size, "" if plain else "a link or a device"
+    elif packed == "tar":
+        with tarfile.open(file) as unpacked:
+            for member in unpacked:
+                plain = member.isreg() or member.isdir()
+                yield member.name, member.size, "" if plain else "a link or a device"
+    elif packed in OPENED_BY:
+        with OPENED_BY[packed](file) as stream:
+            while size := len(stream.read(PART)):
+                yield file.name, size, ""
+    else:
+        yield file.name, 0, f"packed as {packed}, which does not say how large it becomes"
 
 
 def _content(file: Path) -> Any:

@@ -1,6 +1,7 @@
 """The splits of a dataset: from a Python package, a folder, or the hub; whole, sliced, or drawn."""
 
 import atexit
+import errno
 import logging
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from tracefl.config import HUB_NAMES, MEDMNIST
 from tracefl.config import Dataset as DatasetConfig
 from tracefl.data.guard import check_dataset, check_paths
 from tracefl.data.packaged import load_digits, load_medmnist, split_names
-from tracefl.errors import TraceFLError, first_line, require
+from tracefl.errors import TraceFLError, first_line, os_sentence, require
 from tracefl.hub import use_cache_if_offline
 from tracefl.settings import visible_files
 
@@ -213,8 +214,10 @@ def _reading(problem: str, remedy: str, read, *args):  # type: ignore[no-untyped
         return read(*args)
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:
+        while not (cause.__cause__ is None or isinstance(cause.__cause__, TraceFLError)):  # which is handled
             cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TraceFLError(f"{problem}: {os_sentence(cause, str(datasets.config.HF_CACHE_HOME))}") from error
         several = str(error).startswith("Config name is missing")
         if several:
             listed = str(error).splitlines()[1].partition(": ")[2]
