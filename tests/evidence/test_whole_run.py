@@ -145,7 +145,7 @@ def network():
 
 
 def with_variance(folder, sent):
-    """A round in which leaving out a would leave a negative variance, were it not for its floor."""
+    """Three rounds of which leaving out a would leave a negative variance, were it not for its floor."""
     model = network()
     state = {n: w for n, w in model.state_dict().items() if n in sent or sent == "all"}
     run = Run.create(folder, initial=state, clients=[ClientInfo(k, {}) for k in "ab"])
@@ -174,7 +174,7 @@ def test_running_variances_stay_positive_and_counters_are_no_tensors_to_replay(t
     targets = torch.arange(5) % 3
     found = trace_run(run, X, targets=targets, model=model, memory=1)
     W = dict(run.global_state(3))
-    least = {**W, "1.running_var": 0.1 * W["1.running_var"]}  # clients differ in the variance alone
+    least = {**W, "1.running_var": run.round(3).client_state("b")["1.running_var"]}  # they differ in it alone
     expected = log_odds_of(model, W, X, targets) - log_odds_of(model, least, X, targets)
     assert expected.abs().max() > 0.01
     assert found.contributions[:, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-9)

@@ -8,11 +8,10 @@ mean of those that are kept. Without the others the model is
 and R_t is how the clients of round t, who train on from another model, answer a difference. What
 the server adds to the mean (noise, an optimizer's step) stays as it was: W_t - F_t. A round with
 nobody left keeps the model that came in: d_t = d_{t-1} + W_{t-1} - W_t. A running variance stays
-positive: it keeps at least a tenth of W_t's.
+positive: it keeps at least a tenth of W_t's, or F'_t's if that is less.
 
-`without` follows one set of clients, in double precision and from states alone; there F'_t is known
-as it is, and the tenth is of F'_t's variance if that is less. `whole_run` follows every client by
-itself, on the traced tensors of a model, and finds each F'_t - F_t from F_t.
+`without` follows one set of clients, in double precision and from states alone. `whole_run` follows
+every client by itself, on the traced tensors of a model, and finds each F'_t - F_t from F_t.
 """
 
 from collections.abc import Collection, Iterable
@@ -32,7 +31,7 @@ class Change:
 
     Attributes:
         d: name -> what that tensor differs by; what is not there has not changed.
-        least: of running variances, where it is known, what they are without the clients.
+        least: F' of running variances, of the last round that was fused without the clients.
     """
 
     d: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class Change:
         """W'_t, of which a running variance may have become negative."""
         if not is_variance(name):
             return moved
-        return torch.maximum(moved, LEAST_VARIANCE * torch.minimum(self.least.get(name, W), W))
+        return torch.maximum(moved, torch.minimum(self.least.get(name, W), LEAST_VARIANCE * W))
 
 
 def is_variance(name: str) -> bool:

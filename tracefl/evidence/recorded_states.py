@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tracefl.errors import require
-from tracefl.evidence.change import Change, weights_of
+from tracefl.evidence.change import Change, is_variance, weights_of
 from tracefl.provenance.clients import States
 from tracefl.provenance.state import names_of_adapters, traced_state
 from tracefl.provenance.trace import normalised
@@ -78,6 +78,8 @@ class RecordedStates:
                 if k in changes and p_k < 1:
                     by = p_k / (1 - p_k) * (F - theta.double())
                     changes[k].add(name, by.to(theta.dtype))
+                    if is_variance(name):
+                        changes[k].least[name] = (F + by).to(theta.dtype)
 
     def fusion(self, t: int, W: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Σ p W_k of round t; what its clients do not send is as in W."""
