@@ -29,6 +29,7 @@ from tracefl.report.commands import run_command
 from tracefl.report.content import _read_csv, columns
 from tracefl.report.static import answer_line, server_line
 from tracefl.report.view import MOST_ROWS, values_by_class
+from tracefl.report.words import NO_DIFFERENCE
 from tracefl.results import write_result
 from tracefl.runs import Run
 from tracefl.storage import Storing
@@ -394,6 +395,8 @@ def test_an_answer_says_how_sure_it_is_and_from_what():
         "No client adds to this prediction; client \u2068b\u2069 takes least from it, and 1 other"
     )
     assert answered("neuron", v=[-1.0, -2.0, -3.0]).startswith("Client \u2068b\u2069 contributes most")  # of a logit
+    assert answered(v=[0.0] * 3) == f"{NO_DIFFERENCE}."
+    assert answered(v=[0.0], k=1) == "Client \u2068b\u2069 alone took part."
 
 
 def test_what_the_server_added_is_held_against_the_clients():

@@ -23,7 +23,7 @@ from tracefl.evaluation.tracing import at_even_distances
 from tracefl.provenance import Provenance
 from tracefl.report.predictions import whole_answers
 from tracefl.report.progress import bar
-from tracefl.report.words import LOG_ODDS, MEANING
+from tracefl.report.words import LOG_ODDS, MEANING, NO_DIFFERENCE
 from tracefl.results import PROVENANCE, of_this_run
 from tracefl.runs import Run
 
@@ -278,6 +278,10 @@ def _described(of_input: Answer) -> str:
 
 def _set_line(found: Answer) -> str:
     """Who cannot be told from the first."""
+    if len(found["clients"]) == 1:
+        return f"c{found['clients'][0]['client']} alone took part."
+    if not any(client["contribution"] for client in found["clients"]):
+        return f"{NO_DIFFERENCE}."
     if found["set"] is None:
         known = "no other prediction of the class shows what chance does"
         return f"Who cannot be told from the first is not known, {known}: --method shapley --evaluations 100 says it."

@@ -137,6 +137,7 @@
   const answer = (one) => {
     const name = isolated(data.clients.client[one.c[0]]);
     if (one.k === 1) return "Client " + name + " alone took part.";
+    if (!one.v.some(Boolean)) return data.words.no_difference + ".";
     const against = data.words.log_odds.includes(one.m) && one.v[0] < 0;
     const first = against ? "No client adds to this prediction; client " + name + " takes least from it" : "Client " + name + " contributes most";
     const others = one.set - 1;

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracefl.report.charts import bar
-from tracefl.report.words import LOG_ODDS, SURE, number, show
+from tracefl.report.words import LOG_ODDS, NO_DIFFERENCE, SURE, number, show
 
 Content = Mapping[str, Any]
 MOST_INPUTS, MOST_CLIENTS, MOST_LAYERS = 24, 10, 5
@@ -67,6 +67,8 @@ def answer_line(content: Content, one: Mapping[str, Any]) -> str:
     name = f"\u2068{show(content['clients']['client'][one['c'][0]])}\u2069"
     if one["k"] == 1:
         return f"Client {name} alone took part."
+    if not any(one["v"]):
+        return f"{NO_DIFFERENCE}."
     against = one["m"] in LOG_ODDS and (one["v"][0] or 0) < 0
     first = f"No client adds to this prediction; client {name} takes least from it"
     first = first if against else f"Client {name} contributes most"

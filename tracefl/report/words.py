@@ -16,6 +16,7 @@ MEANING = {
     "replay": "what the log-odds of the class would lose had the client never taken part, by a replay of the rounds",
 }
 LOG_ODDS = ("influence", "shapley", "replay")  # below 0 a client speaks against the class
+NO_DIFFERENCE = "All contributions are 0: the clients sent the same, or one of them has all the weight"
 # What says who cannot be told from the first.
 SURE = {
     kind: f"with confidence {CONFIDENCE:g}, by {what}"
