@@ -78,6 +78,7 @@ FORGED = {  # what is changed -> what is refused
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORGED)
 def test_what_has_another_form_is_one_sentence(run, name):
     files = [file for file in run.parent.rglob("*") if file.is_file()]

@@ -16,6 +16,9 @@ from tracefl.training import Evaluation
 FIVE = {11: "a", 12: "b", 13: "c", 14: "d", 15: "e"}
 HONEST = {node: client for node, client in FIVE.items() if client != "b"}
 MODES = pytest.mark.parametrize("accept", [False, True], ids=["strict", "accepting"])
+STRICT_ALONE = pytest.mark.parametrize(  # where there are hundreds of lies
+    "accept", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["strict", "accepting"]
+)
 
 
 def evaluate(state) -> Evaluation:

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import (
 from torch import nn
 
 from tests.federation import lying
-from tests.federation.five import FIVE, MODES, check_named, evaluate, run_with
+from tests.federation.five import FIVE, MODES, STRICT_ALONE, check_named, evaluate, run_with
 from tests.federation.lying import FINITE, FINITE_IN_VALUES, NET, PLAIN, LyingGrid
 from tests.federation.own import OwnGrid, arrays, examples_of, new_app, trained
 from tests.federation.recording import plain, record, shares
@@ -26,7 +26,7 @@ from tracefl.training import Evaluation
 from tracefl.training import evaluate as evaluate_examples
 
 
-@MODES
+@STRICT_ALONE
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_reply_that_cannot_be_used_is_its_clients_failure(tmp_path, name, accept, without):
     lie, words = PLAIN[name]

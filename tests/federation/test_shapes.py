@@ -114,6 +114,16 @@ def test_what_cannot_be_run_ends_in_a_sentence_and_no_hang(tmp_path, given, word
         record(tmp_path, **given)
 
 
+def test_arguments_of_another_kind_are_named(tmp_path):
+    for folder, grid, more, words in [
+        (None, OwnGrid(THREE), {}, "run must be a Run or the folder of one, got a NoneType"),
+        (tmp_path, None, {}, "nodes must be the app's grid, or a dict of node to client, got a NoneType"),
+        (tmp_path, OwnGrid(THREE), {"settings": ["a"]}, "settings must be a dict, got a list"),
+    ]:
+        with pytest.raises(TraceFLError, match=words):
+            Recorder(plain(), folder, grid, **more)
+
+
 # --- strategies ---------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,12 @@ class Recorder:
         kind = type(strategy)
         told = f"strategy must be one of flwr.serverapp.strategy, or a subclass, got {kind.__module__}.{kind.__name__}"
         require(isinstance(strategy, Strategy), told)
+        told = f"run must be a Run or the folder of one, got a {type(run).__name__}"
+        require(isinstance(run, Run | str | Path), told)
+        told = f"nodes must be the app's grid, or a dict of node to client, got a {type(nodes).__name__}"
+        require(isinstance(nodes, Mapping) or hasattr(nodes, "get_node_ids"), told)
+        told = f"settings must be a dict, got a {type(settings).__name__}"
+        require(settings is None or isinstance(settings, Mapping), told)
         self.strategy, self.settings = strategy, settings
         given = {"keep": keep, "dtype": dtype}
         self._storing = {name: value for name, value in given.items() if value is not None}
