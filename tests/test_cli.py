@@ -19,12 +19,10 @@ from tests.federation import local
 from tests.test_help import PAGE
 from tracefl import Run, __version__, cli, whatif
 from tracefl.checks import load
-from tracefl.commands.tracing import _set_line
 from tracefl.evaluation.own import text_inputs
 from tracefl.pipeline import run_experiment
 from tracefl.record import ClientInfo
 from tracefl.report import read, write_page
-from tracefl.report.words import NO_DIFFERENCE
 from tracefl.results import write_result
 from tracefl.sealed import KEY, sealed
 
@@ -426,13 +424,3 @@ def test_every_key_of_an_answer_is_documented(answer):
         found = answer(*words)
         inner = [key for name in ("clients", "runs", "by_class") for entry in found.get(name, ()) for key in entry]
         assert found.keys() | set(inner) <= documented | {"schema"}
-
-
-@pytest.mark.parametrize(
-    ("contributions", "said"),
-    [([0.0], "c0 alone took part."), ([0.0, 0.0], f"{NO_DIFFERENCE}."), ([2.0, 1.0], "First is c0; c1 cannot be told")],
-)
-def test_an_answer_that_tells_nobody_apart_names_nobody(contributions, said):
-    clients = [{"client": str(k), "contribution": value} for k, value in enumerate(contributions)]
-    found = {"clients": clients, "method": "influence", "set": ["0", "1"], "set_from": "3 others"}
-    assert _set_line(found).startswith(said)
