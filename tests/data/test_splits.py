@@ -235,3 +235,10 @@ def test_a_folder_whose_name_is_a_pattern_to_the_datasets_library(config, tmp_pa
     assert len(train) == len(test) == (20 if form == "images" else 40)
     if form == "images":
         assert np.asarray(train.table[19]["image"]).mean() == 100
+
+
+def test_the_librarys_bars_are_not_between_our_lines(read, tmp_path, capfd):
+    assert not datasets.are_progress_bars_disabled()
+    read(write(tmp_path / "d", rows(), test=rows()), BERT)
+    assert capfd.readouterr().err == ""
+    assert not datasets.are_progress_bars_disabled()

@@ -4,7 +4,10 @@ import atexit
 import errno
 import logging
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,7 +214,8 @@ def _reading(problem: str, remedy: str, read, *args):  # type: ignore[no-untyped
     logger = logging.getLogger("datasets")
     before, logger.level = logger.level, logging.CRITICAL  # it would log what the sentence says
     try:
-        return read(*args)
+        with _bars_on_a_terminal_only():
+            return read(*args)
     except Exception as error:
         cause: BaseException = error
         while not (cause.__cause__ is None or isinstance(cause.__cause__, TraceFLError)):  # which is handled
@@ -228,3 +232,17 @@ def _reading(problem: str, remedy: str, read, *args):  # type: ignore[no-untyped
         raise TraceFLError(f"{problem} ({said}): {remedy}.") from error
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _bars_on_a_terminal_only() -> Iterator[None]:
+    """Elsewhere the library's progress bars are lines between ours, once for every dataset."""
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    if shown or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
