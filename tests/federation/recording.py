@@ -1,7 +1,8 @@
 """Record an app of one's own, and look at what was recorded."""
 
 import torch
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
 
 from tests.federation.own import OwnGrid, arrays
@@ -9,6 +10,27 @@ from tracefl import trace
 from tracefl.federation.recorder import Recorder
 
 THREE = {11: "a", 12: "b", 13: "c"}
+
+
+class FromScratch(Strategy):
+    """No class of Flower's: asks all nodes, takes the plain mean, weighs by nothing and knows no examples."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        content = RecordDict({"arrays": arrays, "config": config})
+        return [Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
+
+    def aggregate_train(self, server_round, replies):
+        states = [reply.content["arrays"].to_torch_state_dict() for reply in replies]
+        return ArrayRecord({n: sum(s[n] for s in states) / len(states) for n in states[0]}), None
+
+    def configure_evaluate(self, server_round, arrays, config, grid):
+        return []
+
+    def aggregate_evaluate(self, server_round, replies):
+        return None
+
+    def summary(self):
+        pass
 
 
 def plain(**changes) -> FedAvg:

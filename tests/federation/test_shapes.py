@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.clientapp.mod import fixedclipping_mod
-from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg, Strategy
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
 
 from tests.federation.own import INITIAL, OwnGrid, arrays, examples_of, new_app
-from tests.federation.test_own import THREE, plain, record, same, shares
+from tests.federation.recording import THREE, FromScratch, plain, record, same, shares
 from tracefl import Run
 from tracefl.errors import TraceFLError
 from tracefl.federation.identity import identify
@@ -127,29 +127,8 @@ def test_arguments_of_another_kind_are_named(tmp_path):
 # --- strategies ---------------------------------------------------------------------------------------
 
 
-class Scratch(Strategy):
-    """No class of Flower's but the abstract one."""
-
-    def configure_train(self, server_round, arrays, config, grid):
-        content = RecordDict({"arrays": arrays, "config": config})
-        return [Message(content, message_type="train", dst_node_id=node) for node in grid.get_node_ids()]
-
-    def aggregate_train(self, server_round, replies):
-        states = [reply.content["arrays"].to_torch_state_dict() for reply in replies]
-        return ArrayRecord({n: torch.stack([s[n] for s in states]).mean(0) for n in states[0]}), None
-
-    def configure_evaluate(self, server_round, arrays, config, grid):
-        return []
-
-    def aggregate_evaluate(self, server_round, replies):
-        return None
-
-    def summary(self):
-        pass
-
-
 @dataclass(frozen=True)
-class Frozen(Scratch):
+class Frozen(FromScratch):
     note: str = "mine"
 
 
@@ -160,7 +139,7 @@ def test_a_frozen_strategy_is_recorded_and_left_as_it_was(tmp_path):
     assert vars(strategy) == {"note": "mine"}
 
 
-class SendsNothing(Scratch):
+class SendsNothing(FromScratch):
     def configure_train(self, server_round, arrays, config, grid):
         return super().configure_train(server_round, arrays, config, grid) if server_round != 2 else None
 
@@ -168,7 +147,7 @@ class SendsNothing(Scratch):
         return super().aggregate_train(server_round, replies) if replies else (None, None)
 
 
-class Asks(Scratch):
+class Asks(FromScratch):
     def configure_train(self, server_round, arrays, config, grid):
         messages = super().configure_train(server_round, arrays, config, grid)
         return [Message(m.content, message_type="query.state", dst_node_id=m.metadata.dst_node_id) for m in messages]
@@ -183,7 +162,7 @@ def test_a_round_may_ask_nobody_but_nothing_else_than_to_train(tmp_path):
         record(tmp_path / "query", strategy=Asks())
 
 
-class AddsDifferences(Scratch):
+class AddsDifferences(FromScratch):
     def __init__(self, rate):
         self.rate = rate
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM
 
 from tests.federation.own import INITIAL, OwnGrid, new_app
-from tests.federation.recording import THREE, plain, record, same, shares, trace_round
+from tests.federation.recording import THREE, FromScratch, plain, record, same, shares, trace_round
 from tests.federation.test_recorder import files
 from tracefl import Run
 from tracefl.errors import TraceFLError
@@ -160,27 +160,6 @@ def test_fewer_rounds_than_are_recorded_return_the_model_of_the_last_that_is_ask
     result = record(tmp_path, rounds=2)
     assert same(result.arrays.to_torch_state_dict(), Run.open(tmp_path).global_state(2))
     assert list(result.train_metrics_clientapp) == [1, 2]
-
-
-class FromScratch(Strategy):
-    """No class of Flower's: asks all nodes, takes the plain mean, weighs by nothing and knows no examples."""
-
-    def configure_train(self, server_round, arrays, config, grid):
-        content = RecordDict({"arrays": arrays, "config": config})
-        return [Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
-
-    def aggregate_train(self, server_round, replies):
-        states = [reply.content["arrays"].to_torch_state_dict() for reply in replies]
-        return ArrayRecord({n: sum(s[n] for s in states) / len(states) for n in states[0]}), None
-
-    def configure_evaluate(self, server_round, arrays, config, grid):
-        return []
-
-    def aggregate_evaluate(self, server_round, replies):
-        return None
-
-    def summary(self):
-        pass
 
 
 def test_a_strategy_from_scratch_is_recorded_and_its_weights_are_found(tmp_path):

@@ -58,8 +58,9 @@ def render(run: Gathered) -> bytes:
     """The page, told in as much depth as it has room for."""
     inputs, found, pictures = Inputs(run.run, run.backdoor), list[Prediction](), dict[str, dict[str, str]]()
     again = {"trace": trace_command(str(run.content["folder"])), "methods": _repeated(run)}
-    words_of = {"meaning": words.MEANING, "sure": words.SURE, "log_odds": words.LOG_ODDS}
-    words_of["no_difference"] = words.NO_DIFFERENCE
+    words_of = {
+        "meaning": words.MEANING, "sure": words.SURE, "log_odds": words.LOG_ODDS, "no_difference": words.NO_DIFFERENCE
+    }  # fmt: skip
     content = {**run.content, "again": again, "words": words_of, "missing": inputs.missing, "left_out": 0, "listed": 0}
     for depth in DEPTHS:
         if depth is not DEPTHS[-1] and _numbers(run, depth) * LEAST_BYTES > MOST_BYTES / 2:
